@@ -33,7 +33,7 @@ def wave(name: str, n: int) -> np.ndarray:
 
 
 def reference_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of a golden configuration, by the reference's state-dict names; linears are (out, in)."""
+    """Shape of every parameter of a golden configuration, by the reference's names; linears are (out, in)."""
     D, H, G = config["model_dim"], config["num_heads"], config["num_kv_heads"]
     E, M = D // H, int(config["mlp_mult"] * D)
     shapes: dict[str, tuple[int, ...]] = {
