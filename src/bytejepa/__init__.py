@@ -1,0 +1,1 @@
+"""Byte-level language models under a byte budget."""

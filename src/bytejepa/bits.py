@@ -1,0 +1,31 @@
+"""Nats, bits, bits per byte, and sizes in decimal units. The only place in the project that divides by ln 2."""
+
+from __future__ import annotations
+
+import math
+
+NATS_PER_BIT = math.log(2.0)
+ARTIFACT_LIMIT_BYTES = 16_000_000
+"""The challenge's budget for code plus compressed weights, in decimal bytes (spec section 1)."""
+
+
+def bits_from_nats(nats: float) -> float:
+    """Return `nats` expressed in bits."""
+    return nats / NATS_PER_BIT
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """Return the bits per byte of a summed loss of `nats` over text of `num_bytes` bytes.
+
+    The sum may contain the cost of BOS targets; a BOS is zero bytes, so it counts above the line only (spec section 1).
+    Text of zero bytes has no rate: the result is NaN.
+    """
+    return bits_from_nats(nats) / num_bytes if num_bytes else math.nan
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Return a byte count for people, in decimal units: 14369791 -> '14.37 MB'."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(num_bytes) >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes:.0f} B"

@@ -1,0 +1,78 @@
+"""Exceptions with a hint and an exit code: bad input gets one clear line, never a traceback.
+
+Raise one of these for anything a user can cause (input, files, configuration); use `assert` for the program's own
+invariants. The message says what, where, expected and got; the hint says what to do next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class BytejepaError(Exception):
+    """A failure that the user can act on; `str()` is the message followed by the hint."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class ConfigError(BytejepaError):
+    """An impossible or unknown setting (exit code 2, as for any misuse of the command line)."""
+
+    exit_code = 2
+
+
+class DataError(BytejepaError):
+    """A shard, corpus or manifest that is missing, damaged or not what was promised (exit code 3)."""
+
+    exit_code = 3
+
+
+class CheckpointError(BytejepaError):
+    """A run folder or checkpoint that cannot be used, or training that cannot go on (exit code 4)."""
+
+    exit_code = 4
+
+
+class ArtifactError(BytejepaError):
+    """An artifact that is damaged, foreign or cannot be written (exit code 5)."""
+
+    exit_code = 5
+
+
+class CodecError(BytejepaError):
+    """A compressed file that cannot be decoded (exit code 6)."""
+
+    exit_code = 6
+
+
+class ReviewFailed(BytejepaError):  # noqa: N818 - the outcome of a review, not a malfunction
+    """A review whose verdict is not clean (exit code 10)."""
+
+    exit_code = 10
+
+
+class Interrupted(BytejepaError):  # noqa: N818 - asked for from outside, not a malfunction
+    """Training stopped by SIGTERM or Ctrl-C after writing a checkpoint (exit code 7)."""
+
+    exit_code = 7
+
+
+@contextlib.contextmanager
+def file_errors_as(error: type[BytejepaError], what: str, path: Path | str) -> Iterator[None]:
+    """Turn an OSError on a user's path into `error`, naming `what` was done and to which path."""
+    try:
+        yield
+    except OSError as problem:
+        reason = problem.strerror or str(problem)
+        hints = {28: "free some space; nothing that existed was changed", 13: "check the permissions"}
+        raise error(f"cannot {what} {path}: {reason}", hint=hints.get(problem.errno or 0)) from problem

@@ -1,0 +1,176 @@
+"""Causal attention with grouped queries: one function, several kernels (spec section 2).
+
+`choose_backend` picks the fastest kernel that the machine and the settings allow, or refuses with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bytejepa.config import AttentionBackend
+from bytejepa.errors import ConfigError
+from bytejepa.model.layers import Linear, rms_norm, rotate
+
+Kernel = Literal["flash4", "flash3", "cudnn", "flash", "flex", "math"]
+
+
+@functools.cache
+def available_backends(device_type: str) -> dict[Kernel, str | None]:
+    """Return for each kernel None if this machine has it, or else the reason why not."""
+    cuda = device_type == "cuda" and torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability() if cuda else (0, 0)
+    no_cuda = None if cuda else "needs a CUDA device"
+
+    def needs(module: str, minimum: int) -> str | None:
+        if no_cuda or capability[0] < minimum:
+            return no_cuda or f"needs compute capability {minimum}.0, this GPU has {capability[0]}.{capability[1]}"
+        return None if importlib.util.find_spec(module) else f"the module {module} is not installed"
+
+    return {
+        "flash4": needs("flash_attn.cute", 9) if importlib.util.find_spec("flash_attn") else no_cuda or "the module flash_attn.cute is not installed",
+        "flash3": needs("flash_attn_interface", 9),
+        "cudnn": no_cuda or (None if capability[0] >= 9 and torch.backends.cudnn.is_available() else "needs cuDNN and compute capability 9.0"),
+        "flash": None,
+        "flex": no_cuda,
+        "math": None,
+    }
+
+
+def choose_backend(requested: AttentionBackend, device_type: str, *, masked: bool) -> Kernel:
+    """Return the kernel to use on `device_type`; `masked`: windows or document borders apply somewhere.
+
+    Raises: ConfigError if `requested` is impossible here, with the reason.
+    """
+    available = available_backends(device_type)
+    handles_masks: dict[Kernel, bool] = {"flash4": False, "flash3": False, "cudnn": False, "flash": device_type == "cpu", "flex": True, "math": True}
+    if requested != "auto":
+        reason = available[requested]
+        if reason is None and masked and not handles_masks[requested]:
+            reason = "it cannot mask windows or documents here"
+        if reason is not None:
+            possible = ", ".join(name for name, why in available.items() if why is None and (not masked or handles_masks[name]))
+            raise ConfigError(f"training.attention {requested} is impossible on {device_type}: {reason}", hint=f"possible: {possible}")
+        return requested
+    order: tuple[Kernel, ...] = ("flash3", "flash4", "cudnn", "flash", "flex", "math")
+    return next(name for name in order if available[name] is None and (not masked or handles_masks[name]))
+
+
+def attention_mask(
+    length: int, window: int | None, document_ids: Int[Tensor, "B T"] | None, device: torch.device
+) -> Tensor | None:
+    """Return which keys each query may see, bool (1 or B, 1, T, T), or None if plain causality is the only bound."""
+    if (window is None or window >= length) and document_ids is None:
+        return None
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    mask = (distance >= 0)[None, None]
+    if window is not None:
+        mask = mask & (distance < window)
+    if document_ids is not None:
+        mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+    return mask
+
+
+def causal_attention(
+    q: Float[Tensor, "B T H E"],
+    k: Float[Tensor, "B T G E"],
+    v: Float[Tensor, "B T G E"],
+    *,
+    backend: Kernel,
+    mask: Tensor | None = None,
+) -> Float[Tensor, "B T H E"]:
+    """Return softmax(q k^T / sqrt(E)) v over the keys at or before each query that `mask` allows.
+
+    `mask` is what `attention_mask` returned, or for `flex` a BlockMask; the kernels without masks take None only.
+    """
+    if backend == "flash3":
+        from flash_attn_interface import flash_attn_func
+
+        return flash_attn_func(q, k, v, causal=True)
+    if backend == "flash4":
+        from flash_attn.cute import flash_attn_func as flash4
+
+        out = flash4(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, E)
+    if backend == "flex":
+        from torch.nn.attention.flex_attention import flex_attention
+
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+    grouped = q.size(1) != k.size(1)
+    if q.device.type == "cpu" and grouped:
+        # the CPU flash kernel has no grouped queries; without this SDPA falls back to explicit scores
+        k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
+        grouped = False
+    kernels = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+    with sdpa_kernel(kernels[backend]):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def masked_attention(
+    q: Float[Tensor, "B N H E"], k: Float[Tensor, "B T G E"], v: Float[Tensor, "B T G E"], mask: Tensor
+) -> Float[Tensor, "B N H E"]:
+    """Return attention of any queries under an explicit bool mask (1 or B, 1, N, T), by whichever SDPA kernel takes it."""
+    repeats = q.size(2) // k.size(2)
+    k, v = (x.transpose(1, 2).repeat_interleave(repeats, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries and keys, partial rotary code, query gain and optional XSA."""
+
+    def __init__(
+        self, model_dim: int, num_heads: int, num_kv_heads: int, *, query_gain: float, drop_own_value: bool
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim = model_dim // num_heads
+        self.drop_own_value = drop_own_value
+        kv_dim = num_kv_heads * self.head_dim
+        self.query = Linear(model_dim, model_dim)
+        self.key = Linear(model_dim, kv_dim)
+        self.value = Linear(model_dim, kv_dim)
+        self.output = Linear(model_dim, model_dim)
+        self.query_gain = nn.Parameter(torch.full((num_heads,), query_gain))
+
+    def project(
+        self, x: Float[Tensor, "B T D"], cosines: Float[Tensor, "T half"], sines: Float[Tensor, "T half"]
+    ) -> tuple[Float[Tensor, "B T H E"], Float[Tensor, "B T G E"], Float[Tensor, "B T G E"]]:
+        """Return queries (gain included), keys and values, normalised and rotated."""
+        H, G, E = self.num_heads, self.num_kv_heads, self.head_dim
+        # one product for the three maps; queries and keys go through norm and rotation together
+        weight = torch.cat((self.query.weight, self.key.weight, self.value.weight))
+        heads = F.linear(x, weight).unflatten(-1, (H + 2 * G, E))
+        qk = rotate(rms_norm(heads[:, :, : H + G]), cosines, sines)
+        q = qk[:, :, :H] * self.query_gain.to(qk.dtype)[:, None]
+        return q, qk[:, :, H:], heads[:, :, H + G :]
+
+    def merge(self, y: Float[Tensor, "B T H E"], v: Float[Tensor, "B T G E"]) -> Float[Tensor, "B T D"]:
+        """Return the output projection of the heads, after XSA where this block has it."""
+        if self.drop_own_value:
+            groups = y.unflatten(2, (self.num_kv_heads, -1))  # (B, T, G, H/G, E)
+            direction = F.normalize(v, dim=-1)[:, :, :, None]
+            y = (groups - (groups * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
+        return self.output(y.flatten(2))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        cosines: Float[Tensor, "T half"],
+        sines: Float[Tensor, "T half"],
+        *,
+        backend: Kernel,
+        mask: Tensor | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Return the attention output, not yet scaled or added to the residual."""
+        q, k, v = self.project(x, cosines, sines)
+        return self.merge(causal_attention(q, k, v, backend=backend, mask=mask), v)

@@ -1,0 +1,67 @@
+"""Initial weights, as a function of the configuration and the seed (spec section 2, "Init").
+
+| parameter | value |
+|---|---|
+| matrices with both sides at least 64 | orthogonal, gain 1 |
+| smaller matrices of the blocks | torch's default for linear layers |
+| projections that end a branch | zero, or orthogonal with gain 1/sqrt(2 num_layers) |
+| token embedding | normal, standard deviation `embedding_std` |
+| bigram table | zero |
+| bigram projection | zero (then the pair never learns), or orthogonal |
+| JEPA linears | torch's default |
+| JEPA start token | 0.02 normal |
+| JEPA injection, extra heads | zero |
+| SIGReg directions | normal, each of unit length |
+| vectors and scalars | set where they are declared |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from bytejepa.model.transformer import ByteLM
+
+ORTHOGONAL_FROM = 64
+
+
+def generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
+    """Return a CPU generator that is a function of (seed, purpose, step): no hidden state, nothing to save."""
+    digest = hashlib.sha256(f"{seed}:{purpose}:{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@torch.no_grad()
+def initialize(model: ByteLM, seed: int) -> ByteLM:
+    """Fill the weights of `model` in place, the same on every device, and return it."""
+    config = model.config.model
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or name.endswith(("residual_mix", "skip_weights")):
+            continue
+        parameter.copy_(_initial_matrix(name, parameter, config, generator(seed, f"initialize {name}")))
+    if model.jepa is not None:
+        start = torch.randn(model.jepa.start.shape, generator=generator(seed, "initialize start token"))
+        model.jepa.start.copy_(0.02 * start)
+        directions = torch.randn(model.jepa.directions.shape, generator=generator(seed, "sigreg directions"))
+        model.jepa.directions.copy_(directions / directions.norm(dim=0))
+    return model
+
+
+def _initial_matrix(name: str, parameter: Tensor, config, random: torch.Generator) -> Tensor:  # type: ignore[no-untyped-def]
+    value = torch.empty(parameter.shape)
+    if name == "token_embedding.weight":
+        return value.normal_(0, config.embedding_std, generator=random)
+    if name in ("bigram.embedding.weight", "jepa.injection.weight") or name.startswith("multi_token_heads"):
+        return value.zero_()
+    if name == "bigram.projection.weight":
+        return value.zero_() if config.bigram_projection_init == "zero" else nn.init.orthogonal_(value, generator=random)
+    if name.endswith(("attention.output.weight", "mlp.down.weight")):
+        gain = 0.0 if config.output_projection_init == "zero" else 1 / math.sqrt(2 * config.num_layers)
+        return nn.init.orthogonal_(value, gain=gain, generator=random)
+    if not name.startswith("jepa.") and min(value.shape) >= ORTHOGONAL_FROM:
+        return nn.init.orthogonal_(value, generator=random)
+    bound = 1 / math.sqrt(value.size(1))  # what nn.Linear draws: kaiming uniform with a = sqrt(5)
+    return value.uniform_(-bound, bound, generator=random)

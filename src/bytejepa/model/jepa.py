@@ -1,0 +1,169 @@
+"""The latent side path: chunks of the last residual are summarised, predicted one chunk ahead, and injected (spec section 3).
+
+A chunk's latent z_c is a projection of the mean residual over its P positions; p_c predicts it from z_{c-1}, so what is
+injected into chunk c depends on earlier chunks only. The injection is part of the model and of the artifact; the losses
+are asked for by training.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from bytejepa.config import JepaConfig
+from bytejepa.model.layers import Linear, rms_norm
+
+
+class LatentMLP(nn.Module):
+    """fc2(silu(rms(fc1(x)))): the shape of both projector and predictor."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.up = Linear(in_dim, hidden_dim)
+        self.down = Linear(hidden_dim, out_dim)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """Return the transformed vectors."""
+        return self.down(F.silu(rms_norm(self.up(x))))
+
+
+class Latents(NamedTuple):
+    """What the side path computed for one batch."""
+
+    target: Tensor
+    """z, (B, C, Z)."""
+    predicted: Tensor
+    """p, (B, C, Z): p_c is a function of the chunks before c."""
+
+
+class Jepa(nn.Module):
+    """Projector, predictor and injection."""
+
+    directions: Tensor
+
+    def __init__(self, model_dim: int, config: JepaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.projector = LatentMLP(model_dim, config.hidden_dim, config.latent_dim)
+        self.predictor = LatentMLP(config.latent_dim, config.latent_dim, config.latent_dim)
+        self.start = nn.Parameter(torch.zeros(config.latent_dim))
+        self.injection = Linear(config.latent_dim, model_dim)
+        directions = torch.zeros(config.latent_dim, config.sigreg_directions)
+        self.register_buffer("directions", directions, persistent=False)
+
+    def latents(self, x: Float[Tensor, "B T D"], document_start: Bool[Tensor, "B T"] | None = None) -> Latents:
+        """Return target and predicted latents of the whole chunks of `x`.
+
+        With `document_start`, a chunk's mean covers only its positions in the document that goes on after it.
+        """
+        P = self.config.chunk_bytes
+        num_chunks = x.size(1) // P
+        if self.config.gradient == "detached":
+            x = x.detach()
+        chunks = x[:, : num_chunks * P].unflatten(1, (num_chunks, P))  # (B, C, P, D)
+        if document_start is None:
+            mean = chunks.mean(2)
+        else:
+            starts = document_start[:, : num_chunks * P].unflatten(1, (num_chunks, P))
+            # a position counts if no document starts after it within its chunk
+            later_starts = starts.flip(-1).cumsum(-1).flip(-1) - starts.to(torch.int64)
+            weight = (later_starts == 0).to(x.dtype)[..., None]
+            mean = (chunks * weight).sum(2) / weight.sum(2)
+        target = self.projector(mean)
+        previous = torch.cat((self.start.to(target.dtype).expand(x.size(0), 1, -1), target[:, :-1]), dim=1)
+        if document_start is not None:
+            previous = previous.where(~self._starts_at_border(starts)[..., None], self.start.to(target.dtype))
+        return Latents(target, self.predictor(previous))
+
+    @staticmethod
+    def _starts_at_border(starts: Bool[Tensor, "B C P"]) -> Bool[Tensor, "B C"]:
+        """Return which chunks begin with a document: nothing before them may be used."""
+        return starts[:, :, 0]
+
+    def inject(
+        self,
+        x: Float[Tensor, "B T D"],
+        predicted: Float[Tensor, "B C Z"],
+        document_start: Bool[Tensor, "B T"] | None = None,
+        *,
+        first_position: int = 0,
+    ) -> Float[Tensor, "B T D"]:
+        """Return `x` plus the injection; positions of a ragged tail, and the `first_position` first, are as they were.
+
+        With `document_start`, positions of a document that began inside their chunk get the start token's prediction.
+        """
+        P = self.config.chunk_bytes
+        if self.config.gradient == "detached":
+            predicted = predicted.detach()
+        added = self.injection(predicted)  # (B, C, D)
+        length = added.size(1) * P
+        per_position = added.repeat_interleave(P, dim=1)
+        if document_start is not None:
+            at_start = self.injection(self.predictor(self.start.to(predicted.dtype)))
+            starts = document_start[:, first_position : first_position + length].unflatten(1, (-1, P))
+            fresh = (starts.cumsum(-1) > 0).flatten(1)
+            per_position = torch.where(fresh[..., None], at_start, per_position)
+        return x + F.pad(per_position, (0, 0, first_position, x.size(1) - first_position - length))
+
+    def prediction_loss(self, latents: Latents) -> Tensor:
+        """Return mean (p - stopgrad(z))^2, a float32 scalar."""
+        return F.mse_loss(latents.predicted.float(), latents.target.detach().float())
+
+    def sigreg(self, target: Float[Tensor, "B C Z"]) -> Tensor:
+        """Return SIGReg of the latents, averaged over groups of `sigreg_group_sequences` sequences.
+
+        Groups have a fixed size, so that the value does not depend on how a batch is divided over ranks and
+        micro-batches; a batch that is no multiple of the group is one sample.
+        """
+        group = self.config.sigreg_group_sequences
+        if group is None or target.size(0) % group:
+            group = target.size(0)
+        samples = target.float().unflatten(0, (-1, group)).flatten(1, 2)  # (groups, N, Z)
+        return sigreg(
+            samples, self.directions.float(), knots=self.config.sigreg_knots, standardize=self.config.sigreg_standardize
+        ).mean()
+
+
+def sigreg(
+    samples: Float[Tensor, "*groups N Z"], directions: Float[Tensor, "Z S"], *, knots: int = 17, standardize: bool = True
+) -> Float[Tensor, "*groups"]:
+    """Return how far the distribution of `samples` is from an isotropic standard normal, along fixed directions.
+
+    The empirical characteristic function of every projection is compared with exp(-t^2 / 2) at `knots` frequencies in
+    [0.2, 3]. With `standardize` (the reference) each dimension is centred and divided by its standard deviation first:
+    the value is then blind to mean and scale, and a collapse goes unseen. Without, both are part of what is compared.
+    Source: LeJEPA (SIGReg, Epps-Pulley); spec section 3.
+    """
+    if standardize:
+        samples = samples - samples.mean(-2, keepdim=True)
+        samples = samples / samples.std(-2, keepdim=True).clamp_min(1e-6)
+    projected = samples @ directions  # (groups, N, S)
+    t = torch.linspace(0.2, 3.0, knots, dtype=samples.dtype, device=samples.device)
+    angle = projected[..., None] * t  # (groups, N, S, K)
+    real = angle.cos().mean(-3) - torch.exp(-t.square() / 2)
+    imaginary = angle.sin().mean(-3)
+    return (real.square() + imaginary.square()).mean((-2, -1))
+
+
+def explained_variance(latents: Latents) -> Tensor:
+    """Return the share of latent variance that the predictor explains, 1 - MSE / var(z); at most 1, negative if it
+    predicts worse than the mean would (spec section 7, item 12)."""
+    target = latents.target.float().flatten(0, 1)
+    residual = (latents.predicted.float().flatten(0, 1) - target).square().mean()
+    return 1 - residual / target.var(0, unbiased=False).mean().clamp_min(1e-12)
+
+
+def effective_rank(target: Float[Tensor, "B C Z"]) -> Tensor:
+    """Return exp(entropy of the normalised eigenvalues of the latents' covariance): 1 (collapsed) to Z (isotropic).
+
+    Source: Roy and Vetterli, "The effective rank" (2007), on the covariance's spectrum.
+    """
+    samples = target.float().flatten(0, 1)
+    samples = samples - samples.mean(0)
+    spectrum = torch.linalg.svdvals(samples).square()
+    share = spectrum / spectrum.sum().clamp_min(1e-12)
+    return torch.exp(torch.special.entr(share).sum())

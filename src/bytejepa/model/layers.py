@@ -1,0 +1,148 @@
+"""Building blocks of the backbone (spec section 2).
+
+Shape letters, used in the whole project: B batch, T bytes of context, D model width, H query heads, G key/value heads,
+E head width, M MLP width, V vocabulary (260), P bytes in a chunk, C chunks, Z latent width, S SIGReg directions,
+K SIGReg knots, N scored bytes, L codec lanes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from bytejepa.data.vocabulary import BOS
+from bytejepa.model import fused
+
+
+def rms_norm(x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+    """Return `x` with unit root mean square along its last axis; no weight, torch's default epsilon for the dtype."""
+    return fused.rms_norm(x) if fused.is_profitable(x) else F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """A linear map without bias that can be read through its quantiser (quantisation-aware training)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+
+class SmearGate(nn.Module):
+    """y_t = (1 - g) x_t + g x_{t-1} with g = sigmoid(gate) per dimension and x_{-1} = 0."""
+
+    def __init__(self, model_dim: int) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(model_dim))
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], document_start: Bool[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """Return the smeared embeddings; where `document_start` is true nothing comes from the predecessor."""
+        gate = torch.sigmoid(self.gate).to(x.dtype)
+        previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+        if document_start is not None:
+            previous = previous.masked_fill(document_start[..., None], 0)
+        return torch.lerp(x, previous, gate.expand_as(x))
+
+
+class BigramHash(nn.Module):
+    """An embedding of the last two ids, through a hashed table of `rows` rows and a projection to the model width."""
+
+    def __init__(self, rows: int, dim: int, model_dim: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.embedding = nn.Embedding(rows, dim)
+        self.projection = Linear(dim, model_dim)
+        self.scale = nn.Parameter(torch.tensor(0.05))
+
+    def row_indices(
+        self, ids: Int[Tensor, "B T"], document_start: Bool[Tensor, "B T"] | None = None
+    ) -> Int[Tensor, "B T"]:
+        """Return the row of each position; the first position of a window (and of a document, if given) has the last row."""
+        ids = ids.int()  # products of ids under 260 stay below 2^24
+        mixed = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % (self.rows - 1)
+        rows = F.pad(mixed, (1, 0), value=self.rows - 1)
+        return rows if document_start is None else rows.masked_fill(document_start, self.rows - 1)
+
+    def forward(
+        self, ids: Int[Tensor, "B T"], document_start: Bool[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """Return what is added to the token embedding."""
+        return self.projection(self.embedding(self.row_indices(ids, document_start))) * self.scale.to(
+            self.embedding.weight.dtype
+        )
+
+
+class MLP(nn.Module):
+    """proj(leaky_relu(fc(x), 0.5)^2)."""
+
+    def __init__(self, model_dim: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.up = Linear(model_dim, mlp_dim)
+        self.down = Linear(mlp_dim, model_dim)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Return the MLP's output, not yet scaled or added to the residual."""
+        return self.down(leaky_relu_squared(self.up(x)))
+
+
+def leaky_relu_squared(x: Tensor) -> Tensor:
+    """Return leaky_relu(x, slope 0.5) squared, elementwise."""
+    return fused.leaky_relu_squared(x) if fused.is_profitable(x) else F.leaky_relu(x, 0.5).square()
+
+
+def document_starts(ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Return where a document begins: at every BOS."""
+    return ids == BOS
+
+
+def softcap(x: Tensor, bound: float) -> Tensor:
+    """Return bound * tanh(x / bound) in float32."""
+    return bound * torch.tanh(x.float() / bound)
+
+
+class RotaryTables(nn.Module):
+    """Cosines and sines of the rotary position code, as buffers up to the longest context seen in training.
+
+    Frequencies are base^(-2m/R) for the R rotating dimensions; for a context T beyond `length_bytes` the base becomes
+    base * (T / length_bytes)^(R / (R - 2)) (spec section 2).
+    """
+
+    cosines: Tensor
+    sines: Tensor
+
+    def __init__(self, rotary_dims: int, base: float, length_bytes: int) -> None:
+        super().__init__()
+        self.rotary_dims = rotary_dims
+        self.base = base
+        self.length_bytes = length_bytes
+        cosines, sines = self.compute(length_bytes)
+        self.register_buffer("cosines", cosines, persistent=False)
+        self.register_buffer("sines", sines, persistent=False)
+
+    def compute(self, length: int) -> tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]]:
+        """Return the tables for a context of exactly `length` ids."""
+        base = self.base
+        if length > self.length_bytes and self.rotary_dims > 2:
+            base *= (length / self.length_bytes) ** (self.rotary_dims / (self.rotary_dims - 2))
+        exponents = torch.arange(0, self.rotary_dims, 2, dtype=torch.float32, device="cpu") / self.rotary_dims
+        angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), 1.0 / base**exponents)
+        return angles.cos(), angles.sin()
+
+    def forward(self, length: int) -> tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]]:
+        """Return (cosines, sines) for a context of `length` ids, each (T, rotary_dims / 2) float32."""
+        if length <= self.length_bytes:
+            return self.cosines[:length], self.sines[:length]
+        cosines, sines = self.compute(length)
+        return cosines.to(self.cosines.device), sines.to(self.sines.device)
+
+
+def rotate(
+    x: Float[Tensor, "B T heads E"], cosines: Float[Tensor, "T half"], sines: Float[Tensor, "T half"]
+) -> Float[Tensor, "B T heads E"]:
+    """Return `x` with its leading dimensions rotated: (a, b) -> (a cos + b sin, -a sin + b cos), a and b the halves."""
+    half = cosines.size(-1)
+    cos, sin = cosines.to(x.dtype)[:, None, :], sines.to(x.dtype)[:, None, :]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)

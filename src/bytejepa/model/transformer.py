@@ -1,0 +1,240 @@
+"""ByteLM: the whole network (spec sections 2 and 3).
+
+    e  = token_embedding[ids] + bigram(ids);   x0 = smear(rms(e))
+    x  = first half of the blocks, pushing each output;  second half, adding each popped output times its skip weight
+    x  = x + JEPA's injection of the latent predicted for each chunk
+    logits = softcap(rms(x) @ token_embedding^T)          the head is tied to the embedding
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bytejepa.config import AttentionBackend, RunConfig
+from bytejepa.data.vocabulary import VOCABULARY_SIZE
+from bytejepa.model.attention import Attention, Kernel, attention_mask, choose_backend, masked_attention
+from bytejepa.model.jepa import Jepa, Latents
+from bytejepa.model.layers import MLP, BigramHash, Linear, RotaryTables, SmearGate, document_starts, rms_norm, softcap
+
+
+class Losses(NamedTuple):
+    """Losses of one batch: float32 scalars."""
+
+    ce: Tensor
+    """Mean next-id cross-entropy in nats."""
+    jepa_prediction: Tensor
+    """Mean squared error of the predicted latents; 0 without JEPA."""
+    sigreg: Tensor
+    """SIGReg of the latents; 0 without JEPA."""
+    multi_token: Tensor
+    """Mean loss in nats of the extra heads, each predicting further ahead; 0 without them."""
+    latents: Latents | None
+    """Detached latents, for diagnostics."""
+
+
+class Block(nn.Module):
+    """Attention and MLP around a residual that can take the first layer's input back in."""
+
+    def __init__(self, config: RunConfig, layer: int) -> None:
+        super().__init__()
+        model = config.model
+        self.attention = Attention(
+            model.model_dim,
+            model.num_heads,
+            model.num_kv_heads,
+            query_gain=model.query_gain,
+            drop_own_value=layer >= model.num_layers - model.xsa_last_layers,
+        )
+        self.mlp = MLP(model.model_dim, model.mlp_dim)
+        self.attention_scale = nn.Parameter(torch.ones(model.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(model.model_dim))
+        mix = torch.stack((torch.ones(model.model_dim), torch.zeros(model.model_dim)))
+        self.residual_mix = nn.Parameter(mix) if model.residual_mix else None
+        self.norm_scale = (layer + 1) ** -0.5 if model.depth_scaled_norm else 1.0
+
+    def mix(self, x: Tensor, x0: Tensor) -> Tensor:
+        """Return the block's input with a learned share of the first layer's input."""
+        if self.residual_mix is None:
+            return x
+        mix = self.residual_mix.to(x.dtype)
+        return torch.addcmul(mix[0] * x, mix[1], x0)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """Return the normalised input of a branch, scaled by depth."""
+        return rms_norm(x) * self.norm_scale if self.norm_scale != 1.0 else rms_norm(x)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        x0: Float[Tensor, "B T D"],
+        cosines: Tensor,
+        sines: Tensor,
+        *,
+        backend: Kernel,
+        mask: Tensor | None,
+    ) -> Float[Tensor, "B T D"]:
+        """Return the residual after this block."""
+        x = self.mix(x, x0)
+        attended = self.attention(self.normed(x), cosines, sines, backend=backend, mask=mask)
+        x = torch.addcmul(x, self.attention_scale.to(x.dtype), attended)
+        return torch.addcmul(x, self.mlp_scale.to(x.dtype), self.mlp(self.normed(x)))
+
+
+class ByteLM(nn.Module):
+    """A byte-level language model. Build it with `bytejepa.load`, `bytejepa.interop.pr832.build` or from a RunConfig
+    (weights are then zero until `bytejepa.model.initialization.initialize` fills them)."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        self.config = config
+        model = config.model
+        self.token_embedding = nn.Embedding(VOCABULARY_SIZE, model.model_dim)
+        self.bigram = BigramHash(model.bigram_rows, model.bigram_dim, model.model_dim) if model.bigram_rows else None
+        self.smear = SmearGate(model.model_dim) if model.smear else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(model.num_layers))
+        self.num_encoder_layers = model.num_layers // 2
+        skips = torch.ones(self.num_encoder_layers, model.model_dim)
+        self.skip_weights = nn.Parameter(skips) if model.skip_connections else None
+        self.jepa = Jepa(model.model_dim, config.jepa) if config.jepa.enabled else None
+        self.multi_token_heads = nn.ModuleList(
+            Linear(model.model_dim, VOCABULARY_SIZE) for _ in range(model.multi_token_heads)
+        )
+        self.rotary = RotaryTables(model.rotary_dims or model.head_dim, model.rotary_base, model.rotary_length_bytes)
+        self.attention_backend: AttentionBackend = config.training.attention
+
+    def hidden(self, ids: Int[Tensor, "B T"], *, scored_tail: int | None = None) -> tuple[Tensor, Latents | None]:
+        """Return the last residual before the final norm, (B, T, D), injection included, and JEPA's latents.
+
+        With `scored_tail` n only the last n positions are returned, (B, n, D), and the last block computes no more than
+        they need; latents are then None.
+        """
+        model = self.config.model
+        starts = document_starts(ids) if model.document_masking else None
+        x = F.embedding(ids, self.token_embedding.weight)
+        if self.bigram is not None:
+            x = x + self.bigram(ids, starts)
+        x0 = rms_norm(x)
+        if self.smear is not None:
+            x0 = self.smear(x0, starts)
+        x = self._blocks(x0, ids, starts, scored_tail)
+        if self.jepa is None:
+            return (x if scored_tail is None else x[:, -scored_tail:]), None
+        if scored_tail is not None:
+            return self._inject_tail(x, ids.size(1), scored_tail, starts), None
+        latents = self.jepa.latents(x, starts)
+        if self.config.jepa.inject:
+            x = self.jepa.inject(x, latents.predicted, starts)
+        return x, latents
+
+    def _blocks(self, x0: Tensor, ids: Tensor, starts: Tensor | None, scored_tail: int | None) -> Tensor:
+        length = ids.size(1)
+        cosines, sines = self.rotary(length)
+        backend = choose_backend(self.attention_backend, x0.device.type, masked=self._is_masked(length))
+        masks = self._masks(length, starts, x0.device, backend)
+        windows = self.config.model.window_of_layer
+        x, skips = x0, []
+        for layer, block in enumerate(self.blocks):
+            if layer < self.num_encoder_layers:
+                x = block(x, x0, cosines, sines, backend=backend, mask=masks[windows[layer]])
+                skips.append(x)
+                continue
+            if skips and self.skip_weights is not None:
+                x = torch.addcmul(x, self.skip_weights[layer - self.num_encoder_layers].to(x.dtype), skips.pop())
+            if scored_tail is not None and layer == len(self.blocks) - 1:
+                return self._last_block_tail(block, x, x0, cosines, sines, masks[windows[layer]], self._kept_tail(length, scored_tail))
+            x = block(x, x0, cosines, sines, backend=backend, mask=masks[windows[layer]])
+        return x
+
+    def _is_masked(self, length: int) -> bool:
+        windows = self.config.model.window_of_layer
+        return self.config.model.document_masking or any(w is not None and w < length for w in windows)
+
+    def _masks(self, length: int, starts: Tensor | None, device: torch.device, backend: Kernel) -> dict[int | None, Tensor | None]:
+        """Return one mask for each distinct window, in the form that `backend` takes."""
+        document_ids = None if starts is None else starts.cumsum(1, dtype=torch.int32)
+        windows = set(self.config.model.window_of_layer)
+        if backend == "flex" and self._is_masked(length):
+            from bytejepa.model.flex_masks import block_mask
+
+            return {window: block_mask(length, window, document_ids, device) for window in windows}
+        return {window: attention_mask(length, window, document_ids, device) for window in windows}
+
+    def _kept_tail(self, length: int, scored_tail: int) -> int:
+        """Return how many last positions the last block must compute: the scored ones from their chunk's border on, and
+        the chunk before, whose latent is injected into them."""
+        if self.jepa is None or not self.config.jepa.inject:
+            return scored_tail
+        P = self.config.jepa.chunk_bytes
+        first = max(0, (length - scored_tail) // P - 1) * P
+        return length - first
+
+    def _last_block_tail(
+        self, block: nn.Module, x: Tensor, x0: Tensor, cosines: Tensor, sines: Tensor, mask: Tensor | None, kept: int
+    ) -> Tensor:
+        assert isinstance(block, Block)
+        length = x.size(1)
+        x = block.mix(x, x0)
+        q, k, v = block.attention.project(block.normed(x), cosines, sines)
+        if mask is None:
+            position = torch.arange(length, device=x.device)
+            mask = (position[length - kept :, None] >= position)[None, None]
+        elif isinstance(mask, Tensor):
+            mask = mask[:, :, length - kept :]
+        y = masked_attention(q[:, length - kept :], k, v, mask)
+        x = x[:, length - kept :]
+        attended = block.attention.merge(y, v[:, length - kept :])
+        x = torch.addcmul(x, block.attention_scale.to(x.dtype), attended)
+        return torch.addcmul(x, block.mlp_scale.to(x.dtype), block.mlp(block.normed(x)))
+
+    def _inject_tail(self, x: Tensor, length: int, scored_tail: int, starts: Tensor | None) -> Tensor:
+        """Return the scored tail with its injection, given the residual of the positions `_kept_tail` counted."""
+        assert self.jepa is not None
+        if not self.config.jepa.inject:
+            return x[:, -scored_tail:]
+        kept = x.size(1)
+        tail_starts = None if starts is None else starts[:, length - kept :]
+        latents = self.jepa.latents(x, tail_starts)
+        if kept == length:
+            return self.jepa.inject(x, latents.predicted, tail_starts)[:, -scored_tail:]
+        # the first kept chunk has no predecessor here and is not scored
+        P = self.config.jepa.chunk_bytes
+        return self.jepa.inject(x, latents.predicted[:, 1:], tail_starts, first_position=P)[:, -scored_tail:]
+
+    def _head(self, x: Tensor) -> Tensor:
+        return softcap(F.linear(rms_norm(x), self.token_embedding.weight), self.config.model.logit_softcap)
+
+    def logits(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
+        """Return the float32 logits of the next id at every position, (B, T, 260)."""
+        return self._head(self.hidden(ids)[0])
+
+    forward = logits
+
+    def tail_logits(self, ids: Int[Tensor, "B T"], scored_tail: int) -> Float[Tensor, "B N V"]:
+        """Return the logits of the last `scored_tail` positions; equal to those of `logits` up to rounding, for less work."""
+        return self._head(self.hidden(ids, scored_tail=scored_tail)[0])
+
+    def losses(self, inputs: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], *, jepa: bool = True) -> Losses:
+        """Return the losses of predicting `targets` from `inputs` (targets are the inputs, one id later).
+
+        `jepa` False leaves out the latent losses (they are 0), which costs nothing while their weight is zero.
+        """
+        x, latents = self.hidden(inputs)
+        ce = F.cross_entropy(self._head(x).flatten(0, 1), targets.flatten().long())
+        zero = ce.new_zeros(())
+        prediction = regularizer = zero
+        if jepa and self.jepa is not None and latents is not None:
+            prediction, regularizer = self.jepa.prediction_loss(latents), self.jepa.sigreg(latents.target)
+        detached = None if latents is None else Latents(*(part.detach() for part in latents))
+        return Losses(ce, prediction, regularizer, self._multi_token_loss(x, targets), detached)
+
+    def _multi_token_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        total = x.new_zeros((), dtype=torch.float32)
+        for ahead, head in enumerate(self.multi_token_heads, start=1):
+            logits = softcap(head(rms_norm(x[:, :-ahead])), self.config.model.logit_softcap)
+            total = total + F.cross_entropy(logits.flatten(0, 1), targets[:, ahead:].flatten().long())
+        return total / max(1, len(self.multi_token_heads))

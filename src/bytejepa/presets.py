@@ -1,0 +1,84 @@
+"""Named configurations, each a function that derives it from another and says what it changes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from bytejepa.config import RunConfig, replace
+from bytejepa.errors import ConfigError
+
+
+def default() -> RunConfig:
+    """The reference with every defect of spec section 7 mended; full size, 600 s on 8 GPUs.
+
+    BigramHash learns, branch outputs start at 1/sqrt(2L), JEPA reaches the backbone, SIGReg sees mean and scale, the
+    learning rate reaches zero where training ends, each row has its own quantisation step.
+    """
+    return replace(
+        RunConfig(),
+        jepa={
+            "lambda_max": 0.01,
+            "lambda_zero_until": 0.0,
+            "lambda_ramp_until": 0.1,
+            "lambda_after": "hold",
+            "sigreg_weight": 1.0,
+        },
+        schedule={"steps": None, "max_wallclock_s": 600.0},
+    )
+
+
+def pr832() -> RunConfig:
+    """The reference to the letter (spec sections 2-5), inert parts included."""
+    return replace(
+        RunConfig(),
+        model={"bigram_projection_init": "zero", "output_projection_init": "zero"},
+        jepa={"gradient": "detached", "sigreg_standardize": True, "sigreg_group_sequences": 12},
+        data={"order": "sequential", "num_streams": 8},
+        schedule={"max_wallclock_s": 600.0, "warmdown": "mean_step_time"},
+        training={"bfloat16_embeddings": True},
+        artifact={"scales": "reference_floor", "clip": "max", "small_tensor_elements": 65_536, "codecs": ("zstd",)},
+    )
+
+
+def pr832_no_jepa() -> RunConfig:
+    """`pr832` without the JEPA module: the control arm of the reference's ablation."""
+    return replace(pr832(), jepa={"enabled": False})
+
+
+def tiny() -> RunConfig:
+    """`default`'s structure at a size that 2 CPU cores train on the embedded corpus in a few minutes."""
+    return replace(
+        default(),
+        model={
+            "num_layers": 6,
+            "model_dim": 128,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "xsa_last_layers": 2,
+            "rotary_length_bytes": 512,
+        },
+        jepa={"latent_dim": 64, "hidden_dim": 64, "sigreg_directions": 64},
+        data={"sequence_bytes": 512, "batch_bytes": 4096},
+        optimizer={"muon_momentum": 0.95, "muon_momentum_start": 0.85, "muon_momentum_warmup_steps": 100},
+        schedule={"steps": 900, "max_wallclock_s": None, "warmdown_fraction": 0.6},
+        training={"ema_decay": 0.99, "warmup_steps": 1, "validate_every_steps": 300, "validation_bytes": 65_536},
+        evaluation={"window_bytes": 512, "stride_bytes": 128},
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "default": default,
+    "pr832": pr832,
+    "pr832-no-jepa": pr832_no_jepa,
+    "tiny": tiny,
+}
+
+
+def preset(name: str) -> RunConfig:
+    """Return the configuration called `name`. Raises: ConfigError with the nearest name if there is none."""
+    if name not in PRESETS:
+        nearest = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"presets: {', '.join(PRESETS)}"
+        raise ConfigError(f"unknown preset {name!r}", hint=hint)
+    return PRESETS[name]()
