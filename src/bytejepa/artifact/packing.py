@@ -1,0 +1,351 @@
+"""Named tensors to compressed byte streams and back, each tensor in a storage scheme of its own.
+
+Schemes: `int2_rows` ... `int8_rows` (a `QuantizedMatrix`: a stream of codes and one of scales), `float16` and `float32`
+(one stream). A code takes a whole byte before the compressor: bit-packed codes hide their frequencies from a byte
+compressor and come out about a fifth larger. Scalars wider than a byte are split into byte planes, lowest byte first,
+so that sign and exponent bytes stand together. Every stream is compressed by the smallest of the allowed codecs and
+names it.
+
+Source: spec section 5 (one value to a byte, zstd level 22); `docs/artifact.md` states the layout for other readers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import brotli
+import numpy as np
+import torch
+import zstandard
+from torch import Tensor
+
+from bytejepa.artifact.quantize import CLIP_MAX, ClipRule, QuantizedMatrix, dequantize, quantize_rows, to_float16
+from bytejepa.errors import ArtifactError
+
+StoredTensor = QuantizedMatrix | Tensor
+"""A tensor as it is stored: int rows, or a float16 or float32 tensor."""
+
+ZSTD_LEVEL = 22
+ZSTD_WINDOW_BYTES = 8 << 20  # what RFC 8878 asks every decoder to support; larger only for a larger content
+BROTLI_QUALITY = 11
+BROTLI_WINDOW_BITS = 24  # 16 MiB, the largest of the standard format
+MAX_ELEMENTS = 1 << 28
+"""Most numbers, scales included, in one artifact: 1 GiB as float32, many times what 16 MB can usefully hold."""
+MAX_DIMENSIONS = 8
+MAX_NAME_CHARACTERS = 200
+ROW_SCHEMES = {f"int{bits}_rows": bits for bits in range(2, 9)}
+FLOAT_SCHEMES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+SCHEMES = (*ROW_SCHEMES, *FLOAT_SCHEMES)
+DEFAULT_CODECS = ("zstd", "raw")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamRecord:
+    """One compressed stream: the codec that made it and its length."""
+
+    codec: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorRecord:
+    """Where one tensor lies in the payload and how to read it."""
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: str
+    """One of `SCHEMES`."""
+    offset: int
+    """Of the tensor's first byte in the payload."""
+    streams: tuple[StreamRecord, ...]
+    """Codes, then scales, for rows; one stream otherwise. They follow each other without a gap."""
+    sha256: str
+    """Of the tensor's compressed bytes, in hex."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Compressed bytes of all the tensor's streams."""
+        return sum(stream.num_bytes for stream in self.streams)
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers in the tensor, without scales."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedTensors:
+    """A table of tensors and the bytes it describes."""
+
+    records: tuple[TensorRecord, ...]
+    payload: bytes
+
+
+def store_tensors(
+    tensors: Mapping[str, Tensor], schemes: Mapping[str, str], *, clip: ClipRule = CLIP_MAX
+) -> dict[str, StoredTensor]:
+    """Return every tensor in the scheme that `schemes` names for it, on the CPU, in the order of `tensors`.
+
+    `clip` applies to all int rows. Results share no memory with the input.
+
+    Raises: ArtifactError naming the tensor: no scheme or an unknown one, a scheme that does not fit, bad values.
+    """
+    unknown = sorted(set(schemes) - set(tensors))
+    if unknown:
+        raise ArtifactError(f"a storage scheme is given for {unknown[0]!r}, which is not among the tensors")
+    stored: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        scheme = schemes.get(name)
+        if scheme not in SCHEMES:
+            raise ArtifactError(
+                f"tensor {name!r}: unknown storage scheme {scheme!r}", hint=f"one of {', '.join(SCHEMES)}"
+            )
+        if scheme in ROW_SCHEMES and tensor.ndim != 2:
+            raise ArtifactError(
+                f"tensor {name!r}: {scheme} stores matrices, got shape {tuple(tensor.shape)}",
+                hint="store it as float16",
+            )
+        try:
+            if scheme in ROW_SCHEMES:
+                stored[name] = quantize_rows(tensor.detach().cpu(), bits=ROW_SCHEMES[scheme], clip=clip)
+            elif scheme == "float16":
+                stored[name] = to_float16(tensor.detach().cpu()).clone()
+            else:
+                stored[name] = tensor.detach().cpu().to(torch.float32, copy=True)
+        except ArtifactError as problem:
+            raise ArtifactError(f"tensor {name!r}: {problem.message}", hint=problem.hint) from problem
+    return stored
+
+
+def restore(stored: StoredTensor) -> Tensor:
+    """Return the float32 tensor that `stored` stands for; a float32 tensor is returned itself, not a copy."""
+    return dequantize(stored) if isinstance(stored, QuantizedMatrix) else stored.float()
+
+
+def pack(tensors: Mapping[str, StoredTensor], *, codecs: Sequence[str] = DEFAULT_CODECS) -> PackedTensors:
+    """Return the table and the compressed bytes of `tensors`, in their order; each stream by its smallest codec.
+
+    Among equally small ones the first of `codecs` wins. The same input gives the same bytes, for given versions of the
+    compressors.
+
+    Raises: ArtifactError for an unknown codec or a tensor that cannot be stored.
+    """
+    for codec in codecs:
+        _require_codec(codec, "pack")
+    if not codecs:
+        raise ArtifactError("no codec is allowed", hint=f"name at least one of {', '.join(CODECS)}")
+    records: list[TensorRecord] = []
+    pieces: list[bytes] = []
+    offset = 0
+    for name, stored in tensors.items():
+        shape, scheme, raw_streams = _raw_streams(name, stored)
+        compressed = [_smallest(raw, codecs) for raw in raw_streams]
+        data = b"".join(stream for _, stream in compressed)
+        record = TensorRecord(
+            name=name,
+            shape=shape,
+            scheme=scheme,
+            offset=offset,
+            streams=tuple(StreamRecord(codec=codec, num_bytes=len(stream)) for codec, stream in compressed),
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
+        records.append(record)
+        pieces.append(data)
+        offset += len(data)
+    check_records(records, offset)
+    return PackedTensors(records=tuple(records), payload=b"".join(pieces))
+
+
+def unpack(records: Sequence[TensorRecord], payload: bytes | memoryview) -> dict[str, StoredTensor]:
+    """Return the stored tensors of a table, on the CPU, in its order; `restore` turns them into weights.
+
+    Decoding allocates what the table declares and no more, and the table is checked first.
+
+    Raises: ArtifactError naming the tensor that is inconsistent, damaged or does not decode to its declared size.
+    """
+    check_records(records, len(payload))
+    return {record.name: _decode(record, payload[record.offset :][: record.num_bytes]) for record in records}
+
+
+def check_records(records: Sequence[TensorRecord], payload_bytes: int) -> None:
+    """Refuse a table that cannot describe a payload of `payload_bytes` bytes, before anything is allocated for it.
+
+    Raises: ArtifactError for names that are empty, too long or repeated, impossible shapes, unknown schemes or codecs,
+    too many elements, and tensors that overlap, leave gaps or reach past the end.
+    """
+    seen: set[str] = set()
+    end = elements = 0
+    for record in records:
+        if not 0 < len(record.name) <= MAX_NAME_CHARACTERS or record.name in seen:
+            raise ArtifactError(
+                f"tensor name {record.name[:60]!r} is empty, repeated or over {MAX_NAME_CHARACTERS} letters"
+            )
+        seen.add(record.name)
+        for size in _stream_sizes(record):
+            elements += size // (1 if record.scheme in ROW_SCHEMES else FLOAT_SCHEMES[record.scheme].itemsize)
+        if elements > MAX_ELEMENTS:
+            raise ArtifactError(
+                f"tensor {record.name!r} of shape {record.shape}: more than {MAX_ELEMENTS} numbers in one artifact"
+            )
+        for stream in record.streams:
+            _require_codec(stream.codec, f"tensor {record.name!r}")
+            if stream.num_bytes < 0:
+                raise ArtifactError(f"tensor {record.name!r}: a stream of {stream.num_bytes} bytes")
+        if record.offset != end:
+            raise ArtifactError(f"tensor {record.name!r} must start at byte {end} of the payload, got {record.offset}")
+        end += record.num_bytes
+    if end != payload_bytes:
+        raise ArtifactError(f"the tensors take {end} bytes, the payload has {payload_bytes}")
+
+
+def _stream_sizes(record: TensorRecord) -> tuple[int, ...]:
+    """Return the uncompressed bytes of each of the record's streams, after checking scheme and shape."""
+    where = f"tensor {record.name!r}"
+    if len(record.shape) > MAX_DIMENSIONS or any(not 0 <= size <= MAX_ELEMENTS for size in record.shape):
+        raise ArtifactError(f"{where}: impossible shape {str(record.shape)[:60]}")
+    if record.scheme in ROW_SCHEMES:
+        if len(record.shape) != 2:
+            raise ArtifactError(f"{where}: {record.scheme} needs two dimensions, got shape {record.shape}")
+        sizes: tuple[int, ...] = (record.num_elements, 2 * record.shape[0])
+    elif record.scheme in FLOAT_SCHEMES:
+        sizes = (record.num_elements * FLOAT_SCHEMES[record.scheme].itemsize,)
+    else:
+        raise ArtifactError(
+            f"{where}: unknown storage scheme {record.scheme[:60]!r}", hint=f"one of {', '.join(SCHEMES)}"
+        )
+    if len(record.streams) != len(sizes):
+        raise ArtifactError(f"{where}: {record.scheme} has {len(sizes)} streams, got {len(record.streams)}")
+    return sizes
+
+
+def _raw_streams(name: str, stored: StoredTensor) -> tuple[tuple[int, ...], str, list[bytes]]:
+    """Return shape, scheme and uncompressed streams of one stored tensor."""
+    if isinstance(stored, QuantizedMatrix):
+        codes = stored.codes.cpu().contiguous().numpy()
+        return tuple(codes.shape), f"int{stored.bits}_rows", [codes.tobytes(), _planes(stored.scales, "float16")]
+    schemes = {torch.float16: "float16", torch.float32: "float32"}
+    if stored.dtype not in schemes:
+        raise ArtifactError(
+            f"tensor {name!r}: {stored.dtype} cannot be stored", hint="choose its scheme with store_tensors first"
+        )
+    if not bool(torch.isfinite(stored).all()):
+        raise ArtifactError(f"tensor {name!r} has values that are not finite", hint="do not export a diverged model")
+    scheme = schemes[stored.dtype]
+    return tuple(stored.shape), scheme, [_planes(stored, scheme)]
+
+
+def _decode(record: TensorRecord, data: bytes | memoryview) -> StoredTensor:
+    if hashlib.sha256(data).hexdigest() != record.sha256:
+        raise ArtifactError(f"tensor {record.name!r}: checksum differs", hint="the file is damaged, copy it again")
+    raw_streams: list[bytes] = []
+    start = 0
+    for stream, num_bytes in zip(record.streams, _stream_sizes(record), strict=True):
+        raw = CODECS[stream.codec].decompress(bytes(data[start : start + stream.num_bytes]), num_bytes)
+        if raw is None:
+            raise ArtifactError(
+                f"tensor {record.name!r}: its {stream.codec} stream does not decode to {num_bytes} bytes",
+                hint="the file was not written by bytejepa",
+            )
+        raw_streams.append(raw)
+        start += stream.num_bytes
+    if record.scheme in FLOAT_SCHEMES:
+        tensor = _from_planes(raw_streams[0], record.scheme).reshape(record.shape)
+        if not bool(torch.isfinite(tensor).all()):
+            raise ArtifactError(f"tensor {record.name!r} has values that are not finite")
+        return tensor
+    codes = torch.from_numpy(np.frombuffer(raw_streams[0], dtype=np.int8).copy()).reshape(record.shape)
+    try:
+        return QuantizedMatrix(
+            codes=codes, scales=_from_planes(raw_streams[1], "float16"), bits=ROW_SCHEMES[record.scheme]
+        )
+    except ArtifactError as problem:
+        raise ArtifactError(f"tensor {record.name!r}: {problem.message}", hint=problem.hint) from problem
+
+
+def _planes(tensor: Tensor, scheme: str) -> bytes:
+    """Return the little-endian scalars of `tensor` as byte planes, lowest byte first."""
+    scalars = tensor.detach().cpu().contiguous().numpy().astype(FLOAT_SCHEMES[scheme]).reshape(-1)
+    return scalars.view(np.uint8).reshape(-1, scalars.itemsize).T.tobytes()
+
+
+def _from_planes(data: bytes, scheme: str) -> Tensor:
+    """Return the flat tensor whose byte planes are `data`."""
+    dtype = FLOAT_SCHEMES[scheme]
+    scalars = np.frombuffer(data, dtype=np.uint8).reshape(dtype.itemsize, -1).T.copy().view(dtype).reshape(-1)
+    return torch.from_numpy(scalars.astype(dtype.newbyteorder("=")))
+
+
+def _smallest(raw: bytes, codecs: Sequence[str]) -> tuple[str, bytes]:
+    candidates = [(codec, CODECS[codec].compress(raw)) for codec in codecs]
+    return min(candidates, key=lambda candidate: len(candidate[1]))  # min keeps the first of equals
+
+
+def _require_codec(codec: str, where: str) -> None:
+    if codec not in CODECS:
+        raise ArtifactError(f"{where}: unknown codec {codec[:60]!r}", hint=f"one of {', '.join(CODECS)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Codec:
+    """A compressor of byte strings; `decompress` gives None unless the data are one stream of exactly `num_bytes`."""
+
+    compress: Callable[[bytes], bytes]
+    decompress: Callable[[bytes, int], bytes | None]
+
+
+def _raw_decompress(data: bytes, num_bytes: int) -> bytes | None:
+    return data if len(data) == num_bytes else None
+
+
+def _zstd_compress(raw: bytes) -> bytes:
+    return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True).compress(raw)
+
+
+def zstd_decompress(data: bytes, num_bytes: int) -> bytes | None:
+    """Return the content of one zstd frame that declares exactly `num_bytes` bytes, else None; never allocates more."""
+    try:
+        frame_header = zstandard.get_frame_parameters(data)
+        too_wide = frame_header.window_size > max(num_bytes, ZSTD_WINDOW_BYTES)
+        if frame_header.content_size != num_bytes or too_wide:
+            return None
+        decompressor = zstandard.ZstdDecompressor()
+        if num_bytes == 0:  # decompress() returns early on an empty frame, without looking at what follows it
+            frame = decompressor.decompressobj()
+            content = frame.decompress(data)
+            return content if frame.eof and not content and not frame.unused_data else None
+        return decompressor.decompress(data, max_output_size=num_bytes, allow_extra_data=False)
+    except zstandard.ZstdError:
+        return None
+
+
+def _brotli_compress(raw: bytes) -> bytes:
+    return brotli.compress(raw, quality=BROTLI_QUALITY, lgwin=BROTLI_WINDOW_BITS)
+
+
+def _brotli_decompress(data: bytes, num_bytes: int) -> bytes | None:
+    """Return one brotli stream's content; its format states no size, so decode in pieces and stop once past it."""
+    decompressor = brotli.Decompressor()
+    content = bytearray()
+    feed = data
+    try:
+        while not decompressor.is_finished():
+            piece = decompressor.process(feed, output_buffer_limit=num_bytes - len(content) + 1)
+            content += piece
+            starved = not piece and not decompressor.is_finished()
+            if len(content) > num_bytes or starved:
+                return None
+            feed = b""
+    except brotli.error:
+        return None
+    return bytes(content) if len(content) == num_bytes else None
+
+
+CODECS: dict[str, _Codec] = {
+    "raw": _Codec(compress=bytes, decompress=_raw_decompress),
+    "zstd": _Codec(compress=_zstd_compress, decompress=zstd_decompress),
+    "brotli": _Codec(compress=_brotli_compress, decompress=_brotli_decompress),
+}
