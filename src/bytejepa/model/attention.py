@@ -149,7 +149,7 @@ class Attention(nn.Module):
         H, G, E = self.num_heads, self.num_kv_heads, self.head_dim
         # one product for the three maps; queries and keys go through norm and rotation together
         weight = torch.cat((self.query.weight, self.key.weight, self.value.weight))
-        heads = F.linear(x, weight).unflatten(-1, (H + 2 * G, E))
+        heads = F.linear(x, weight.to(x.dtype)).unflatten(-1, (H + 2 * G, E))
         qk = rotate(rms_norm(heads[:, :, : H + G]), cosines, sines)
         q = qk[:, :, :H] * self.query_gain.to(qk.dtype)[:, None]
         return q, qk[:, :, H:], heads[:, :, H + G :]

@@ -22,10 +22,14 @@ def rms_norm(x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
 
 
 class Linear(nn.Linear):
-    """A linear map without bias that can be read through its quantiser (quantisation-aware training)."""
+    """A linear map without bias that computes in the dtype of its input, whatever its weight is kept in."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """Return x @ weight^T."""
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class SmearGate(nn.Module):
@@ -66,12 +70,11 @@ class BigramHash(nn.Module):
         return rows if document_start is None else rows.masked_fill(document_start, self.rows - 1)
 
     def forward(
-        self, ids: Int[Tensor, "B T"], document_start: Bool[Tensor, "B T"] | None = None
+        self, ids: Int[Tensor, "B T"], dtype: torch.dtype, document_start: Bool[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T D"]:
-        """Return what is added to the token embedding."""
-        return self.projection(self.embedding(self.row_indices(ids, document_start))) * self.scale.to(
-            self.embedding.weight.dtype
-        )
+        """Return what is added to the token embedding, in `dtype`."""
+        rows = F.embedding(self.row_indices(ids, document_start), self.embedding.weight).to(dtype)
+        return self.projection(rows) * self.scale.to(dtype)
 
 
 class MLP(nn.Module):

@@ -106,6 +106,8 @@ class ByteLM(nn.Module):
         )
         self.rotary = RotaryTables(model.rotary_dims or model.head_dim, model.rotary_base, model.rotary_length_bytes)
         self.attention_backend: AttentionBackend = config.training.attention
+        self.compute_dtype = torch.float32
+        """Precision of activations and products; weights keep their own and are cast where they are used."""
 
     def hidden(self, ids: Int[Tensor, "B T"], *, scored_tail: int | None = None) -> tuple[Tensor, Latents | None]:
         """Return the last residual before the final norm, (B, T, D), injection included, and JEPA's latents.
@@ -115,9 +117,9 @@ class ByteLM(nn.Module):
         """
         model = self.config.model
         starts = document_starts(ids) if model.document_masking else None
-        x = F.embedding(ids, self.token_embedding.weight)
+        x = F.embedding(ids, self.token_embedding.weight).to(self.compute_dtype)
         if self.bigram is not None:
-            x = x + self.bigram(ids, starts)
+            x = x + self.bigram(ids, self.compute_dtype, starts)
         x0 = rms_norm(x)
         if self.smear is not None:
             x0 = self.smear(x0, starts)
@@ -206,7 +208,7 @@ class ByteLM(nn.Module):
         return self.jepa.inject(x, latents.predicted[:, 1:], tail_starts, first_position=P)[:, -scored_tail:]
 
     def _head(self, x: Tensor) -> Tensor:
-        return softcap(F.linear(rms_norm(x), self.token_embedding.weight), self.config.model.logit_softcap)
+        return softcap(F.linear(rms_norm(x), self.token_embedding.weight.to(x.dtype)), self.config.model.logit_softcap)
 
     def logits(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
         """Return the float32 logits of the next id at every position, (B, T, 260)."""

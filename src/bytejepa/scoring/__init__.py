@@ -1,1 +1,1 @@
-"""TODO."""
+"""Scoring: bits per byte, every byte exactly once. `windows` plans which, `evaluate` prices them."""

@@ -1,0 +1,148 @@
+"""The score of a model on text: summed nats in float64 over a plan of windows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bytejepa.bits import bits_per_byte
+from bytejepa.data.vocabulary import BOS, BYTE_OFFSET, ids_from_bytes
+from bytejepa.model.transformer import ByteLM
+from bytejepa.scoring.windows import Window, batch_windows, plan_windows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """What text costs under a model."""
+
+    nats: float
+    """Summed next-id loss of every target, BOS targets included."""
+    nats_of_bos: float
+    """The part of `nats` spent on BOS targets."""
+    num_bytes: int
+    """Targets that are bytes."""
+    num_targets: int
+    """All targets: bytes and specials."""
+    window: int
+    """Longest context, in ids."""
+    stride: int
+    """Targets priced a window, in ids."""
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte, the cost of BOS included, as the challenge counts it; NaN for empty text."""
+        return bits_per_byte(self.nats, self.num_bytes)
+
+    @property
+    def bpb_without_bos(self) -> float:
+        """Bits per byte of the bytes alone; NaN for empty text."""
+        return bits_per_byte(self.nats - self.nats_of_bos, self.num_bytes)
+
+    def __add__(self, other: Score) -> Score:
+        return dataclasses.replace(
+            self,
+            nats=self.nats + other.nats,
+            nats_of_bos=self.nats_of_bos + other.nats_of_bos,
+            num_bytes=self.num_bytes + other.num_bytes,
+            num_targets=self.num_targets + other.num_targets,
+        )
+
+
+class Scorer:
+    """Prices windows; compiled once and reused by every evaluation of a run."""
+
+    def __init__(self, model: ByteLM, *, compile: bool = False, prune: bool = True) -> None:  # noqa: A002 - torch's word
+        self.model = model
+        self.prune = prune
+        self._losses = torch.compile(self._batch_losses) if compile else self._batch_losses
+
+    def _batch_losses(self, ids: Int[Tensor, "B T"], targets: Int[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+        scored = targets.size(1)
+        if self.prune and scored < ids.size(1):
+            logits = self.model.tail_logits(ids, scored)
+        else:
+            logits = self.model.logits(ids)[:, -scored:]
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+    @torch.no_grad()
+    def window_losses(self, ids: npt.NDArray[np.uint16], windows: list[Window]) -> Float[Tensor, "B N"]:
+        """Return the nats of every target that `windows` (all of one shape) price, (len(windows), scored) float32."""
+        device = self.model.token_embedding.weight.device
+        rows = np.stack([ids[w.begin : w.begin + w.length + 1] for w in windows]).astype(np.int64)
+        batch = torch.from_numpy(rows).to(device)
+        return self._losses(batch[:, :-1], batch[:, batch.size(1) - windows[0].scored :])
+
+
+def target_losses(
+    scorer: Scorer,
+    ids: npt.NDArray[np.uint16],
+    *,
+    window: int,
+    stride: int,
+    batch_ids: int = 65_536,
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[tuple[list[Window], Float[Tensor, "B N"]]]:
+    """Yield (windows, nats of the targets they price) over all targets of `ids`, in order.
+
+    `share` (rank, world_size): yield every world_size-th batch only.
+    """
+    rank, world_size = share
+    plan = plan_windows(len(ids) - 1, window=window, stride=stride)
+    for number, windows in enumerate(batch_windows(plan, batch_ids=batch_ids)):
+        if number % world_size == rank:
+            yield windows, scorer.window_losses(ids, windows)
+
+
+def score_ids(
+    scorer: Scorer,
+    ids: npt.NDArray[np.uint16],
+    *,
+    window: int,
+    stride: int,
+    batch_ids: int = 65_536,
+    share: tuple[int, int] = (0, 1),
+    on_progress: Callable[[int], None] | None = None,
+) -> Score:
+    """Return the score of the targets ids[1:], each priced once. `on_progress` is told the targets done so far.
+
+    With `share` (rank, world_size) the score covers that rank's batches; the sum over ranks is the score.
+    """
+    device = scorer.model.token_embedding.weight.device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    counts = np.zeros(2, dtype=np.int64)
+    for windows, losses in target_losses(scorer, ids, window=window, stride=stride, batch_ids=batch_ids, share=share):
+        nats = losses.double()
+        targets = np.stack([ids[w.first_target : w.begin + w.length + 1] for w in windows])
+        bos = torch.from_numpy(targets == BOS).to(device)
+        sums += torch.stack((nats.sum(), (nats * bos).sum()))
+        counts += ((targets >= BYTE_OFFSET).sum(), targets.size)
+        if on_progress is not None:
+            on_progress(int(counts[1]))
+    total, on_bos = sums.tolist()
+    return Score(
+        nats=total,
+        nats_of_bos=on_bos,
+        num_bytes=int(counts[0]),
+        num_targets=int(counts[1]),
+        window=window,
+        stride=stride,
+    )
+
+
+def score(model: ByteLM, data: bytes, *, window: int | None = None, stride: int | None = None) -> Score:
+    """Return the score of `data` as one document: a BOS, then every byte priced once.
+
+    `window` and `stride` in bytes default to the model's evaluation settings. Empty data scores 0 nats over 0 bytes.
+    """
+    evaluation = model.config.evaluation
+    window = window or evaluation.window_bytes
+    stride = stride or min(evaluation.stride_bytes, window)
+    ids = np.concatenate((np.array([BOS], dtype=np.uint16), ids_from_bytes(data)))
+    return score_ids(Scorer(model), ids, window=window, stride=stride, batch_ids=evaluation.batch_bytes)

@@ -1,0 +1,56 @@
+"""Which window scores which byte: a plan, as data, made before any model runs (spec section 1).
+
+The ids x_0 .. x_n give n targets x_1 .. x_n. A window that begins at b feeds ids b .. b + length - 1 and prices the last
+`scored` of the targets b + 1 .. b + length. Windows begin at multiples of the stride; the first prices all its targets,
+later ones those that no window before priced, so each target is priced exactly once and with at least
+window - stride ids of context where that much exists. The tail is no exception (spec section 7, item 8).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+from bytejepa.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Window:
+    """One forward pass over part of the ids."""
+
+    begin: int
+    """Position of the first id fed."""
+    length: int
+    """Ids fed."""
+    scored: int
+    """Targets priced: the last ones."""
+
+    @property
+    def first_target(self) -> int:
+        """Position of the first target priced."""
+        return self.begin + self.length - self.scored + 1
+
+
+def plan_windows(num_targets: int, *, window: int, stride: int) -> Iterator[Window]:
+    """Yield the windows that price each of `num_targets` targets once, in order.
+
+    `stride` equal to `window` is non-overlapping evaluation. Input shorter than a window gets one shorter window.
+    Raises: ConfigError if not 1 <= stride <= window.
+    """
+    if not 1 <= stride <= window:
+        raise ConfigError(f"stride must be from 1 to the window {window}, got {stride}", hint="use --stride and --window")
+    end = 0
+    for begin in itertools.count(0, stride):
+        if end >= num_targets:
+            return
+        length = min(window, num_targets - begin)
+        yield Window(begin=begin, length=length, scored=begin + length - end)
+        end = begin + length
+
+
+def batch_windows(windows: Iterator[Window], *, batch_ids: int) -> Iterator[list[Window]]:
+    """Yield lists of consecutive windows of equal shape, at most `batch_ids` ids (and at least one window) each."""
+    for (length, _), alike in itertools.groupby(windows, key=lambda w: (w.length, w.scored)):
+        while batch := list(itertools.islice(alike, max(1, batch_ids // length))):
+            yield batch

@@ -1,0 +1,166 @@
+"""Checkpoints: everything that decides how a run goes on, in safetensors plus JSON.
+
+`checkpoints/step_00000040.safetensors` holds the tensors (`model.`, `average.`, `optimizer.`), the `.json` beside it the
+rest and the sha256 of the tensors. The JSON is written last: a checkpoint exists when its JSON does. Writing happens in
+a thread on a copy, so training goes on; an error there surfaces at the next save or at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from bytejepa.errors import CheckpointError, file_errors_as
+from bytejepa.files import write_atomically
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Position:
+    """Where in a run a checkpoint was taken; the data order and every random number follow from it."""
+
+    step: int
+    """Optimiser steps done."""
+    stage: int
+    """Stage of sequence growth."""
+    stage_index: int
+    """Batches read in that stage."""
+    num_bytes: int
+    """Ids read over all ranks."""
+    num_swa_samples: int
+    """Weights taken into the SWA average."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A checkpoint as read from disk."""
+
+    path: Path
+    position: Position
+    configuration: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of one part: model, average or optimizer."""
+        prefix = name + "."
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+
+class CheckpointWriter:
+    """Writes checkpoints of one run and keeps the newest few."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, position: Position, tensors: dict[str, Tensor], configuration: dict[str, Any]) -> None:
+        """Start writing a checkpoint; `tensors` are copied before this returns.
+
+        Raises: CheckpointError if the write before this one failed.
+        """
+        self.wait()
+        copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+        self._pending = self._thread.submit(self._write, position, copies, configuration)
+
+    def wait(self) -> None:
+        """Wait for the write under way. Raises: CheckpointError if it failed; older checkpoints are intact."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait, then stop the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, position: Position, tensors: dict[str, Tensor], configuration: dict[str, Any]) -> None:
+        path = self.folder / f"step_{position.step:08d}.safetensors"
+        with file_errors_as(CheckpointError, "write checkpoint", path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            data = safetensors.torch.save(tensors)
+            write_atomically(path, data)
+            described = {
+                "format_version": FORMAT_VERSION,
+                "position": dataclasses.asdict(position),
+                "configuration": configuration,
+                "tensors_sha256": hashlib.sha256(data).hexdigest(),
+            }
+            write_atomically(path.with_suffix(".json"), json.dumps(described, indent=1).encode())
+            for old in steps_on_disk(self.folder)[self.keep :]:
+                remove(self.folder, old)
+
+
+def steps_on_disk(folder: Path) -> list[int]:
+    """Return the steps of which `folder` has a checkpoint, newest first."""
+    names = (re.fullmatch(r"step_(\d+)\.json", entry.name) for entry in folder.glob("step_*.json"))
+    return sorted((int(name.group(1)) for name in names if name), reverse=True)
+
+
+def remove(folder: Path, step: int) -> None:
+    """Delete a checkpoint; the JSON first, so that half a deletion leaves no half checkpoint."""
+    for suffix in (".json", ".safetensors"):
+        (folder / f"step_{step:08d}{suffix}").unlink(missing_ok=True)
+
+
+def read(folder: Path, step: int) -> Checkpoint:
+    """Return the checkpoint of `step`, every byte of it checked. Raises: CheckpointError naming what is wrong."""
+    path = folder / f"step_{step:08d}.safetensors"
+    with file_errors_as(CheckpointError, "read checkpoint", path):
+        description = path.with_suffix(".json").read_bytes()
+        data = path.read_bytes()
+    try:
+        described = json.loads(description)
+        position = Position(**described["position"])
+        expected = described["tensors_sha256"]
+    except (ValueError, KeyError, TypeError) as problem:
+        raise CheckpointError(f"{path.with_suffix('.json')}: damaged: {problem}") from None
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise CheckpointError(f"{path}: damaged: its sha256 is not the one in {path.with_suffix('.json').name}")
+    try:
+        tensors = safetensors.torch.load(data)
+    except safetensors.SafetensorError as problem:
+        raise CheckpointError(f"{path}: damaged: {problem}") from None
+    return Checkpoint(path=path, position=position, configuration=described["configuration"], tensors=tensors)
+
+
+def read_newest(folder: Path, *, on_damaged: list[str] | None = None) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole, or None if there is none at all.
+
+    What is wrong with newer ones is appended to `on_damaged`. Raises: CheckpointError if all are damaged.
+    """
+    problems: list[str] = []
+    for step in steps_on_disk(folder):
+        try:
+            return read(folder, step)
+        except CheckpointError as problem:
+            problems.append(problem.message)
+            if on_damaged is not None:
+                on_damaged.append(problem.message)
+    if problems:
+        raise CheckpointError(f"no checkpoint in {folder} is whole: {problems[0]}", hint="start the run again")
+    return None
+
+
+def as_parts(**parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of several parts in one dictionary, names prefixed with the part's."""
+    return {f"{part}.{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
+
+
+def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Return whether two dictionaries hold the same names with bit-identical values."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,0 +1,61 @@
+"""Training time, as a log that can be replayed.
+
+The schedule under a wallclock cap depends on the seconds elapsed at the start of every step. They are written down as
+they are read; a resumed run replays what was written and goes on from there, so it takes the same decisions.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+
+class Clock:
+    """Seconds of training at the start of each step, pauses (compilation, validation, checkpoints) left out."""
+
+    def __init__(self, log: Path | None = None) -> None:
+        self.log_path = log
+        self.readings: list[float] = _read_log(log) if log is not None and log.exists() else []
+        self._file = log.open("a", encoding="ascii") if log is not None else None
+        self._elapsed_s = 0.0
+        self._running_since: float | None = None
+
+    def read(self, step: int) -> float:
+        """Return the seconds elapsed at the start of `step`: as logged if the log has it, else as measured and logged."""
+        if step < len(self.readings):
+            self._elapsed_s = self.readings[step]
+            if self._running_since is not None:
+                self._running_since = time.perf_counter()
+            return self._elapsed_s
+        self.pause()
+        self.resume()
+        self.readings.append(self._elapsed_s)
+        if self._file is not None:
+            self._file.write(f"{self._elapsed_s!r}\n")
+            self._file.flush()
+        return self._elapsed_s
+
+    def resume(self) -> None:
+        """Let time count from now."""
+        self._running_since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stop counting."""
+        if self._running_since is not None:
+            now = time.perf_counter()
+            self._elapsed_s += now - self._running_since
+            self._running_since = None
+
+    def close(self) -> None:
+        """Close the log."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _read_log(path: Path) -> list[float]:
+    lines = path.read_text(encoding="ascii").split("\n")
+    # a line without its newline was cut off by a kill; drop it from the file too
+    complete = lines[:-1]
+    if lines[-1]:
+        path.write_text("".join(f"{line}\n" for line in complete), encoding="ascii")
+    return [float(line) for line in complete]

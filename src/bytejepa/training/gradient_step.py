@@ -1,0 +1,104 @@
+"""One forward and backward pass over this rank's share of a batch, compiled or not, in micro-batches or whole."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from bytejepa.config import RunConfig
+from bytejepa.model.jepa import Latents
+from bytejepa.model.transformer import ByteLM
+from bytejepa.training.optimizers import role_of
+
+
+class StepLosses(NamedTuple):
+    """Losses of this rank's share of a step: detached 0-dimensional tensors that have not been waited for."""
+
+    ce: Tensor
+    jepa_prediction: Tensor
+    sigreg: Tensor
+    latents: Latents | None
+    """Of the last micro-batch."""
+
+
+class _WeightedLoss(nn.Module):
+    """The scalar that is minimised, and its parts."""
+
+    def __init__(self, model: ByteLM, config: RunConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.sigreg_weight = config.jepa.sigreg_weight
+        self.multi_token_weight = config.training.multi_token_weight
+
+    def forward(self, inputs: Tensor, targets: Tensor, jepa_lambda: Tensor, jepa: bool) -> tuple[Tensor, ...]:
+        losses = self.model.losses(inputs, targets, jepa=jepa)
+        total = losses.ce + self.multi_token_weight * losses.multi_token
+        if jepa:
+            total = total + jepa_lambda * (losses.jepa_prediction + self.sigreg_weight * losses.sigreg)
+        parts = (total, losses.ce.detach(), losses.jepa_prediction.detach(), losses.sigreg.detach())
+        return parts + (tuple(losses.latents) if losses.latents is not None else ())
+
+
+class GradientStep:
+    """Computes losses and leaves their gradients, averaged over micro-batches, in `.grad`."""
+
+    def __init__(self, model: ByteLM, config: RunConfig, *, compile: bool) -> None:  # noqa: A002 - torch's word
+        self.config = config
+        self.loss = _WeightedLoss(model, config)
+        self.matrices = [
+            name
+            for name, parameter in self.loss.named_parameters()
+            if role_of(name.removeprefix("model."), parameter) == "matrix" and ".blocks." in name
+        ]
+        self._whole = torch.compile(self._forward) if compile else self._forward
+
+    def _forward(self, inputs: Tensor, targets: Tensor, jepa_lambda: Tensor, jepa: bool, quantized: bool) -> tuple[Tensor, ...]:
+        # both switches are arguments: torch.compile guards them, where it would fold an attribute into the graph for good
+        if not quantized:
+            return self.loss(inputs, targets, jepa_lambda, jepa)
+        from bytejepa.model.quantization import fake_quantize_rows
+
+        parameters = dict(self.loss.named_parameters())
+        bits = self.config.artifact.matrix_bits
+        rounded = {name: fake_quantize_rows(parameters[name], bits) for name in self.matrices}
+        return torch.func.functional_call(self.loss, rounded, (inputs, targets, jepa_lambda, jepa))
+
+    def __call__(
+        self, inputs: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], *, jepa_lambda: float, quantized: bool = False
+    ) -> StepLosses:
+        """Return the mean losses over the rows; gradients are added to `.grad`."""
+        micro_bytes = self.config.data.micro_batch_bytes or inputs.numel()
+        rows = max(1, min(inputs.size(0), micro_bytes // inputs.size(1)))
+        # a share that is no multiple is divided evenly into more, smaller parts
+        while inputs.size(0) % rows:
+            rows -= 1
+        num_parts = inputs.size(0) // rows
+        weight = torch.tensor(jepa_lambda, device="cpu").to(inputs.device, non_blocking=True)
+        sums = [torch.zeros((), device=inputs.device) for _ in range(3)]
+        latents: Latents | None = None
+        for part_inputs, part_targets in zip(inputs.split(rows), targets.split(rows), strict=True):
+            total, *parts = self._whole(part_inputs, part_targets, weight, jepa_lambda > 0, quantized)
+            (total / num_parts).backward()
+            sums = [so_far + part for so_far, part in zip(sums, parts[:3], strict=True)]
+            latents = Latents(*parts[3:]) if len(parts) > 3 else None
+        ce, prediction, regularizer = (value / num_parts for value in sums)
+        return StepLosses(ce, prediction, regularizer, latents)
+
+
+@contextlib.contextmanager
+def averaged_weights(model: nn.Module, average: list[Tensor]):  # type: ignore[no-untyped-def]
+    """Let `model` hold the averaged weights inside the block, and its own again after it."""
+    live = [parameter.detach().clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), average, strict=True):
+            parameter.copy_(value)
+    try:
+        yield model
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), live, strict=True):
+                parameter.copy_(value)

@@ -1,0 +1,163 @@
+"""Muon: momentum, orthogonalised (spec section 4), with all matrices of one shape in one batched product.
+
+    m <- mu m + g;   u = NS5(g + mu m);   w <- (1 - lr wd) w - lr sqrt(max(1, rows / cols)) u
+
+Matrices of one wide shape (rows <= columns after transposing the tall ones) go through the Newton-Schulz iteration as
+one batch. With several ranks each takes its share of every batch and the updates are gathered, the gathering of one
+batch running while the next is computed. Source: Jordan et al., "Muon" (2024).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bytejepa.training.distributed import Ranks
+
+QUINTIC = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the iteration, chosen by its authors for the largest slope at zero; singular values end in about [0.7, 1.2]."""
+
+
+def orthogonalize(matrices: Float[Tensor, "*n rows columns"], steps: int = 5) -> Float[Tensor, "*n rows columns"]:
+    """Return each matrix with its singular values driven to about 1: `steps` Newton-Schulz iterations on g / |g|_F.
+
+    bfloat16 on CUDA, float32 elsewhere. Tall matrices are iterated on transposed.
+    """
+    a, b, c = QUINTIC
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    tall = x.size(-2) > x.size(-1)
+    if tall:
+        x = x.mT
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    batched = x.ndim == 3
+    for _ in range(steps):
+        gram = x @ x.mT
+        # baddbmm and addmm fold the scaled sum into the product: two passes over the matrices fewer
+        if batched:
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            x = torch.baddbmm(x, polynomial, x, beta=a)
+        else:
+            polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+            x = torch.addmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+
+@dataclasses.dataclass
+class _Batch:
+    """Matrices that share a wide shape, and this rank's slice of their momentum."""
+
+    parameters: list[Tensor]
+    tall: list[bool]
+    update_scale: Tensor
+    """(n, 1, 1): sqrt(max(1, rows / columns))."""
+    first: int
+    count: int
+    momentum: Tensor
+    """(count, rows, columns): the slice first .. first + count of this rank."""
+
+
+def _update(
+    gradient: Tensor, momentum: Tensor, scale: Tensor, mu: Tensor, clip: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Return (new momentum, update) of a batch; `mu` and `clip` are 0-dimensional tensors so that nothing recompiles."""
+    gradient = gradient * clip
+    momentum = momentum * mu + gradient
+    return momentum, orthogonalize(gradient + mu * momentum, steps).to(gradient.dtype) * scale
+
+
+class Muon:
+    """The optimiser of the 2-D block matrices and the bigram projection."""
+
+    def __init__(
+        self,
+        named_parameters: list[tuple[str, Tensor]],
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        newton_schulz_steps: int,
+        ranks: Ranks,
+        compile_update: bool = False,
+    ) -> None:
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.steps = newton_schulz_steps
+        self.ranks = ranks
+        self.names = {id(parameter): name for name, parameter in named_parameters}
+        self.update: Callable[..., tuple[Tensor, Tensor]] = torch.compile(_update) if compile_update else _update
+        by_shape: dict[tuple[int, int], list[Tensor]] = {}
+        for _, parameter in named_parameters:
+            wide = (min(parameter.shape), max(parameter.shape))
+            by_shape.setdefault(wide, []).append(parameter)
+        # the largest batch first: its gathering overlaps with the arithmetic of the others
+        shapes = sorted(by_shape, key=lambda shape: -shape[0] * shape[0] * shape[1] * len(by_shape[shape]))
+        self.batches = [self._batch(by_shape[shape]) for shape in shapes]
+
+    def _batch(self, parameters: list[Tensor]) -> _Batch:
+        first, count = self.ranks.share(len(parameters))
+        wide = torch.Size((min(parameters[0].shape), max(parameters[0].shape)))
+        scales = torch.tensor([max(1.0, p.size(0) / p.size(1)) ** 0.5 for p in parameters], device=parameters[0].device)
+        return _Batch(
+            parameters=parameters,
+            tall=[p.size(0) > p.size(1) for p in parameters],
+            update_scale=scales[:, None, None],
+            first=first,
+            count=count,
+            momentum=torch.zeros((count, *wide), device=parameters[0].device),
+        )
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Return every matrix this optimiser updates."""
+        return [parameter for batch in self.batches for parameter in batch.parameters]
+
+    @torch.no_grad()
+    def step(self, *, learning_rate_scale: float, momentum: float, clip: Tensor) -> None:
+        """Update the matrices in place from their `.grad`, already averaged over ranks; `clip` multiplies each gradient."""
+        device = clip.device
+        mu = torch.tensor(momentum, device="cpu").to(device, non_blocking=True)
+        pending = []
+        for batch in self.batches:
+            update = self._update_of_share(batch, mu, clip)
+            pending.append((batch, self.ranks.all_gather_shares(update, len(batch.parameters))))
+        lr = self.learning_rate * learning_rate_scale
+        for batch, gathered in pending:
+            updates = gathered.wait().unbind()
+            oriented = [u.mT if tall else u for u, tall in zip(updates, batch.tall, strict=True)]
+            torch._foreach_mul_(batch.parameters, 1 - lr * self.weight_decay)
+            torch._foreach_add_(batch.parameters, oriented, alpha=-lr)
+
+    def _update_of_share(self, batch: _Batch, mu: Tensor, clip: Tensor) -> Tensor:
+        mine = slice(batch.first, batch.first + batch.count)
+        if batch.count == 0:
+            return batch.momentum
+        gradients = []
+        for parameter, tall in zip(batch.parameters[mine], batch.tall[mine], strict=True):
+            gradient = parameter.grad
+            assert gradient is not None
+            gradients.append(gradient.mT if tall else gradient)
+        new_momentum, update = self.update(
+            torch.stack(gradients).float(), batch.momentum, batch.update_scale[mine], mu, clip, self.steps
+        )
+        batch.momentum.copy_(new_momentum)
+        return update
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the momentum of every matrix by its parameter's name, gathered from all ranks (a collective call)."""
+        state = {}
+        for batch in self.batches:
+            momenta = self.ranks.all_gather_shares(batch.momentum, len(batch.parameters)).wait().unbind()
+            for parameter, tall, momentum in zip(batch.parameters, batch.tall, momenta, strict=True):
+                state[self.names[id(parameter)]] = momentum.mT if tall else momentum
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take this rank's share of what `state` returned, on any number of ranks."""
+        for batch in self.batches:
+            for slot in range(batch.count):
+                parameter = batch.parameters[batch.first + slot]
+                momentum = state[self.names[id(parameter)]]
+                batch.momentum[slot].copy_(momentum.mT if batch.tall[batch.first + slot] else momentum)

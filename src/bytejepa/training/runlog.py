@@ -1,0 +1,148 @@
+"""The run folder: what was asked (`config.json`), where it ran (`manifest.json`), what happened (`metrics.jsonl`).
+
+Torch-free, so that reports and the command line read runs at once.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from bytejepa.config import RunConfig, fingerprint, from_dict, to_dict
+from bytejepa.errors import CheckpointError, ConfigError, file_errors_as
+from bytejepa.files import write_atomically
+
+METRICS: dict[str, str] = {
+    "step": "optimiser steps done",
+    "num_bytes": "ids read over all ranks",
+    "elapsed_s": "seconds of training, pauses left out",
+    "progress": "share of the run that is over, 0 to 1",
+    "train_loss_nats": "mean next-id loss of the step's batch, nats an id",
+    "train_bpb": "the same in bits an id, a BOS counted as a byte",
+    "gradient_norm": "global gradient norm before clipping",
+    "learning_rate_scale": "factor on every learning rate",
+    "muon_momentum": "Muon's momentum",
+    "jepa_lambda": "weight of the latent losses",
+    "jepa_prediction_loss": "mean squared error of the predicted latents",
+    "jepa_sigreg": "distance of the latents' distribution from a standard normal",
+    "jepa_explained_variance": "share of the latents' variance that the predictor explains, at most 1",
+    "jepa_effective_rank": "exp of the spectral entropy of the latents' covariance, 1 to latent_dim",
+    "sequence_bytes": "context of the step's sequences, ids",
+    "val_bpb": "bits per byte of the live weights on the validation split, non-overlapping windows",
+    "val_bpb_average": "the same of the averaged weights (EMA or SWA)",
+}
+"""Every key of metrics.jsonl, with unit and meaning."""
+
+
+class RunFolder:
+    """Paths and files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_path = path / "config.json"
+        self.manifest_path = path / "manifest.json"
+        self.metrics_path = path / "metrics.jsonl"
+        self.clock_path = path / "clock.log"
+        self.checkpoints_path = path / "checkpoints"
+        self.lock_path = path / ".lock"
+
+    def create(self, config: RunConfig, manifest: dict[str, Any], *, force: bool = False) -> None:
+        """Write the resolved configuration and the manifest into a new folder.
+
+        Raises: CheckpointError if the folder already holds a run (or anything else) and `force` is not given.
+        """
+        with file_errors_as(CheckpointError, "create run folder", self.path):
+            left = [entry.name for entry in self.path.iterdir() if entry.name != ".lock"] if self.path.is_dir() else []
+            if left and not force:
+                raise CheckpointError(
+                    f"{self.path} is not empty", hint=f"continue it with --resume {self.path}, or start over with --force"
+                )
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.checkpoints_path.mkdir(exist_ok=True)
+            for old in (self.metrics_path, self.clock_path, *self.checkpoints_path.glob("step_*")):
+                old.unlink(missing_ok=True)
+            write_atomically(self.config_path, json.dumps(to_dict(config), indent=1).encode())
+            write_atomically(self.manifest_path, json.dumps(manifest, indent=1).encode())
+
+    def read_config(self) -> RunConfig:
+        """Return the run's resolved configuration. Raises: CheckpointError if there is none."""
+        if not self.config_path.is_file():
+            raise CheckpointError(f"{self.path} is not a run folder: it has no config.json")
+        with file_errors_as(CheckpointError, "read", self.config_path):
+            text = self.config_path.read_text(encoding="utf-8")
+        try:
+            return from_dict(json.loads(text), where=str(self.config_path))
+        except (ValueError, ConfigError) as problem:
+            raise CheckpointError(f"{self.config_path}: damaged: {problem}") from None
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Return the run's manifest, empty if there is none."""
+        return json.loads(self.manifest_path.read_text(encoding="utf-8")) if self.manifest_path.is_file() else {}
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        """Return the lines of metrics.jsonl; a last line cut off by a kill is left out."""
+        if not self.metrics_path.is_file():
+            return []
+        lines = self.metrics_path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the lines after `step`: the steps that a resumed run takes again."""
+        kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
+        if self.metrics_path.exists():
+            write_atomically(self.metrics_path, "".join(kept).encode())
+
+    def append_metrics(self, values: dict[str, float]) -> None:
+        """Append one line; every key is declared in METRICS."""
+        unknown = set(values) - set(METRICS)
+        assert not unknown, f"undeclared metrics {unknown}"
+        with file_errors_as(CheckpointError, "write", self.metrics_path), self.metrics_path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return versions, hardware and the git commit: what a figure needs beside it to be worth anything."""
+    import psutil
+
+    versions = {name: importlib.metadata.version(name) for name in ("bytejepa", "torch", "numpy", "zstandard")}
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": versions,
+        "platform": platform.platform(),
+        "processor": _processor_name(),
+        "physical_cores": psutil.cpu_count(logical=False),
+        "memory_bytes": psutil.virtual_memory().total,
+        "git_commit": _git_commit(),
+    }
+
+
+def _processor_name() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    source = Path(__file__).resolve().parent
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True, text=True, timeout=5, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None
+
+
+def run_manifest(config: RunConfig, data: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of manifest.json: the fingerprint of the configuration, the data and the machine."""
+    return {"fingerprint": fingerprint(config), "data": data, **machine}
