@@ -23,7 +23,7 @@ import torch
 import zstandard
 from torch import Tensor
 
-from bytejepa.artifact.quantize import CLIP_MAX, ClipRule, QuantizedMatrix, dequantize, quantize_rows, to_float16
+from bytejepa.model.quantization import CLIP_MAX, ClipRule, QuantizedMatrix, dequantize, quantize_rows, to_float16
 from bytejepa.errors import ArtifactError
 
 StoredTensor = QuantizedMatrix | Tensor

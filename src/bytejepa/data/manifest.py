@@ -156,15 +156,9 @@ def load_manifest(directory: Path) -> Manifest:
 
 
 def _manifest_from_json(content: dict[str, Any]) -> Manifest:
-    sources = content["sources"]
     return Manifest(
         kind=content["kind"],
-        sources=SourceListing(
-            num_files=sources["num_files"],
-            num_bytes=sources["num_bytes"],
-            sha256=sources["sha256"],
-            files=tuple(SourceFile(**file) for file in sources["files"]),
-        ),
+        sources=sources_from_json(content["sources"]),
         settings=dict(content["settings"]),
         splits={
             split: SplitRecord(
@@ -175,6 +169,16 @@ def _manifest_from_json(content: dict[str, Any]) -> Manifest:
             )
             for split, record in content["splits"].items()
         },
+    )
+
+
+def sources_from_json(content: dict[str, Any]) -> SourceListing:
+    """Return a listing from its JSON. Raises: KeyError, TypeError for content that is none."""
+    return SourceListing(
+        num_files=content["num_files"],
+        num_bytes=content["num_bytes"],
+        sha256=content["sha256"],
+        files=tuple(SourceFile(**file) for file in content["files"]),
     )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bytejepa import presets
 from bytejepa.config import RunConfig, replace
 from bytejepa.errors import ArtifactError, ConfigError, file_errors_as
-from bytejepa.model.initialization import generator
+from bytejepa.model.initialization import fill_sigreg_directions
 from bytejepa.model.transformer import ByteLM
 
 _MODEL_KEYS = {
@@ -144,8 +144,8 @@ def build(
     model.load_state_dict(weights, strict=False)
     if model.jepa is not None:
         if sigreg_directions is None:
-            directions = torch.randn(model.jepa.directions.shape, generator=generator(1337, "sigreg directions"))
-            sigreg_directions = directions / directions.norm(dim=0)
+            fill_sigreg_directions(model, model.config.training.seed)
+            sigreg_directions = model.jepa.directions
         if sigreg_directions.size(0) != model.jepa.config.latent_dim:
             raise ConfigError(
                 f"sigreg_directions: expected {model.jepa.config.latent_dim} rows, got {sigreg_directions.size(0)}"

@@ -45,9 +45,16 @@ def initialize(model: ByteLM, seed: int) -> ByteLM:
     if model.jepa is not None:
         start = torch.randn(model.jepa.start.shape, generator=generator(seed, "initialize start token"))
         model.jepa.start.copy_(0.02 * start)
+    fill_sigreg_directions(model, seed)
+    return model
+
+
+@torch.no_grad()
+def fill_sigreg_directions(model: ByteLM, seed: int) -> None:
+    """Fill the fixed directions of SIGReg, which are a function of the seed and therefore in no file."""
+    if model.jepa is not None:
         directions = torch.randn(model.jepa.directions.shape, generator=generator(seed, "sigreg directions"))
         model.jepa.directions.copy_(directions / directions.norm(dim=0))
-    return model
 
 
 def _initial_matrix(name: str, parameter: Tensor, config, random: torch.Generator) -> Tensor:  # type: ignore[no-untyped-def]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bytejepa.artifact.quantize import (
+from bytejepa.model.quantization import (
     CLIP_MAX,
     CLIP_MEAN_SQUARED_ERROR,
     ClipRule,
@@ -97,7 +97,7 @@ def test_quantization_error_by_hand():
 
 
 def test_quantile_clip_is_the_linear_quantile_across_chunks(monkeypatch):
-    monkeypatch.setattr("bytejepa.artifact.quantize.QUANTILE_CHUNK_ELEMENTS", 300)
+    monkeypatch.setattr("bytejepa.model.quantization.QUANTILE_CHUNK_ELEMENTS", 300)
     weight = gaussian(7, 100)
     expected = torch.from_numpy(np.quantile(weight.abs().numpy(), 0.95, axis=1)).float() / 31
     torch.testing.assert_close(row_scales(weight, bits=6, clip=CLIP_QUANTILE), expected, rtol=2**-11, atol=0.0)

@@ -1,0 +1,74 @@
+"""A model from a file: an artifact, or the averaged weights of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bytejepa.artifact.container import read_container
+from bytejepa.config import RunConfig, from_dict
+from bytejepa.errors import ArtifactError, CheckpointError, ConfigError
+from bytejepa.model.initialization import fill_sigreg_directions
+from bytejepa.model.transformer import ByteLM
+from bytejepa.training import checkpoint
+from bytejepa.training.runlog import RunFolder
+
+
+def load(path: Path | str, *, device: str = "cpu") -> ByteLM:
+    """Return the model in `path`, ready to predict: an artifact (`.bjm`), or a run folder (its averaged weights).
+
+    Float32 weights; on CUDA it computes in bfloat16. Raises: ArtifactError or CheckpointError that says what is wrong.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config, weights = run_weights(path)
+        source = str(path)
+    else:
+        container = read_container(path)
+        config, weights, source = configuration_of(container.configuration, str(path)), container.tensors, str(path)
+    return build(config, weights, source=source).to(device)
+
+
+def configuration_of(values: dict[str, object], where: str) -> RunConfig:
+    """Return the configuration stored in an artifact. Raises: ArtifactError if this version cannot read it."""
+    try:
+        return from_dict(values, where=where)
+    except ConfigError as problem:
+        raise ArtifactError(f"{problem.message}", hint=problem.hint or "was it written by another version?") from None
+
+
+def build(config: RunConfig, weights: dict[str, Tensor], *, source: str) -> ByteLM:
+    """Return a ByteLM of `config` with `weights`. Raises: ArtifactError if they do not fit each other."""
+    # heads that only training needs are in no artifact
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, multi_token_heads=0))
+    weights = {name: value for name, value in weights.items() if not name.startswith("multi_token_heads")}
+    model = ByteLM(config)
+    expected = dict(model.named_parameters())
+    for name, parameter in expected.items():
+        if name not in weights or weights[name].shape != parameter.shape:
+            got = tuple(weights[name].shape) if name in weights else "nothing"
+            raise ArtifactError(f"{source}: tensor {name}: expected shape {tuple(parameter.shape)}, got {got}")
+    unknown = sorted(set(weights) - set(expected))
+    if unknown:
+        raise ArtifactError(f"{source}: tensor {unknown[0]} has no place in a model of its configuration")
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(weights[name])
+    fill_sigreg_directions(model, config.training.seed)
+    return model.eval()
+
+
+def run_weights(run: Path, *, averaged: bool = True) -> tuple[RunConfig, dict[str, Tensor]]:
+    """Return (configuration, weights by name) of the newest whole checkpoint of a run: averaged, or as last trained.
+
+    Raises: CheckpointError if the folder is no run or has no whole checkpoint.
+    """
+    folder = RunFolder(run)
+    config = folder.read_config()
+    found = checkpoint.read_newest(folder.checkpoints_path)
+    if found is None:
+        raise CheckpointError(f"{run} has no checkpoint yet", hint=f"go on with `bytejepa train --resume {run}`")
+    return config, (found.part("average") if averaged else {}) or found.part("model")
