@@ -29,7 +29,7 @@ from bytejepa.artifact.container import (
     write_container,
 )
 from bytejepa.artifact.packing import CODECS, StoredTensor
-from bytejepa.artifact.quantize import QuantizedMatrix, dequantize, quantize_rows
+from bytejepa.model.quantization import QuantizedMatrix, dequantize, quantize_rows
 from bytejepa.errors import ArtifactError
 
 torch.set_num_threads(1)

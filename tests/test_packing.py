@@ -24,7 +24,7 @@ from bytejepa.artifact.packing import (
     store_tensors,
     unpack,
 )
-from bytejepa.artifact.quantize import ClipRule, QuantizedMatrix, dequantize, quantize_rows
+from bytejepa.model.quantization import ClipRule, QuantizedMatrix, dequantize, quantize_rows
 from bytejepa.errors import ArtifactError
 
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bytejepa.artifact.container import container_from_bytes, container_to_bytes
 from bytejepa.artifact.packing import CODECS, StoredTensor, pack, restore, unpack
-from bytejepa.artifact.quantize import (
+from bytejepa.model.quantization import (
     CLIP_MAX,
     CLIP_MEAN_SQUARED_ERROR,
     ClipRule,
