@@ -31,6 +31,7 @@ import numpy as np
 import zstandard
 
 from bytejepa.data.blocks import Block, Segment
+from bytejepa.data.parquet import parquet_blocks
 from bytejepa.data.sentencepiece_table import token_blocks
 from bytejepa.errors import DataError, file_errors_as
 
@@ -40,7 +41,6 @@ COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
 TEXT_KEY = "text"
 
 _BLOCK_BYTES = 4_000_000
-_PARQUET_BATCH_ROWS = 256
 _ZSTANDARD_INPUT_BYTES = 2048
 """A run of one byte packs 128 kB into 4 bytes: 2 kB of input are at most 64 MB of output."""
 _SUFFIXES: dict[str, Kind] = {
@@ -188,7 +188,7 @@ def read_blocks(segments: Iterable[Segment], settings: ReadSettings) -> Iterator
         if settings.kind == "jsonl":
             yield from _jsonl_blocks(segment)
         elif settings.kind == "parquet":
-            yield from _parquet_blocks(segment)
+            yield from parquet_blocks(segment)
         elif settings.document_separator is None:
             yield from _text_blocks(segment)
         else:
@@ -323,74 +323,3 @@ def _lines_before(segment: Segment) -> int:
         return 0
     before = Segment(path=segment.path, end=segment.begin)
     return sum(data.count(b"\n") for data, _ in _chunks(before))
-
-
-def open_parquet(path: str) -> Any:
-    """Return the opened parquet file (a `pyarrow.parquet.ParquetFile`) after checking that it has a text column.
-
-    Raises:
-        DataError: pyarrow is not installed, the file is no parquet, or it has no column `text` of strings.
-    """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as problem:
-        raise DataError("reading parquet needs pyarrow", hint="pip install 'bytejepa[parquet]'") from problem
-    with file_errors_as(DataError, "read", path):
-        try:
-            # Unbuffered beforehand: a row group may be larger than the memory.
-            file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-        except pyarrow.ArrowException as problem:
-            raise DataError(f"{path} is no whole parquet file: {problem}", hint="fetch it again") from problem
-    names = file.schema_arrow.names
-    if TEXT_KEY not in names:
-        found = ", ".join(names[:8])
-        raise DataError(f"{path} has no column {TEXT_KEY!r}: its columns are {found}", hint="rename the text column")
-    return file
-
-
-def _parquet_blocks(segment: Segment) -> Iterator[Block]:
-    """Yield the rows of some row groups."""
-    file = open_parquet(segment.path)
-    import pyarrow
-
-    with file_errors_as(DataError, "read", segment.path), file:
-        end = file.num_row_groups if segment.end is None else segment.end
-        for group in range(segment.begin, end):
-            batches = file.iter_batches(_PARQUET_BATCH_ROWS, [group], [TEXT_KEY], use_threads=False)
-            num_rows = 0
-            try:
-                for batch in batches:
-                    yield _column_block(batch.column(0), f"{segment.path}, row group {group}", num_rows)
-                    num_rows += len(batch)
-            except pyarrow.ArrowException as problem:
-                raise DataError(
-                    f"{segment.path} is damaged in row group {group}: {problem}", hint="fetch it again"
-                ) from problem
-            yield _block(b"", [], parquet_text_bytes(file, group)[0])
-
-
-def parquet_text_bytes(file: Any, group: int) -> tuple[int, int]:
-    """Return the bytes of the text column in a row group, on the disk and unpacked."""
-    metadata = file.metadata.row_group(group)
-    for index in range(metadata.num_columns):
-        column = metadata.column(index)
-        if column.path_in_schema == TEXT_KEY:
-            return column.total_compressed_size, column.total_uncompressed_size
-    return 0, 0
-
-
-def _column_block(column: Any, where: str, first_row: int) -> Block:
-    """Return the values of a column of strings, without a loop over its rows."""
-    import pyarrow
-
-    if column.null_count:
-        row = first_row + column.is_null().index(True).as_py()
-        raise DataError(f"{where}, row {row}: expected a text, got null", hint="remove the rows without text")
-    values = column.cast(pyarrow.large_binary())
-    _, offsets_buffer, data_buffer = values.buffers()
-    if len(values) == 0 or data_buffer is None:
-        return _block(b"", [0] * len(values), 0)
-    offsets = np.frombuffer(offsets_buffer, dtype=np.int64)[values.offset : values.offset + len(values) + 1]
-    data = np.frombuffer(data_buffer, dtype=np.uint8)[offsets[0] : offsets[-1]]
-    return Block(data=data, starts=offsets[:-1] - offsets[0], source_bytes=0)
