@@ -50,12 +50,14 @@ class _Section:
 
 
 @functools.cache
-def _ranges(section: type) -> dict[str, Range]:
+def _ranges(section: Any) -> dict[str, Range]:
     ranges = {}
     for name, annotation in typing.get_type_hints(section, include_extras=True).items():
         parts = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else ()
         for part in (annotation, *parts):
-            ranges.update({name: extra for extra in getattr(part, "__metadata__", ()) if isinstance(extra, Range)})
+            for extra in getattr(part, "__metadata__", ()):
+                if isinstance(extra, Range):
+                    ranges[name] = extra
     return ranges
 
 
@@ -118,11 +120,17 @@ class ModelConfig(_Section):
                 hint=f"got a head width of {self.model_dim / self.num_heads:g}",
             )
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"model.num_kv_heads {self.num_kv_heads} does not divide model.num_heads {self.num_heads}")
+            raise ConfigError(
+                f"model.num_kv_heads {self.num_kv_heads} does not divide model.num_heads {self.num_heads}"
+            )
         if self.rotary_dims is not None and (self.rotary_dims % 2 or self.rotary_dims > self.head_dim):
-            raise ConfigError(f"model.rotary_dims: expected an even number up to the head width {self.head_dim}, got {self.rotary_dims}")
+            raise ConfigError(
+                f"model.rotary_dims: expected an even number up to the head width {self.head_dim}, got {self.rotary_dims}"
+            )
         if self.xsa_last_layers > self.num_layers:
-            raise ConfigError(f"model.xsa_last_layers {self.xsa_last_layers} is more than model.num_layers {self.num_layers}")
+            raise ConfigError(
+                f"model.xsa_last_layers {self.xsa_last_layers} is more than model.num_layers {self.num_layers}"
+            )
         windows = self.attention_windows
         if windows is not None and (len(windows) not in (1, self.num_layers) or min(windows) < 0):
             raise ConfigError(
@@ -217,9 +225,13 @@ class DataConfig(_Section):
         stages = self.stages
         for begin, length in stages:
             if not 0 <= begin < 1 or length < 2:
-                raise ConfigError(f"data.sequence_growth: expected (progress in [0, 1), ids >= 2), got ({begin:g}, {length})")
+                raise ConfigError(
+                    f"data.sequence_growth: expected (progress in [0, 1), ids >= 2), got ({begin:g}, {length})"
+                )
             if self.batch_bytes % length:
-                raise ConfigError(f"data.batch_bytes {self.batch_bytes} is not a multiple of data.sequence_bytes {length}")
+                raise ConfigError(
+                    f"data.batch_bytes {self.batch_bytes} is not a multiple of data.sequence_bytes {length}"
+                )
             if self.order == "sequential" and (self.batch_bytes // length) % self.num_streams:
                 raise ConfigError(
                     f"data.num_streams {self.num_streams} does not divide the {self.batch_bytes // length} sequences of a step"
@@ -296,7 +308,8 @@ class ScheduleConfig(_Section):
         _Section.__post_init__(self)
         if self.steps is None and self.max_bytes is None and self.max_wallclock_s is None:
             raise ConfigError(
-                "schedule: nothing ends the run", hint="set one of schedule.steps, schedule.max_bytes, schedule.max_wallclock_s"
+                "schedule: nothing ends the run",
+                hint="set one of schedule.steps, schedule.max_bytes, schedule.max_wallclock_s",
             )
         if self.warmdown == "mean_step_time" and self.steps is None:
             raise ConfigError("schedule.warmdown mean_step_time needs schedule.steps")
@@ -313,6 +326,8 @@ class TrainingConfig(_Section):
     """Seed of initialisation, data order and SIGReg directions."""
     ema_decay: Fraction | None = 0.997
     """Decay of the exponential moving average of all weights; None: export the last weights."""
+    ema_warmup: bool = True
+    """Begin with a smaller decay, (1 + step) / (10 + step), so that a short run's average forgets the initial weights."""
     swa_start: Fraction | None = None
     """Progress from which an equal-weight average (SWA) is kept instead of the EMA; None: off."""
     swa_every_steps: PositiveInt = 50
@@ -359,7 +374,9 @@ class EvaluationConfig(_Section):
     def __post_init__(self) -> None:
         _Section.__post_init__(self)
         if self.stride_bytes > self.window_bytes:
-            raise ConfigError(f"evaluation.stride_bytes {self.stride_bytes} is more than evaluation.window_bytes {self.window_bytes}")
+            raise ConfigError(
+                f"evaluation.stride_bytes {self.stride_bytes} is more than evaluation.window_bytes {self.window_bytes}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -454,7 +471,10 @@ def _refuse_unknown(key: str, section: type, where: str) -> None:
     names = [field.name for field in dataclasses.fields(section)]
     if key not in names:
         nearest = difflib.get_close_matches(key, names, n=1)
-        raise ConfigError(f"{where}: unknown setting {key!r}", hint=f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(names)}")
+        raise ConfigError(
+            f"{where}: unknown setting {key!r}",
+            hint=f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(names)}",
+        )
 
 
 def fingerprint(config: RunConfig) -> str:

@@ -36,7 +36,7 @@ def pr832() -> RunConfig:
         jepa={"gradient": "detached", "sigreg_standardize": True, "sigreg_group_sequences": 12},
         data={"order": "sequential", "num_streams": 8},
         schedule={"max_wallclock_s": 600.0, "warmdown": "mean_step_time"},
-        training={"bfloat16_embeddings": True},
+        training={"bfloat16_embeddings": True, "ema_warmup": False},
         artifact={"scales": "reference_floor", "clip": "max", "small_tensor_elements": 65_536, "codecs": ("zstd",)},
     )
 

@@ -59,7 +59,12 @@ class ExportResult:
 
 
 def write_artifact(
-    path: Path, weights: dict[str, Tensor], config: RunConfig, *, metadata: dict[str, Any] | None = None, force: bool = False
+    path: Path,
+    weights: dict[str, Tensor],
+    config: RunConfig,
+    *,
+    metadata: dict[str, Any] | None = None,
+    force: bool = False,
 ) -> ContainerInfo:
     """Quantise, pack and write `weights`; return the file's sizes. Raises: ArtifactError, leaving what existed."""
     return write_container(
@@ -114,7 +119,9 @@ def export(
     return ExportResult(
         path=out,
         sha256=info.sha256,
-        num_parameters=sum(value.numel() for name, value in average.items() if not name.startswith("multi_token_heads")),
+        num_parameters=sum(
+            value.numel() for name, value in average.items() if not name.startswith("multi_token_heads")
+        ),
         weights_bytes=info.file_bytes,
         code_bytes=archive_bytes,
         code_source_bytes=source_bytes,

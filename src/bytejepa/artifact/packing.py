@@ -23,8 +23,8 @@ import torch
 import zstandard
 from torch import Tensor
 
-from bytejepa.model.quantization import CLIP_MAX, ClipRule, QuantizedMatrix, dequantize, quantize_rows, to_float16
 from bytejepa.errors import ArtifactError
+from bytejepa.model.quantization import CLIP_MAX, ClipRule, QuantizedMatrix, dequantize, quantize_rows, to_float16
 
 StoredTensor = QuantizedMatrix | Tensor
 """A tensor as it is stored: int rows, or a float16 or float32 tensor."""

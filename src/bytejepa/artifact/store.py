@@ -27,14 +27,21 @@ def store_weights(weights: dict[str, Tensor], config: RunConfig) -> dict[str, St
 
     Raises: ArtifactError naming a tensor that cannot be stored, such as one that is not finite.
     """
-    kept = {name: value.detach().float().cpu() for name, value in weights.items() if not name.startswith("multi_token_heads")}
+    kept = {
+        name: value.detach().float().cpu()
+        for name, value in weights.items()
+        if not name.startswith("multi_token_heads")
+    }
     schemes = {name: scheme_of(name, value, config.artifact) for name, value in kept.items()}
     if config.artifact.scales == "per_row":
         clip = CLIP_MAX if config.artifact.clip == "max" else CLIP_MEAN_SQUARED_ERROR
         return store_tensors(kept, schemes, clip=clip)
     plain = {name: scheme for name, scheme in schemes.items() if not scheme.endswith("_rows")}
     stored = store_tensors({name: kept[name] for name in plain}, plain)
-    rules = {f"int{config.artifact.matrix_bits}_rows": reference_int6, f"int{config.artifact.other_bits}_rows": reference_int8}
+    rules = {
+        f"int{config.artifact.matrix_bits}_rows": reference_int6,
+        f"int{config.artifact.other_bits}_rows": reference_int8,
+    }
     return {name: stored[name] if name in stored else rules[schemes[name]](kept[name]) for name in kept}
 
 
@@ -57,5 +64,3 @@ def code_bytes() -> tuple[int, int]:
     """Return (bytes of the package's source as it stands, bytes of it as an importable zip)."""
     root = Path(bytejepa.__file__).parent
     return sum(path.stat().st_size for path in root.rglob("*.py")), len(code_archive())
-
-

@@ -20,6 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bytejepa import presets
+from bytejepa.artifact.container import ContainerInfo
+from bytejepa.artifact.export import write_artifact
 from bytejepa.config import RunConfig, replace
 from bytejepa.errors import ArtifactError, ConfigError, file_errors_as
 from bytejepa.model.initialization import fill_sigreg_directions
@@ -103,7 +105,9 @@ def run_config(config: Mapping[str, Any]) -> RunConfig:
         elif key in _JEPA_KEYS:
             jepa[_JEPA_KEYS[key]] = value
         elif key not in _IGNORED_KEYS:
-            raise ConfigError(f"unknown setting of the reference: {key!r}", hint=f"known: {', '.join([*_MODEL_KEYS, *_JEPA_KEYS])}")
+            raise ConfigError(
+                f"unknown setting of the reference: {key!r}", hint=f"known: {', '.join([*_MODEL_KEYS, *_JEPA_KEYS])}"
+            )
     model["depth_scaled_norm"] = bool(model.get("depth_scaled_norm", True))
     for off_at_zero in ("bigram_rows", "rotary_dims"):
         if model.get(off_at_zero) == 0:
@@ -134,7 +138,9 @@ def build(
     for name, value in state_dict.items():
         ours = our_name(name)
         if ours not in parameters:
-            raise ArtifactError(f"{name} has no place in a model of this configuration", hint="check jepa and bigram settings")
+            raise ArtifactError(
+                f"{name} has no place in a model of this configuration", hint="check jepa and bigram settings"
+            )
         if parameters[ours].shape != value.shape:
             raise ArtifactError(f"{name}: expected shape {tuple(parameters[ours].shape)}, got {tuple(value.shape)}")
         weights[ours] = value.float()
@@ -156,9 +162,7 @@ def build(
 
 def reference_parameters(model: ByteLM) -> dict[str, nn.Parameter]:
     """Return {the reference's name: parameter} of every parameter of `model`; the parameters are the model's own."""
-    pairs = [
-        (re.sub(r"\\\.", ".", pattern), replacement) for pattern, replacement in _OURS_FROM_REFERENCE
-    ]
+    pairs = [(re.sub(r"\\\.", ".", pattern), replacement) for pattern, replacement in _OURS_FROM_REFERENCE]
     names = {}
     for ours, parameter in model.named_parameters():
         layer = re.match(r"blocks\.(\d+)\.", ours)
@@ -232,7 +236,9 @@ def config_of_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     try:
         dim = state_dict["tok_emb.weight"].size(1)
         query_gain = state_dict["blocks.0.attn.q_gain"]
-        layers = 1 + max(int(match.group(1)) for match in (re.match(r"blocks\.(\d+)\.", name) for name in state_dict) if match)
+        layers = 1 + max(
+            int(match.group(1)) for match in (re.match(r"blocks\.(\d+)\.", name) for name in state_dict) if match
+        )
         kv_dim = state_dict["blocks.0.attn.c_k.weight"].size(0)
         mlp_dim = state_dict["blocks.0.mlp.fc.weight"].size(0)
     except KeyError as missing:
@@ -252,3 +258,22 @@ def config_of_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         "jepa_latent_dim": 0 if latent is None else latent.numel(),
         "jepa_proj_hidden": 256 if latent is None else state_dict["jepa_projector.fc1.weight"].size(0),
     }
+
+
+def convert(
+    path: Path | str, out: Path | str, *, settings: Mapping[str, Any] | None = None, force: bool = False
+) -> ContainerInfo:
+    """Write the model in the reference's file `path` as an artifact at `out`; return the artifact's sizes.
+
+    `settings` overrides what `config_of_state_dict` assumes. Codes of a quantised file are dequantised and quantised
+    again by preset `pr832`'s rule, which gives the same codes.
+    Raises: ArtifactError, ConfigError; nothing is left half written.
+    """
+    state_dict = load_state_dict_file(path)
+    config = config_of_state_dict(state_dict)
+    overrides = dict(settings or {})
+    if not config["jepa_chunk_size"]:
+        overrides.pop("jepa_chunk_size", None)
+    model = build({**config, **overrides}, state_dict)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return write_artifact(Path(out), weights, model.config, metadata={"imported_from": Path(path).name}, force=force)

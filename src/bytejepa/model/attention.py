@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bytejepa.config import AttentionBackend
 from bytejepa.errors import ConfigError
 from bytejepa.model.layers import Linear, rms_norm, rotate
+
+Mask = Any
+"""None, a bool tensor, or for `flex` a BlockMask."""
 
 Kernel = Literal["flash4", "flash3", "cudnn", "flash", "flex", "math"]
 
@@ -35,9 +38,16 @@ def available_backends(device_type: str) -> dict[Kernel, str | None]:
         return None if importlib.util.find_spec(module) else f"the module {module} is not installed"
 
     return {
-        "flash4": needs("flash_attn.cute", 9) if importlib.util.find_spec("flash_attn") else no_cuda or "the module flash_attn.cute is not installed",
+        "flash4": needs("flash_attn.cute", 9)
+        if importlib.util.find_spec("flash_attn")
+        else no_cuda or "the module flash_attn.cute is not installed",
         "flash3": needs("flash_attn_interface", 9),
-        "cudnn": no_cuda or (None if capability[0] >= 9 and torch.backends.cudnn.is_available() else "needs cuDNN and compute capability 9.0"),
+        "cudnn": no_cuda
+        or (
+            None
+            if capability[0] >= 9 and torch.backends.cudnn.is_available()
+            else "needs cuDNN and compute capability 9.0"
+        ),
         "flash": None,
         "flex": no_cuda,
         "math": None,
@@ -50,14 +60,25 @@ def choose_backend(requested: AttentionBackend, device_type: str, *, masked: boo
     Raises: ConfigError if `requested` is impossible here, with the reason.
     """
     available = available_backends(device_type)
-    handles_masks: dict[Kernel, bool] = {"flash4": False, "flash3": False, "cudnn": False, "flash": device_type == "cpu", "flex": True, "math": True}
+    handles_masks: dict[Kernel, bool] = {
+        "flash4": False,
+        "flash3": False,
+        "cudnn": False,
+        "flash": device_type == "cpu",
+        "flex": True,
+        "math": True,
+    }
     if requested != "auto":
         reason = available[requested]
         if reason is None and masked and not handles_masks[requested]:
             reason = "it cannot mask windows or documents here"
         if reason is not None:
-            possible = ", ".join(name for name, why in available.items() if why is None and (not masked or handles_masks[name]))
-            raise ConfigError(f"training.attention {requested} is impossible on {device_type}: {reason}", hint=f"possible: {possible}")
+            possible = ", ".join(
+                name for name, why in available.items() if why is None and (not masked or handles_masks[name])
+            )
+            raise ConfigError(
+                f"training.attention {requested} is impossible on {device_type}: {reason}", hint=f"possible: {possible}"
+            )
         return requested
     order: tuple[Kernel, ...] = ("flash3", "flash4", "cudnn", "flash", "flex", "math")
     return next(name for name in order if available[name] is None and (not masked or handles_masks[name]))
@@ -85,7 +106,7 @@ def causal_attention(
     v: Float[Tensor, "B T G E"],
     *,
     backend: Kernel,
-    mask: Tensor | None = None,
+    mask: Mask = None,
 ) -> Float[Tensor, "B T H E"]:
     """Return softmax(q k^T / sqrt(E)) v over the keys at or before each query that `mask` allows.
 
@@ -169,7 +190,7 @@ class Attention(nn.Module):
         sines: Float[Tensor, "T half"],
         *,
         backend: Kernel,
-        mask: Tensor | None = None,
+        mask: Mask = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the attention output, not yet scaled or added to the residual."""
         q, k, v = self.project(x, cosines, sines)

@@ -28,7 +28,7 @@ class _RmsNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         y, inverse = ctx.saved_tensors
         projection = torch.linalg.vecdot(grad, y).unsqueeze(-1).div_(y.size(-1))
         return torch.addcmul(grad, y, projection, value=-1).mul_(inverse)
@@ -42,7 +42,7 @@ class _LeakyReluSquared(torch.autograd.Function):
         return activated.square()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         (activated,) = ctx.saved_tensors
         # d/dx leaky(x)^2 = 2 leaky(x) leaky'(x); leaky(x) has the sign of x, so it says which slope holds
         return torch.ops.aten.leaky_relu_backward(grad * activated, activated, 0.5, True).mul_(2)

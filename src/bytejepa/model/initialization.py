@@ -64,7 +64,9 @@ def _initial_matrix(name: str, parameter: Tensor, config, random: torch.Generato
     if name in ("bigram.embedding.weight", "jepa.injection.weight") or name.startswith("multi_token_heads"):
         return value.zero_()
     if name == "bigram.projection.weight":
-        return value.zero_() if config.bigram_projection_init == "zero" else nn.init.orthogonal_(value, generator=random)
+        return (
+            value.zero_() if config.bigram_projection_init == "zero" else nn.init.orthogonal_(value, generator=random)
+        )
     if name.endswith(("attention.output.weight", "mlp.down.weight")):
         gain = 0.0 if config.output_projection_init == "zero" else 1 / math.sqrt(2 * config.num_layers)
         return nn.init.orthogonal_(value, gain=gain, generator=random)

@@ -129,7 +129,11 @@ class Jepa(nn.Module):
 
 
 def sigreg(
-    samples: Float[Tensor, "*groups N Z"], directions: Float[Tensor, "Z S"], *, knots: int = 17, standardize: bool = True
+    samples: Float[Tensor, "*groups N Z"],
+    directions: Float[Tensor, "Z S"],
+    *,
+    knots: int = 17,
+    standardize: bool = True,
 ) -> Float[Tensor, "*groups"]:
     """Return how far the distribution of `samples` is from an isotropic standard normal, along fixed directions.
 

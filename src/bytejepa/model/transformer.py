@@ -1,9 +1,9 @@
 """ByteLM: the whole network (spec sections 2 and 3).
 
-    e  = token_embedding[ids] + bigram(ids);   x0 = smear(rms(e))
-    x  = first half of the blocks, pushing each output;  second half, adding each popped output times its skip weight
-    x  = x + JEPA's injection of the latent predicted for each chunk
-    logits = softcap(rms(x) @ token_embedding^T)          the head is tied to the embedding
+e  = token_embedding[ids] + bigram(ids);   x0 = smear(rms(e))
+x  = first half of the blocks, pushing each output;  second half, adding each popped output times its skip weight
+x  = x + JEPA's injection of the latent predicted for each chunk
+logits = softcap(rms(x) @ token_embedding^T)          the head is tied to the embedding
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bytejepa.config import AttentionBackend, RunConfig
 from bytejepa.data.vocabulary import VOCABULARY_SIZE
-from bytejepa.model.attention import Attention, Kernel, attention_mask, choose_backend, masked_attention
+from bytejepa.model.attention import Attention, Kernel, Mask, attention_mask, choose_backend, masked_attention
 from bytejepa.model.jepa import Jepa, Latents
 from bytejepa.model.layers import MLP, BigramHash, Linear, RotaryTables, SmearGate, document_starts, rms_norm, softcap
 
@@ -76,7 +76,7 @@ class Block(nn.Module):
         sines: Tensor,
         *,
         backend: Kernel,
-        mask: Tensor | None,
+        mask: Mask,
     ) -> Float[Tensor, "B T D"]:
         """Return the residual after this block."""
         x = self.mix(x, x0)
@@ -148,7 +148,9 @@ class ByteLM(nn.Module):
             if skips and self.skip_weights is not None:
                 x = torch.addcmul(x, self.skip_weights[layer - self.num_encoder_layers].to(x.dtype), skips.pop())
             if scored_tail is not None and layer == len(self.blocks) - 1:
-                return self._last_block_tail(block, x, x0, cosines, sines, masks[windows[layer]], self._kept_tail(length, scored_tail))
+                return self._last_block_tail(
+                    block, x, x0, cosines, sines, masks[windows[layer]], self._kept_tail(length, scored_tail)
+                )
             x = block(x, x0, cosines, sines, backend=backend, mask=masks[windows[layer]])
         return x
 
@@ -156,7 +158,9 @@ class ByteLM(nn.Module):
         windows = self.config.model.window_of_layer
         return self.config.model.document_masking or any(w is not None and w < length for w in windows)
 
-    def _masks(self, length: int, starts: Tensor | None, device: torch.device, backend: Kernel) -> dict[int | None, Tensor | None]:
+    def _masks(
+        self, length: int, starts: Tensor | None, device: torch.device, backend: Kernel
+    ) -> dict[int | None, Mask]:
         """Return one mask for each distinct window, in the form that `backend` takes."""
         document_ids = None if starts is None else starts.cumsum(1, dtype=torch.int32)
         windows = set(self.config.model.window_of_layer)
@@ -176,7 +180,7 @@ class ByteLM(nn.Module):
         return length - first
 
     def _last_block_tail(
-        self, block: nn.Module, x: Tensor, x0: Tensor, cosines: Tensor, sines: Tensor, mask: Tensor | None, kept: int
+        self, block: nn.Module, x: Tensor, x0: Tensor, cosines: Tensor, sines: Tensor, mask: Mask, kept: int
     ) -> Tensor:
         assert isinstance(block, Block)
         length = x.size(1)

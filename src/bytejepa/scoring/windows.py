@@ -39,7 +39,9 @@ def plan_windows(num_targets: int, *, window: int, stride: int) -> Iterator[Wind
     Raises: ConfigError if not 1 <= stride <= window.
     """
     if not 1 <= stride <= window:
-        raise ConfigError(f"stride must be from 1 to the window {window}, got {stride}", hint="use --stride and --window")
+        raise ConfigError(
+            f"stride must be from 1 to the window {window}, got {stride}", hint="use --stride and --window"
+        )
     end = 0
     for begin in itertools.count(0, stride):
         if end >= num_targets:

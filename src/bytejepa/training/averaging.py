@@ -34,6 +34,8 @@ class WeightAverage:
             return
         if self.num_swa_samples == 0:
             decay = self.config.ema_decay or 0.0
+            if self.config.ema_warmup:
+                decay = min(decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(self.average, live, 1.0 - decay)
 
     def state(self) -> dict[str, Tensor]:

@@ -78,7 +78,9 @@ class Ranks:
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
             dist.all_reduce(flat)
             flat /= self.world_size
-            parts = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)]
+            parts = [
+                part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)
+            ]
             torch._foreach_copy_(gradients, parts)
 
     def mean(self, values: Tensor) -> Tensor:

@@ -56,7 +56,9 @@ class GradientStep:
         ]
         self._whole = torch.compile(self._forward) if compile else self._forward
 
-    def _forward(self, inputs: Tensor, targets: Tensor, jepa_lambda: Tensor, jepa: bool, quantized: bool) -> tuple[Tensor, ...]:
+    def _forward(
+        self, inputs: Tensor, targets: Tensor, jepa_lambda: Tensor, jepa: bool, quantized: bool
+    ) -> tuple[Tensor, ...]:
         # both switches are arguments: torch.compile guards them, where it would fold an attribute into the graph for good
         if not quantized:
             return self.loss(inputs, targets, jepa_lambda, jepa)

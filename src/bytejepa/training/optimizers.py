@@ -36,7 +36,9 @@ def role_of(name: str, parameter: Tensor) -> Role:
 class Optimizers:
     """Muon and AdamW, stepped together."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks, *, compile_update: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, ranks: Ranks, *, compile_update: bool = False
+    ) -> None:
         self.config = config
         self.ranks = ranks
         by_role: dict[Role, list[tuple[str, Tensor]]] = {"matrix": [], "embedding": [], "scalar": [], "jepa": []}
@@ -58,7 +60,12 @@ class Optimizers:
         ]
         self.adam_names = [name for role, _, _ in rates for name, _ in by_role[role]]
         groups = [
-            {"params": [parameter for _, parameter in by_role[role]], "lr": rate, "weight_decay": decay, "base_lr": rate}
+            {
+                "params": [parameter for _, parameter in by_role[role]],
+                "lr": rate,
+                "weight_decay": decay,
+                "base_lr": rate,
+            }
             for role, rate, decay in rates
             if by_role[role]
         ]
@@ -81,7 +88,7 @@ class Optimizers:
                 # a part left out of this step's loss still decays, and its step counter moves on, as in the reference
                 parameter.grad = torch.zeros_like(parameter)
         self.ranks.average_gradients(self.parameters)
-        gradients = [parameter.grad for parameter in self.parameters]
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.gradient_clip is None:
             clip = torch.ones_like(norm)

@@ -60,7 +60,8 @@ class RunFolder:
             left = [entry.name for entry in self.path.iterdir() if entry.name != ".lock"] if self.path.is_dir() else []
             if left and not force:
                 raise CheckpointError(
-                    f"{self.path} is not empty", hint=f"continue it with --resume {self.path}, or start over with --force"
+                    f"{self.path} is not empty",
+                    hint=f"continue it with --resume {self.path}, or start over with --force",
                 )
             self.path.mkdir(parents=True, exist_ok=True)
             self.checkpoints_path.mkdir(exist_ok=True)

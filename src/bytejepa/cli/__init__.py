@@ -1,0 +1,73 @@
+"""The command line: verbs to functions. Parses, prints, and turns errors into one line and an exit code.
+
+`main` knows the verbs by name only and imports the module of the one that is asked for, so that `bytejepa --help`
+answers at once. A verb's module holds a dataclass whose fields are its options; tyro builds the parser from it.
+
+Exit codes: 0 done, 1 other failure, 2 impossible or unknown setting, 3 data, 4 run or checkpoint, 5 artifact,
+6 compressed file, 7 stopped by a signal after a checkpoint, 10 review not clean, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import sys
+
+from bytejepa.errors import BytejepaError
+
+VERBS = {
+    "demo": ("demo", "Demo", "The whole story on the embedded corpus: shards, training, artifact, score, sample."),
+    "config": ("config", "Config", "Print a preset, with units and ranges."),
+    "prepare": ("prepare", "Prepare", "Turn text, JSONL, Parquet or sp1024 shards into byte260 shards."),
+    "train": ("train", "Train", "Train a model, or go on with a run."),
+    "export": ("export", "Export", "Pack a run into an artifact and score every stage of it."),
+    "eval": ("eval", "Evaluate", "Score an artifact or a run in bits per byte."),
+    "import-pr832": ("import_pr832", "ImportPr832", "Turn the reference's own model file into an artifact."),
+    "generate": ("generate", "Generate", "Write text with a model."),
+    "surprise": ("surprise", "Surprise", "Show what every byte of a file costs."),
+    "bench": ("bench", "Bench", "Measure speed against a plain baseline."),
+    "review": ("review", "Review", "Check a submission, run or artifact against rules and facts."),
+}
+"""Verb: (module in this package, class in it, one line of help)."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="bytejepa", description="Byte-level language models under a byte budget.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"bytejepa {importlib.metadata.version('bytejepa')}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, (_, _, help_line) in VERBS.items():
+        # the verb's own parser, built by tyro once its module is imported, reads what follows
+        verbs.add_parser(verb, help=help_line, add_help=False)
+    chosen = parser.parse_args(arguments[:1])
+    return _run(chosen.verb, arguments[1:])
+
+
+def _run(verb: str, rest: list[str]) -> int:
+    from bytejepa.cli.parsing import parse
+
+    module_name, class_name, _ = VERBS[verb]
+    try:
+        command = parse(getattr(importlib.import_module(f"bytejepa.cli.{module_name}"), class_name), verb, rest)
+        return command.run_command() or 0
+    except BytejepaError as problem:
+        if int(os.environ.get("RANK", "0")) == 0 or problem.exit_code == 1:
+            print(f"bytejepa {verb}: {problem}", file=sys.stderr)
+        return problem.exit_code
+    except KeyboardInterrupt:
+        print(f"bytejepa {verb}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader of our output went away, as `| head` does; nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run() -> None:
+    """Entry point of the `bytejepa` command."""
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""`bytejepa config`: print a preset, with units and ranges."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+from bytejepa.cli.parsing import ConfigField, PresetField
+from bytejepa.config import Range, RunConfig, fingerprint, to_dict
+from bytejepa.presets import PRESETS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Print a preset (`bytejepa config tiny`), with any overrides applied."""
+
+    config: ConfigField
+    explain: bool = False
+    """Say what every setting means, with its unit and range."""
+    json: bool = False
+    """Print the resolved configuration as one JSON object."""
+    preset: PresetField = "default"
+
+    def run_command(self) -> int:
+        """Print the configuration."""
+        from bytejepa.cli.terminal import print_json, print_table
+
+        if self.json:
+            print_json(to_dict(self.config))
+            return 0
+        description = (PRESETS[self.preset].__doc__ or "").split("\n")[0]
+        columns = ["setting", "value", "range", "meaning"] if self.explain else ["setting", "value"]
+        print_table(f"{self.preset}: {description}", columns, list(_rows(self.config, explain=self.explain)))
+        print(f"fingerprint {fingerprint(self.config)}")
+        return 0
+
+
+def _rows(config: RunConfig, *, explain: bool) -> typing.Iterator[list[str]]:
+    from docstring_parser import parse_from_object
+
+    for section in dataclasses.fields(RunConfig):
+        values = getattr(config, section.name)
+        meanings = {p.arg_name: p.description or "" for p in parse_from_object(type(values)).params} if explain else {}
+        for field in dataclasses.fields(values):
+            row = [f"{section.name}.{field.name}", _shown(getattr(values, field.name))]
+            if explain:
+                row += [_range_of(type(values), field.name), " ".join(meanings.get(field.name, "").split())]
+            yield row
+
+
+def _shown(value: object) -> str:
+    return "off" if value is None or value is False else "on" if value is True else str(value)
+
+
+def _range_of(section: type, name: str) -> str:
+    annotation = typing.get_type_hints(section, include_extras=True)[name]
+    parts = [annotation, *typing.get_args(annotation)]
+    for part in parts:
+        for extra in getattr(part, "__metadata__", ()):
+            if isinstance(extra, Range):
+                return str(extra)
+        if typing.get_origin(part) is typing.Literal:
+            return ", ".join(map(str, typing.get_args(part)))
+    return ""

@@ -1,0 +1,159 @@
+"""`bytejepa eval`: the score of an artifact or a run on shards or on any file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from bytejepa.errors import DataError, file_errors_as
+
+if TYPE_CHECKING:
+    from bytejepa.scoring.evaluate import Score
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Score an artifact or a run: `bytejepa eval ARTIFACT_OR_RUN --data DIR_OR_FILE`."""
+
+    model: tyro.conf.Positional[Path]
+    """An artifact (.bjm) or a run folder (its averaged weights)."""
+    data: Path
+    """A folder of shards (its validation split is scored), or any file (scored as one document)."""
+    window: int | None = None
+    """Context of a window, in ids; default: as the model's configuration says."""
+    stride: int | None = None
+    """Ids scored a window in sliding evaluation; default: as the model's configuration says."""
+    no_sliding: bool = False
+    """Only non-overlapping windows."""
+    max_bytes: int | None = None
+    """Score only this many leading ids."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    json: bool = False
+    """Print the result as one JSON object."""
+
+    def run_command(self) -> int:
+        """Score and print bits per byte."""
+        from bytejepa.artifact.load import load
+        from bytejepa.cli.terminal import note, print_json, print_table
+        from bytejepa.training.distributed import join, leave
+
+        ranks = join(self.device)
+        model = load(self.model, device=str(ranks.device))
+        ids, text = self._ids()
+        evaluation = model.config.evaluation
+        window = self.window or evaluation.window_bytes
+        if len(ids) - 1 < window:
+            note(
+                f"the data has {len(ids) - 1} ids to score, fewer than the window of {window}: one shorter window is used"
+            )
+        stride = min(self.stride or evaluation.stride_bytes, window)
+        strides = {"non-overlapping": window} | ({} if self.no_sliding or stride == window else {"sliding": stride})
+        scores = {}
+        for name, every in strides.items():
+            scores[name] = self._score(model, ids, window, every, evaluation.batch_bytes, ranks, name)
+        leave()
+        if not ranks.is_main:
+            return 0
+        compressors = compressed_bytes(text) if text else {}
+        if self.json:
+            print_json(self._record(scores, compressors, len(text or b"")))
+            return 0
+        rows = [
+            [
+                f"{name}, window {score.window}, stride {score.stride}",
+                f"{score.bpb:.4f}",
+                f"{score.bpb_without_bos:.4f}",
+                f"{score.num_bytes:,}",
+            ]
+            for name, score in scores.items()
+        ]
+        print_table(f"{self.model} on {self.data}", ["windows", "bpb", "without BOS", "bytes"], rows)
+        if compressors and text:
+            best = min(score.bpb for score in scores.values())
+            print_table("what compressors make of the same file", *comparison(compressors, len(text), best))
+        return 0
+
+    def _ids(self) -> Any:
+        import numpy as np
+
+        from bytejepa.data.loader import IdStream
+        from bytejepa.data.vocabulary import BOS, ids_from_bytes
+
+        if self.data.is_dir():
+            stream = IdStream.open(self.data, "val", check=True)
+            return stream.read(0, min(stream.num_ids, self.max_bytes or stream.num_ids)), None
+        with file_errors_as(DataError, "read", self.data):
+            text = self.data.read_bytes()[: self.max_bytes]
+        if not text:
+            raise DataError(f"{self.data} is empty: there is nothing to score")
+        return np.concatenate((np.array([BOS], dtype=np.uint16), ids_from_bytes(text))), text
+
+    def _score(self, model: Any, ids: Any, window: int, stride: int, batch_ids: int, ranks: Any, name: str) -> Score:
+        from bytejepa.cli.terminal import progress_bar
+        from bytejepa.scoring.evaluate import Scorer, score_ids
+
+        scorer = Scorer(model, compile=ranks.device.type == "cuda")
+        with progress_bar(name, total=len(ids) - 1) as (bar, task):
+            show: Callable[[int], None] = lambda done: bar.update(task, completed=done * ranks.world_size)  # noqa: E731
+            score = score_ids(
+                scorer,
+                ids,
+                window=window,
+                stride=stride,
+                batch_ids=batch_ids,
+                share=(ranks.rank, ranks.world_size),
+                on_progress=show,
+            )
+        counted = [score.nats, score.nats_of_bos, score.num_bytes, score.num_targets]
+        nats, bos, num_bytes, targets = ranks.sum_on_hosts(counted)
+        return dataclasses.replace(
+            score, nats=nats, nats_of_bos=bos, num_bytes=int(num_bytes), num_targets=int(targets)
+        )
+
+    def _record(self, scores: dict[str, Score], compressors: dict[str, int], num_bytes: int) -> dict[str, object]:
+        described = {
+            name: {
+                "bpb": score.bpb,
+                "bpb_without_bos": score.bpb_without_bos,
+                "nats": score.nats,
+                "num_bytes": score.num_bytes,
+                "num_targets": score.num_targets,
+                "window": score.window,
+                "stride": score.stride,
+            }
+            for name, score in scores.items()
+        }
+        others = {name: {"bytes": size, "bpb": 8 * size / num_bytes} for name, size in compressors.items()}
+        return {"model": str(self.model), "data": str(self.data), "scores": described, "compressors": others}
+
+
+def compressed_bytes(text: bytes) -> dict[str, int]:
+    """Return the size of `text` under the usual compressors at their strongest usual settings, in bytes."""
+    import bz2
+    import gzip
+    import lzma
+
+    import brotli
+    import zstandard
+
+    return {
+        "gzip -9": len(gzip.compress(text, 9)),
+        "bzip2 -9": len(bz2.compress(text, 9)),
+        "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
+        "zstd -19": len(zstandard.ZstdCompressor(level=19).compress(text)),
+        "brotli -11": len(brotli.compress(text, quality=11, lgwin=24)),
+    }
+
+
+def comparison(compressors: dict[str, int], num_bytes: int, model_bpb: float) -> tuple[list[str], list[list[str]]]:
+    """Return (columns, rows) of a table of compressors against the model's bits per byte."""
+    rows = [
+        [name, f"{size:,}", f"{8 * size / num_bytes:.4f}", f"{1 - model_bpb / (8 * size / num_bytes):+.1%}"]
+        for name, size in compressors.items()
+    ]
+    return ["compressor", "bytes", "bpb", "model is smaller by"], rows

@@ -1,0 +1,100 @@
+"""`bytejepa export`: a run becomes an artifact, every stage scored."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+if TYPE_CHECKING:
+    from bytejepa.artifact.export import ExportResult
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Pack a run's averaged weights into an artifact: `bytejepa export RUN -o FILE.bjm`."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """The artifact to write."""
+    data: Path | None = None
+    """Folder of the shards, if they moved since training."""
+    score_bytes: int | None = None
+    """Leading ids of the validation split that are scored; default: as while training."""
+    stride: int | None = None
+    """Ids scored a window; default: the window, non-overlapping."""
+    no_score: bool = False
+    """Write the artifact without scoring."""
+    force: bool = False
+    """Replace an existing file."""
+    json: bool = False
+    """Print the result as one JSON object."""
+
+    def run_command(self) -> int:
+        """Export and print sizes and scores."""
+        from bytejepa.artifact.export import export
+        from bytejepa.cli.terminal import print_json, progress_bar
+
+        with progress_bar("score", total=1) as (bar, task):
+            result = export(
+                self.run,
+                self.output,
+                data=self.data,
+                score_bytes=self.score_bytes,
+                stride=self.stride,
+                score=not self.no_score,
+                force=self.force,
+                on_progress=lambda stage, done, total: bar.update(
+                    task, description=f"score {stage}", completed=done, total=total
+                ),
+            )
+        if self.json:
+            print_json(as_record(result))
+        else:
+            print_result(result)
+        return 0
+
+
+def as_record(result: ExportResult) -> dict[str, object]:
+    """Return the result as plain values for JSON."""
+    return {
+        "path": str(result.path),
+        "sha256": result.sha256,
+        "num_parameters": result.num_parameters,
+        "weights_bytes": result.weights_bytes,
+        "code_bytes": result.code_bytes,
+        "code_source_bytes": result.code_source_bytes,
+        "total_bytes": result.total_bytes,
+        "limit_bytes": result.limit_bytes,
+        "bits_per_parameter": result.bits_per_parameter,
+        "bpb": {stage: score.bpb for stage, score in result.scores.items()},
+    }
+
+
+def print_result(result: ExportResult) -> None:
+    """Print the scores of every stage and the size budget as tables."""
+    from bytejepa.cli.terminal import print_table
+
+    if result.scores:
+        average = result.scores["average"].bpb
+        rows = [
+            [stage, f"{score.bpb:.4f}", f"{score.bpb - average:+.4f}", f"{score.num_bytes:,}"]
+            for stage, score in result.scores.items()
+        ]
+        print_table("bits per byte", ["weights", "bpb", "against average", "bytes scored"], rows)
+    share = result.total_bytes / result.limit_bytes
+    rows = [
+        ["weights", f"{result.weights_bytes:,}"],
+        ["code (zip of the package's source)", f"{result.code_bytes:,}"],
+        ["total", f"{result.total_bytes:,}"],
+        ["budget", f"{result.limit_bytes:,}"],
+        ["used", f"{share:.1%}{'' if result.fits else ' - OVER'}"],
+    ]
+    print_table(
+        f"{result.path}: {result.num_parameters:,} parameters at {result.bits_per_parameter:.2f} bits",
+        ["", "bytes"],
+        rows,
+    )

@@ -1,0 +1,63 @@
+"""From a verb's dataclass and the words after it to an instance of the class."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any, Protocol, TypeVar
+
+import tyro
+
+from bytejepa.config import RunConfig
+from bytejepa.presets import PRESETS, preset
+
+
+class Command(Protocol):
+    """A verb with its options filled in."""
+
+    def run_command(self) -> int:
+        """Do the work, print the result on stdout, and return the exit code."""
+        ...
+
+
+Verb = TypeVar("Verb", bound=Command)
+
+
+def parse(verb_class: type[Verb], verb: str, words: list[str]) -> Verb:
+    """Return an instance of `verb_class` made from `words`.
+
+    A class with a field `config` takes the name of a preset as its first word; every setting of the preset can then be
+    overridden by name (`--model.num-layers 6`). Exits with code 2 and a message for what cannot be parsed.
+    Raises: ConfigError for an unknown preset or an impossible combination of settings.
+    """
+    kept_unparsed = {}
+    if "config" in {field.name for field in dataclasses.fields(verb_class)}:  # type: ignore[arg-type]
+        name, words = _preset_word(verb_class, words)
+        kept_unparsed = {"config": preset(name), "preset": name}
+    program = f"bytejepa {verb}" + (f" {kept_unparsed['preset']}" if kept_unparsed else "")
+    defaults = _with_defaults(verb_class, kept_unparsed) if kept_unparsed else tyro.MISSING_NONPROP
+    return tyro.cli(verb_class, args=words, prog=program, default=defaults)
+
+
+def _preset_word(verb_class: type[Any], words: list[str]) -> tuple[str, list[str]]:
+    if words and not words[0].startswith("-"):
+        if words[0] not in PRESETS:
+            preset(words[0])  # raises, with the nearest name
+        return words[0], words[1:]
+    return typing.cast(str, getattr(verb_class, "DEFAULT_PRESET", "default")), words
+
+
+def _with_defaults(verb_class: type[Any], values: dict[str, Any]) -> Any:
+    required = {
+        field.name: tyro.MISSING
+        for field in dataclasses.fields(verb_class)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    return verb_class(**{**required, **values})
+
+
+ConfigField = typing.Annotated[RunConfig, tyro.conf.arg(name="")]
+"""A verb's resolved configuration: the preset with its overrides."""
+
+PresetField = typing.Annotated[str, tyro.conf.Suppress]
+"""The name of the preset that `config` began as."""

@@ -1,0 +1,67 @@
+"""What a person sees: tables on stdout, progress and notes on stderr, nothing of either where nobody looks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from bytejepa.bits import format_bytes
+
+
+def note(text: str) -> None:
+    """Say something beside the result, on stderr."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout: the first column to the left, numbers to the right."""
+    table = Table(title=title or None, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    # a pipe has no width of its own; 80 columns would cut figures in half
+    console.width = console.width if console.is_terminal else 120
+    console.print(table)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on stdout; dataclasses become objects, paths strings."""
+    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    json.dump(plain, sys.stdout, indent=1, default=str)
+    sys.stdout.write("\n")
+
+
+class _RateColumn(ProgressColumn):
+    """Bytes a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.fields.get("bytes_per_s") or task.speed or 0.0
+        return Text(f"{format_bytes(speed)}/s" if speed else "", style="cyan")
+
+
+@contextlib.contextmanager
+def progress_bar(description: str, *, total: float) -> Iterator[tuple[Progress, Any]]:
+    """Yield (progress, task) of a bar with rate and time left on stderr; silent where stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[status]}"),
+        _RateColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        yield progress, progress.add_task(description, total=total, status="")

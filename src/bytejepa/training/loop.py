@@ -1,0 +1,237 @@
+"""The training loop: clock, decisions, log, validation, checkpoints, signals.
+
+One iteration: rank 0 reads the clock and decides; the schedules turn progress into rates; the trainer launches a step.
+Losses are read `READBACK_LAG` steps late, which also bounds how far the host runs ahead of the clock.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+from bytejepa.bits import bits_from_nats
+from bytejepa.config import to_dict
+from bytejepa.errors import CheckpointError, Interrupted
+from bytejepa.training import checkpoint, schedule
+from bytejepa.training.checkpoint import CheckpointWriter
+from bytejepa.training.clock import Clock
+from bytejepa.training.runlog import RunFolder
+from bytejepa.training.trainer import PendingStep, Trainer
+
+READBACK_LAG = 2
+"""Steps between launching a step on a GPU and reading its loss."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainProgress:
+    """What an observer is told after every step whose loss has arrived."""
+
+    step: int
+    progress: float
+    num_bytes: int
+    elapsed_s: float
+    train_bpb: float
+    val_bpb: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainResult:
+    """How a run ended."""
+
+    run: Path
+    steps: int
+    num_bytes: int
+    elapsed_s: float
+    train_bpb: float
+    val_bpb: float | None
+    """Of the live weights, non-overlapping windows."""
+    val_bpb_average: float | None
+    """Of the averaged weights."""
+
+
+class TrainingLoop:
+    """Carries a trainer to the end of its schedule: clock, log, validation, checkpoints, signals."""
+
+    def __init__(self, trainer: Trainer, run: RunFolder, on_progress: Callable[[TrainProgress], None] | None) -> None:
+        self.trainer = trainer
+        self.config, self.run, self.ranks = trainer.config, run, trainer.ranks
+        self.on_progress = on_progress
+        self.clock = Clock(self.run.clock_path if self.ranks.is_main else None)
+        self.writer = CheckpointWriter(self.run.checkpoints_path, keep=self.config.training.keep_checkpoints)
+        self.pending: collections.deque[PendingStep] = collections.deque()
+        self.last_bpb = math.nan
+        self.val_bpb: float | None = None
+        self.last_checkpoint_s = 0.0
+
+    def go(self) -> TrainResult:
+        """Train until the schedule ends and return how it did.
+
+        Raises: Interrupted after a signal, CheckpointError for a loss that is not finite.
+        """
+        trainer, training = self.trainer, self.config.training
+        with _noticing_signals() as interrupted:
+            trainer.warm_up()
+            lag = READBACK_LAG if self.ranks.device.type == "cuda" else 0
+            while True:
+                at = trainer.position
+                reading = self.clock.read(at.step) if self.ranks.is_main else 0.0
+                elapsed_s, stop, save = self.ranks.decide(
+                    [reading, float(interrupted.is_set()), self._is_checkpoint_due(reading)]
+                )
+                progress = schedule.progress(
+                    self.config.schedule, step=at.step, num_bytes=at.num_bytes, elapsed_s=elapsed_s
+                )
+                if stop:
+                    self._interrupt()
+                if progress >= 1:
+                    break
+                if save:
+                    self._save(elapsed_s)
+                self.pending.append(trainer.take_step(progress=progress, elapsed_s=elapsed_s))
+                self._read_back(keep=lag)
+                every = training.validate_every_steps
+                if every and trainer.position.step % every == 0:
+                    self._validate(progress, elapsed_s)
+            self._read_back(keep=0)
+            return self._finish(elapsed_s)
+
+    def _is_checkpoint_due(self, elapsed_s: float) -> float:
+        every = self.config.training.checkpoint_every_s
+        return float(
+            every is not None and self.trainer.position.step > 0 and elapsed_s - self.last_checkpoint_s >= every
+        )
+
+    def _read_back(self, *, keep: int) -> None:
+        while len(self.pending) > keep:
+            done = self.pending.popleft()
+            if done.arrived is not None:
+                done.arrived.synchronize()
+            ce, norm = done.values.tolist()
+            if not (math.isfinite(ce) and math.isfinite(norm)):
+                self._stop_on_nonfinite(done.step, ce, norm)
+            self.last_bpb = bits_from_nats(ce)
+            num_bytes = done.step * self.config.data.batch_bytes
+            if done.log is not None and self.ranks.is_main:
+                extra = {key: float(value) for key, value in done.log.items()}
+                self.run.append_metrics(
+                    {
+                        "step": done.step,
+                        "num_bytes": num_bytes,
+                        "elapsed_s": done.elapsed_s,
+                        "progress": done.progress,
+                        "train_loss_nats": ce,
+                        "train_bpb": self.last_bpb,
+                        "gradient_norm": norm,
+                        **extra,
+                    }
+                )
+            if self.on_progress is not None and self.ranks.is_main:
+                self.on_progress(
+                    TrainProgress(
+                        step=done.step,
+                        progress=schedule.progress(self.config.schedule, step=done.step, num_bytes=num_bytes, elapsed_s=done.elapsed_s),
+                        num_bytes=num_bytes,
+                        elapsed_s=done.elapsed_s,
+                        train_bpb=self.last_bpb,
+                        val_bpb=self.val_bpb,
+                    )
+                )  # fmt: skip
+
+    def _stop_on_nonfinite(self, step: int, ce: float, norm: float) -> None:
+        self.writer.close()
+        on_disk = checkpoint.steps_on_disk(self.run.checkpoints_path)
+        last = (
+            f"the last good checkpoint is step {on_disk[0]} in {self.run.checkpoints_path}"
+            if on_disk
+            else "there is no checkpoint yet"
+        )
+        raise CheckpointError(
+            f"step {step}: the loss is {ce:g} and the gradient norm {norm:g}; training stopped, {last}",
+            hint="lower the learning rates, then start over or resume",
+        )
+
+    def _validate(self, progress: float, elapsed_s: float) -> None:
+        self._read_back(keep=0)
+        self.clock.pause()
+        live, averaged = self.trainer.validate()
+        self.val_bpb = averaged
+        if live is not None and averaged is not None and self.ranks.is_main:
+            at = self.trainer.position
+            self.run.append_metrics(
+                {
+                    "step": at.step,
+                    "num_bytes": at.num_bytes,
+                    "elapsed_s": elapsed_s,
+                    "progress": progress,
+                    "val_bpb": live,
+                    "val_bpb_average": averaged,
+                }
+            )
+
+    def _save(self, elapsed_s: float) -> None:
+        self._read_back(keep=0)  # nothing that is not finite gets into a checkpoint
+        self.clock.pause()
+        self.last_checkpoint_s = elapsed_s
+        state = self.trainer.state()
+        if self.ranks.is_main:
+            self.writer.save(self.trainer.position, state, to_dict(self.config))
+
+    def _interrupt(self) -> None:
+        self._save(0.0)
+        self.writer.close()
+        raise Interrupted(
+            f"stopped by a signal at step {self.trainer.position.step}, checkpoint written",
+            hint=f"go on with `bytejepa train --resume {self.run.path}`",
+        )
+
+    def _finish(self, elapsed_s: float) -> TrainResult:
+        at = self.trainer.position
+        on_disk = checkpoint.steps_on_disk(self.run.checkpoints_path)
+        if not on_disk or on_disk[0] != at.step:
+            self._save(elapsed_s)
+        every = self.config.training.validate_every_steps
+        validated = bool(every) and at.step % (every or 1) == 0
+        metrics = [line for line in self.run.read_metrics() if "val_bpb" in line] if validated else []
+        if not (metrics and metrics[-1]["step"] == at.step):
+            self._validate(1.0, elapsed_s)
+            metrics = [line for line in self.run.read_metrics() if "val_bpb" in line]
+        self.writer.close()
+        self.clock.close()
+        last = metrics[-1] if metrics else {}
+        return TrainResult(
+            run=self.run.path,
+            steps=at.step,
+            num_bytes=at.num_bytes,
+            elapsed_s=elapsed_s,
+            train_bpb=self.last_bpb,
+            val_bpb=last.get("val_bpb"),
+            val_bpb_average=last.get("val_bpb_average"),
+        )
+
+
+@contextlib.contextmanager
+def _noticing_signals() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM or Ctrl-C sets; a second Ctrl-C interrupts at once."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+
+    def notice(number: int, _: FrameType | None) -> None:
+        if interrupted.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    previous = {number: signal.signal(number, notice) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield interrupted
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,132 @@
+"""Runs from beginning to end: `train` starts one in a new folder, `resume` goes on with one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import filelock
+import torch
+
+from bytejepa.config import RunConfig
+from bytejepa.data.loader import IdStream
+from bytejepa.errors import CheckpointError, DataError
+from bytejepa.training import checkpoint
+from bytejepa.training.distributed import Ranks, join
+from bytejepa.training.loop import TrainingLoop, TrainProgress, TrainResult
+from bytejepa.training.runlog import RunFolder, describe_machine, run_manifest
+from bytejepa.training.trainer import Trainer
+
+
+def train(
+    config: RunConfig,
+    data: Path,
+    out: Path,
+    *,
+    force: bool = False,
+    on_progress: Callable[[TrainProgress], None] | None = None,
+) -> TrainResult:
+    """Train a new run of `config` on the shards in `data`, in the folder `out`, and return how it ended.
+
+    Raises: ConfigError, DataError and CheckpointError for what cannot be; Interrupted after SIGTERM or Ctrl-C.
+    """
+    ranks = join(config.training.device)
+    run = RunFolder(out)
+    trainer = Trainer(config, data, ranks)
+    with _locked(run, ranks):
+        if ranks.is_main:
+            described = {"path": str(data.resolve()), **_described_data(data)}
+            machine = {**describe_machine(), "device": _device_name(ranks), "world_size": ranks.world_size}
+            machine |= {"attention": trainer.backend, "compiled": trainer.compiled}
+            run.create(config, run_manifest(config, described, machine), force=force)
+        ranks.barrier()
+        return _loop(trainer, run, on_progress)
+
+
+def resume(
+    run_path: Path,
+    *,
+    data: Path | None = None,
+    on_progress: Callable[[TrainProgress], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> TrainResult:
+    """Continue the run in `run_path` from its newest whole checkpoint (or from the start if it has none yet).
+
+    `data` says where its shards are now, if they moved. Damaged checkpoints are named through `on_note`.
+    Raises: CheckpointError if the folder holds no run, is in use, or no checkpoint is whole.
+    """
+    run = RunFolder(run_path)
+    config = run.read_config()
+    ranks = join(config.training.device)
+    manifest = run.read_manifest()
+    data = data or Path(manifest.get("data", {}).get("path", ""))
+    trainer = Trainer(config, data, ranks)
+    with _locked(run, ranks):
+        _check_same_data(manifest.get("data", {}), _described_data(data), data)
+        damaged: list[str] = []
+        found = checkpoint.read_newest(run.checkpoints_path, on_damaged=damaged)
+        ranks.barrier()
+        if ranks.is_main:
+            for problem in damaged:
+                if on_note is not None:
+                    on_note(f"{problem}; it was set aside and the one before it is used")
+            for step in checkpoint.steps_on_disk(run.checkpoints_path):
+                if found is None or step > found.position.step:
+                    checkpoint.remove(run.checkpoints_path, step)
+            run.truncate_metrics(found.position.step if found is not None else 0)
+        if found is not None:
+            trainer.restore(found.tensors, found.position)
+        return _loop(trainer, run, on_progress)
+
+
+def _loop(trainer: Trainer, run: RunFolder, on_progress: Callable[[TrainProgress], None] | None) -> TrainResult:
+    loop = TrainingLoop(trainer, run, on_progress)
+    try:
+        return loop.go()
+    finally:
+        trainer.close()
+
+
+@contextlib.contextmanager
+def _locked(run: RunFolder, ranks: Ranks) -> Iterator[None]:
+    """Hold the run folder's lock on rank 0; every rank raises if another process has it."""
+    lock = filelock.FileLock(run.lock_path)
+    taken = 1.0
+    if ranks.is_main:
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            taken = 0.0
+        except OSError as problem:
+            raise CheckpointError(f"cannot create run folder {run.path}: {problem.strerror}") from problem
+    if not ranks.decide([taken])[0]:
+        raise CheckpointError(f"another process is training in {run.path}", hint="wait for it or stop it")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _described_data(data: Path) -> dict[str, object]:
+    """Return what tells one data folder from another: shard names, sizes and first and last ids."""
+    digest = hashlib.sha256()
+    for split in ("train", "val"):
+        with contextlib.suppress(DataError):
+            stream = IdStream.open(data, split)
+            for shard in stream.shards:
+                digest.update(f"{split}:{len(shard)}:".encode() + shard[:4096].tobytes() + shard[-4096:].tobytes())
+    return {"sha256_of_ends": digest.hexdigest()}
+
+
+def _check_same_data(recorded: dict[str, object], found: dict[str, object], data: Path) -> None:
+    if recorded.get("sha256_of_ends") not in (None, found["sha256_of_ends"]):
+        raise CheckpointError(
+            f"{data} does not hold the shards that the run began with", hint="say where they are with --data"
+        )
+
+
+def _device_name(ranks: Ranks) -> str:
+    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
