@@ -1,0 +1,157 @@
+"""One thread, runtime shape checks, and what most tests begin from: shards, a short run, its artifact, the command line.
+
+Nothing of bytejepa is imported at the top: the jaxtyping hook has to be in place first. Compiled and GPU tests run in a
+pytest call of their own (`pytest -m compiled`), without the hook, because torch.compile cannot trace through its checks.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import hypothesis
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from bytejepa.config import RunConfig
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("unit", max_examples=30, deadline=None, database=None, derandomize=True)
+hypothesis.settings.load_profile("unit")
+
+MINIMAL = (
+    "tiny",
+    "--model.num-layers=2", "--model.model-dim=32", "--model.num-heads=2", "--model.num-kv-heads=1",
+    "--model.rotary-dims=8", "--model.xsa-last-layers=1", "--model.bigram-rows=64", "--model.bigram-dim=8",
+    "--jepa.latent-dim=16", "--jepa.hidden-dim=16", "--jepa.sigreg-directions=8",
+    "--data.sequence-bytes=64", "--data.batch-bytes=256", "--schedule.steps=6", "--training.warmup-steps=0",
+    "--training.validate-every-steps=3", "--training.validation-bytes=1500", "--training.log-every-steps=1",
+    "--evaluation.window-bytes=64", "--evaluation.stride-bytes=16",
+)  # fmt: skip
+"""The words after `bytejepa train` that make a run of a second: the preset and overrides of `minimal_config`."""
+
+TENSOR_WINGS = ("model", "scoring", "interop", "inference", "benchmark", "training.gradient_step", "data.loader")
+"""Where tensors pass through public signatures; what has no shapes to check is not slowed down."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    chosen = config.getoption("markexpr", default="")
+    for left_out in ("not compiled", "not gpu"):
+        chosen = chosen.replace(left_out, "")
+    if "compiled" in chosen or "gpu" in chosen:
+        return
+    import jaxtyping
+
+    jaxtyping.install_import_hook([f"bytejepa.{wing}" for wing in TENSOR_WINGS], "runtime_checks.check")
+
+
+def make_minimal_config() -> "RunConfig":
+    from bytejepa.config import replace
+    from bytejepa.presets import tiny
+
+    return replace(
+        tiny(),
+        model={
+            "num_layers": 2, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1, "rotary_dims": 8, "xsa_last_layers": 1,
+            "bigram_rows": 64, "bigram_dim": 8,
+        },
+        jepa={"latent_dim": 16, "hidden_dim": 16, "sigreg_directions": 8},
+        data={"sequence_bytes": 64, "batch_bytes": 256},
+        schedule={"steps": 6},
+        training={"warmup_steps": 0, "validate_every_steps": 3, "validation_bytes": 1500, "log_every_steps": 1},
+        evaluation={"window_bytes": 64, "stride_bytes": 16},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def minimal_config() -> "RunConfig":
+    """`tiny` made so small that a run of it takes a second."""
+    return make_minimal_config()
+
+
+@pytest.fixture(scope="session")
+def embedded_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the embedded corpus as shards; read-only, copy it before changing it."""
+    from bytejepa.data.corpus import write_embedded_shards
+
+    folder = tmp_path_factory.mktemp("embedded") / "shards"
+    write_embedded_shards(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minimal_run(tmp_path_factory: pytest.TempPathFactory, embedded_shards: Path, minimal_config: "RunConfig") -> Path:
+    """A finished run of `minimal_config` on the embedded corpus; read-only."""
+    from bytejepa.training.runs import train
+
+    run = tmp_path_factory.mktemp("minimal") / "run"
+    train(minimal_config, embedded_shards, run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def minimal_artifact(tmp_path_factory: pytest.TempPathFactory, minimal_run: Path) -> Path:
+    """The artifact of `minimal_run`; read-only."""
+    from bytejepa.artifact.export import export
+
+    path = tmp_path_factory.mktemp("artifact") / "model.bjm"
+    export(minimal_run, path, score=False)
+    return path
+
+
+class Outcome(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs `bytejepa ARGUMENTS...` in this process."""
+    from bytejepa.cli import main
+
+    def run(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as left:
+            code = left.code if isinstance(left.code, int) else int(left.code is not None)
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def process() -> Callable[..., Outcome]:
+    """Runs `python -m bytejepa ARGUMENTS...` as a process of its own."""
+
+    def run(*arguments: object, **settings: str) -> Outcome:
+        done = subprocess.run(
+            [sys.executable, "-m", "bytejepa", *map(str, arguments)],
+            capture_output=True, text=True, check=False, timeout=120,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **settings},
+        )  # fmt: skip
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def refuses(command: Callable[..., Outcome]) -> Callable[..., str]:
+    """Runs a command that must fail with `code`: nothing on stdout, one line on stderr, which is returned."""
+
+    def run(code: int, *arguments: object) -> str:
+        outcome = command(*arguments)
+        assert outcome.code == code, outcome
+        assert outcome.out == ""
+        assert outcome.err.count("\n") == 1, outcome.err
+        assert outcome.err.startswith("bytejepa"), outcome.err
+        assert "Traceback" not in outcome.err
+        return outcome.err
+
+    return run
