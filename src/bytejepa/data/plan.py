@@ -19,6 +19,7 @@ import numpy as np
 
 from bytejepa.data.blocks import Block, Segment, limited
 from bytejepa.data.manifest import SourceFile
+from bytejepa.data.parquet import open_parquet, parquet_text_bytes
 from bytejepa.data.sentencepiece_table import load_table
 from bytejepa.data.shards import ID_BYTES, Split, open_shard
 from bytejepa.data.sources import (
@@ -26,8 +27,6 @@ from bytejepa.data.sources import (
     ReadSettings,
     is_compressed,
     kind_of_name,
-    open_parquet,
-    parquet_text_bytes,
     read_blocks,
 )
 from bytejepa.data.vocabulary import VOCABULARY_SIZE

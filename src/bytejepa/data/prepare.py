@@ -18,7 +18,7 @@ from bytejepa.data.plan import PLAN_VERSION, Job, Source, find_sources, plan_job
 from bytejepa.data.sentencepiece_table import load_table
 from bytejepa.data.shards import HEADER_BYTES, ID_BYTES, MAX_IDS_PER_SHARD, SPLITS, shards_in
 from bytejepa.data.sources import KINDS, Kind, ReadSettings, guess_kind
-from bytejepa.data.staging import STAGING_NAME, Identity, Staging
+from bytejepa.data.staging import STAGING_NAME, Identity, Staging, staging_lock
 from bytejepa.data.workers import Report, Task, Workplace, do_jobs
 from bytejepa.errors import DataError, file_errors_as
 
@@ -58,9 +58,9 @@ def prepare(
     """Return what was made of `sources` (files, or folders of files) in the folder `out`.
 
     The first `val_documents` documents, in the order of the sources, are the validation split; None keeps the split of
-    shards of tokens that are named fineweb_val_* and fineweb_train_*. A shard holds at most `shard_bytes` ids, a byte of
-    text or a BOS each. `workers` None is one process for each CPU. `progress` gets (done, total) bytes of the sources.
-    `force` throws away what an earlier preparation left in `out`; foreign files are left alone.
+    shards of tokens that are named fineweb_val_* and fineweb_train_*. A shard holds at most `shard_bytes` ids, each a
+    byte of text or a BOS. `workers` None is one process for each CPU. `progress` gets (done, total) bytes of the
+    sources. `force` throws away what an earlier preparation left in `out`; foreign files are left alone.
 
     Interrupted in whatever way, the same call goes on where it was; finished shards are not made again. Finished, the
     same call does nothing.
@@ -71,6 +71,7 @@ def prepare(
     """
     out = Path(out)
     settings, found = _checked(sources, kind, tokenizer, document_separator)
+    _refuse_output_inside_source(out, sources)
     if val_documents is not None and val_documents < 1:
         raise DataError(f"the validation split would be empty: --val-documents is {val_documents}, expected at least 1")
     if not _MIN_SHARD_BYTES <= shard_bytes <= MAX_IDS_PER_SHARD:
@@ -88,12 +89,14 @@ def prepare(
     if finished is not None:
         return PrepareResult(directory=out, manifest=finished, is_new=False, num_shards_kept=0, num_workers=0)
     staging = Staging(out, identity)
-    _refuse_foreign_files(staging)
+    if not force:
+        _refuse_foreign_files(staging)
+    # Planned before anything is written: most mistakes show here, and leave no folder behind.
+    jobs = [] if staging.is_finishing else plan_jobs(found, settings, val_documents, shard_bytes)
     with staging.held():
         num_kept = sum(len(records) for records in staging.progress.shards.values())
         num_workers = 0
         if not staging.is_finishing:
-            jobs = plan_jobs(found, settings, val_documents, shard_bytes)
             place = Workplace(folder=staging.folder, settings=settings, shard_bytes=shard_bytes)
             num_workers = min(workers or _num_cpus(), len(jobs))
             _do_what_is_left(jobs, staging, place, num_workers, progress)
@@ -151,15 +154,23 @@ def _identity_settings(settings: ReadSettings, val_documents: int | None, shard_
     }
 
 
+def _refuse_output_inside_source(out: Path, sources: Sequence[str | Path]) -> None:
+    """Raise a DataError if the output would be among the sources the next time."""
+    for source in sources:
+        if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+            raise DataError(f"the output folder {out} lies inside the source {source}", hint="name another folder")
+
+
 def _clear(out: Path) -> None:
     """Remove the output of an earlier preparation, finished or not, and nothing else."""
     if not out.is_dir():
         return
     with file_errors_as(DataError, "clear", out):
+        if (out / STAGING_NAME).exists():
+            with staging_lock(out):
+                shutil.rmtree(out / STAGING_NAME)
         # The manifest goes first: without it nobody takes what is left for a whole corpus.
         (out / MANIFEST_NAME).unlink(missing_ok=True)
-        if (out / STAGING_NAME).exists():
-            shutil.rmtree(out / STAGING_NAME)
         for split in SPLITS:
             for path in shards_in(out, split):
                 path.unlink()

@@ -107,6 +107,20 @@ def staged_name(job: int, index: int) -> str:
     return f"job_{job:06d}_{index:06d}.bin"
 
 
+@contextmanager
+def staging_lock(out: Path) -> Iterator[None]:
+    """Hold the lock of the workshop in `out`, which must exist. Raises: DataError when another process holds it."""
+    lock = filelock.FileLock(out / STAGING_NAME / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as problem:
+        raise DataError(f"another process is preparing {out}", hint="wait for it or stop it") from problem
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class Staging:
     """The workshop of one output folder, held by one process at a time."""
 
@@ -125,32 +139,29 @@ class Staging:
         """
         with file_errors_as(DataError, "make the folder", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with filelock.FileLock(self.folder / _LOCK, timeout=0):
-                self._take_over()
-                try:
-                    yield self
-                finally:
-                    self.remove_temporaries()
-        except filelock.Timeout as problem:
-            raise DataError(f"another process is preparing {self.out}", hint="wait for it or stop it") from problem
+        with staging_lock(self.out):
+            self._take_over()
+            try:
+                yield self
+            finally:
+                self.remove_temporaries()
 
     def _take_over(self) -> None:
         plan = self.folder / _PLAN
-        if plan.exists():
+        progress = self._journal()
+        if plan.exists() and (self.is_finishing or progress.shards):
             with file_errors_as(DataError, "read", plan):
-                earlier = _identity_from(plan)
-            differences = self.identity.differences(earlier)
+                differences = self.identity.differences(_identity_from(plan))
             if differences:
                 raise DataError(
                     f"{self.out} holds an unfinished preparation of something else: {'; '.join(differences)}",
                     hint="repeat the earlier command to finish it, or start anew with --force",
                 )
-        else:
+            self.progress = progress if self.is_finishing else self._whole(progress)
+        else:  # an earlier plan of which no shard was finished binds nobody
             with file_errors_as(DataError, "write", plan):
+                (self.folder / _JOURNAL).unlink(missing_ok=True)
                 write_atomically(plan, self.identity.to_json())
-        if not self.is_finishing:
-            self.progress = self._checked_journal()
         self.remove_temporaries()
 
     @property
@@ -168,8 +179,8 @@ class Staging:
             if path.suffix == ".tmp" or is_unknown:
                 path.unlink(missing_ok=True)
 
-    def _checked_journal(self) -> Progress:
-        """Return what is finished and whole; a job's shards after a damaged one do not count, nor is it done then."""
+    def _journal(self) -> Progress:
+        """Return what the journal says."""
         path = self.folder / _JOURNAL
         progress = Progress()
         lines: list[str] = []
@@ -187,15 +198,19 @@ class Staging:
                 progress.done.add(job)
             else:
                 progress.shards.setdefault(job, []).append(record)
+        return progress
+
+    def _whole(self, progress: Progress) -> Progress:
+        """Return what is finished and whole; a job's shards after a damaged one do not count, nor is it done then."""
         for job, records in progress.shards.items():
-            whole = next((index for index, record in enumerate(records) if not self._is_whole(record)), len(records))
-            if whole < len(records):
-                del records[whole:]
+            num_whole = next((index for index, record in enumerate(records) if not self._is_whole(record)), None)
+            if num_whole is not None:
+                del records[num_whole:]
                 progress.done.discard(job)
         # Written again as it is now: a torn last line must not run into the next one.
-        content = "".join(_journal_lines(progress))
+        path = self.folder / _JOURNAL
         with file_errors_as(DataError, "write", path):
-            write_atomically(path, content.encode("ascii"))
+            write_atomically(path, "".join(_journal_lines(progress)).encode("ascii"))
         return progress
 
     def _is_whole(self, record: ShardRecord) -> bool:
@@ -221,6 +236,7 @@ class Staging:
 
     def finish(self, jobs: list[Job]) -> None:
         """Write down the final names and the manifest; `publish` does the rest."""
+        assert self.progress.done == {job.index for job in jobs}, "a job was forgotten"
         names: list[tuple[str, str]] = []
         files: dict[Split, list[ShardRecord]] = {split: [] for split in SPLITS}
         for job in jobs:

@@ -1,18 +1,20 @@
 """Jobs done: by this process, or by several that are told of one job after the other.
 
 Workers are started anew ("spawn"), so no lock or open file of the caller's is inherited in a state nobody knows. They
-end with their caller, however that ends: they are daemons, and a worker whose caller was killed finds its pipe closed at
-its next report, a few MB of text later.
+end with their caller, however that ends: they are daemons, and a worker whose caller was killed finds its pipe closed
+at its next report, a few MB of text later.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 from bytejepa.data.blocks import ids_from_block
@@ -109,15 +111,16 @@ def do_jobs(tasks: Sequence[Task], place: Workplace, num_workers: int, handle: C
         return
     context = multiprocessing.get_context("spawn")
     waiting = iter(tasks)
-    workers: dict[Connection, multiprocessing.process.BaseProcess] = {}
+    workers: dict[Connection, SpawnProcess] = {}
     try:
-        for task, _ in zip(waiting, range(num_workers), strict=False):
+        # The range comes first: zip takes from its first iterator before it finds the second one at its end.
+        for _, task in zip(range(num_workers), waiting, strict=False):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, place), daemon=True)
             process.start()
             theirs.close()
             workers[ours] = process
-            ours.send(task)
+            _send(ours, task)
         while workers:
             for connection in wait(list(workers)):
                 assert isinstance(connection, Connection)
@@ -129,7 +132,7 @@ def do_jobs(tasks: Sequence[Task], place: Workplace, num_workers: int, handle: C
                         connection.close()
                         workers.pop(connection).join()
                     else:
-                        connection.send(following)
+                        _send(connection, following)
     finally:
         for connection, process in workers.items():
             process.terminate()
@@ -137,7 +140,13 @@ def do_jobs(tasks: Sequence[Task], place: Workplace, num_workers: int, handle: C
             connection.close()
 
 
-def _received(connection: Connection, process: multiprocessing.process.BaseProcess) -> Report:
+def _send(connection: Connection, task: Task) -> None:
+    # A worker that died meanwhile is noticed when its next report is awaited.
+    with contextlib.suppress(ConnectionError):
+        connection.send(task)
+
+
+def _received(connection: Connection, process: SpawnProcess) -> Report:
     """Return a worker's next report."""
     try:
         message = connection.recv()
