@@ -12,6 +12,7 @@ import difflib
 import functools
 import hashlib
 import json
+import math
 import types
 import typing
 from typing import Annotated, Any, Literal
@@ -27,7 +28,13 @@ class Range:
     high: float = float("inf")
 
     def __str__(self) -> str:
-        return f"{self.low:g} or more" if self.high == float("inf") else f"{self.low:g} to {self.high:g}"
+        low, high = _in_full(self.low), _in_full(self.high)
+        return f"{low} or more" if self.high == float("inf") else f"{low} to {high}"
+
+
+def _in_full(value: float) -> str:
+    """Return a number with all the digits of its whole part, which `g` would round."""
+    return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:g}"
 
 
 PositiveInt = Annotated[int, Range(1)]
@@ -44,9 +51,9 @@ class _Section:
     def __post_init__(self) -> None:
         for name, bounds in _ranges(type(self)).items():
             value = getattr(self, name)
-            if value is not None and not bounds.low <= value <= bounds.high:
+            if value is not None and not (bounds.low <= value <= bounds.high and math.isfinite(value)):
                 section = type(self).__name__.removesuffix("Config").lower()
-                raise ConfigError(f"{section}.{name}: expected {bounds}, got {value:g}")
+                raise ConfigError(f"{section}.{name}: expected {bounds}, got {_in_full(value)}")
 
 
 @functools.cache
@@ -398,6 +405,15 @@ class ArtifactConfig(_Section):
     limit_bytes: PositiveInt = 16_000_000
     """Budget for code plus compressed weights, in decimal bytes."""
 
+    def __post_init__(self) -> None:
+        _Section.__post_init__(self)
+        if self.scales == "reference_floor" and (self.matrix_bits, self.other_bits, self.clip) != (6, 8, "max"):
+            raise ConfigError(
+                f"artifact.scales reference_floor is the reference's rule: expected matrix_bits 6, other_bits 8, clip max, "
+                f"got {self.matrix_bits}, {self.other_bits}, {self.clip}",
+                hint="use artifact.scales per_row",
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
@@ -425,6 +441,8 @@ class RunConfig:
                     hint="chunks of overlapping windows must coincide",
                 )
         for _, length in self.data.stages:
+            if length < self.jepa.chunk_bytes:
+                raise ConfigError(f"data.sequence_bytes {length} is less than jepa.chunk_bytes {self.jepa.chunk_bytes}")
             sequences = (self.data.micro_batch_bytes or self.data.batch_bytes) // length
             if self.jepa.losses and sequences % (self.jepa.sigreg_group_sequences or 1):
                 raise ConfigError(
@@ -446,31 +464,52 @@ def from_dict(values: dict[str, Any], *, where: str = "configuration") -> RunCon
     import cattrs
     from cattrs.errors import ClassValidationError
 
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected an object of sections, got {type(values).__name__}")
     for key in values:
         _refuse_unknown(key, RunConfig, where)
     for name, section in typing.get_type_hints(RunConfig).items():
+        if not isinstance(values.get(name, {}), dict):
+            raise ConfigError(f"{where}: {name}: expected an object of settings, got {values[name]!r}")
         for key in values.get(name, {}):
             _refuse_unknown(key, section, f"{where}, section {name}")
     converter = cattrs.Converter(forbid_extra_keys=True, prefer_attrib_converters=True)
     for scalar in (int, float, bool):
-        converter.register_structure_hook(scalar, functools.partial(_strict_scalar, where))
+        converter.register_structure_hook(scalar, _strict_scalar)
     try:
         return converter.structure(values, RunConfig)
     except ClassValidationError as problem:
-        raise ConfigError(f"{where}: {'; '.join(cattrs.transform_error(problem))}") from None
+        setting, cause = _first_cause(problem)
+        if isinstance(cause, ConfigError):  # of a section's own check, which names the setting
+            raise ConfigError(f"{where}: {cause.message}", hint=cause.hint) from None
+        reason = str(cause).replace("not in literal typing.Literal", "is none of ")
+        raise ConfigError(f"{where}: {setting}: {reason}") from None
+    except ConfigError as problem:
+        raise ConfigError(f"{where}: {problem.message}", hint=problem.hint) from None
 
 
-def _strict_scalar(where: str, value: Any, expected: type) -> Any:
+def _strict_scalar(value: Any, expected: type) -> Any:
     accepted = (int, float) if expected is float else (expected,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
-        raise ConfigError(f"{where}: expected {expected.__name__}, got {value!r}")
-    return value
+        raise TypeError(f"expected {expected.__name__}, got {value!r}")
+    return expected(value)  # 1 and 1.0 are one setting with one fingerprint
+
+
+def _first_cause(problem: BaseException, path: tuple[str, ...] = ()) -> tuple[str, BaseException]:
+    """Return (setting, exception) of the first leaf of what cattrs raised."""
+    from cattrs.errors import AttributeValidationNote
+
+    notes = (note for note in getattr(problem, "__notes__", ()) if isinstance(note, AttributeValidationNote))
+    path = (*path, *(note.name for note in notes))
+    if isinstance(problem, BaseExceptionGroup):
+        return _first_cause(problem.exceptions[0], path)
+    return ".".join(path), problem
 
 
 def _refuse_unknown(key: str, section: type, where: str) -> None:
     names = [field.name for field in dataclasses.fields(section)]
     if key not in names:
-        nearest = difflib.get_close_matches(key, names, n=1)
+        nearest = difflib.get_close_matches(str(key), names, n=1)
         raise ConfigError(
             f"{where}: unknown setting {key!r}",
             hint=f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(names)}",

@@ -20,7 +20,7 @@ from bytejepa.artifact.load import build, load, run_weights
 from bytejepa.artifact.store import code_bytes, store_weights
 from bytejepa.config import RunConfig, to_dict
 from bytejepa.data.loader import IdStream
-from bytejepa.errors import ArtifactError
+from bytejepa.errors import ArtifactError, DataError
 from bytejepa.scoring.evaluate import Score, Scorer, score_ids
 from bytejepa.training.runlog import RunFolder
 
@@ -96,11 +96,11 @@ def export(
     """
     config, raw = run_weights(run, averaged=False)
     _, average = run_weights(run)
+    ids = validation_ids(run, config, data, score_bytes) if score else None  # before seconds of compression
     info = write_artifact(out, average, config, metadata={"run": run.name, **_provenance(run)}, force=force)
     source_bytes, archive_bytes = code_bytes()
     scores: dict[str, Score] = {}
-    if score:
-        ids = validation_ids(run, config, data, score_bytes)
+    if ids is not None:
         models = {
             "raw": lambda: build(config, raw, source=str(run)),
             "average": lambda: build(config, average, source=str(run)),
@@ -112,7 +112,7 @@ def export(
                 Scorer(make()),
                 ids,
                 window=window,
-                stride=min(stride or window, window),
+                stride=window if stride is None else min(stride, window),
                 batch_ids=config.evaluation.batch_bytes,
                 on_progress=_stage_progress(on_progress, stage, len(ids) - 1),
             )
@@ -135,8 +135,19 @@ def validation_ids(run: Path, config: RunConfig, data: Path | None, limit: int |
     recorded = RunFolder(run).read_manifest().get("data", {}).get("path")
     if data is None and recorded is None:
         raise ArtifactError(f"{run} does not say where its data is", hint="name it with --data, or use --no-score")
-    stream = IdStream.open(data or Path(recorded), "val")
-    return stream.read(0, min(stream.num_ids, limit or config.training.validation_bytes or stream.num_ids))
+    place = data or Path(recorded)
+    stream = IdStream.open(place, "val")
+    return leading_ids(stream, limit or config.training.validation_bytes or stream.num_ids, place)
+
+
+def leading_ids(stream: IdStream, limit: int, place: Path) -> npt.NDArray[np.uint16]:
+    """Return the first `limit` ids of a validation split. Raises: DataError if there is nothing to score among them."""
+    ids = stream.read(0, min(stream.num_ids, limit))
+    if len(ids) < 2:
+        raise DataError(
+            f"the validation split of {place} has {len(ids)} ids to read: scoring needs a BOS and at least one byte"
+        )
+    return ids
 
 
 def _provenance(run: Path) -> dict[str, Any]:

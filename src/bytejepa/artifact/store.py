@@ -15,8 +15,10 @@ from bytejepa.model.quantization import CLIP_MAX, CLIP_MEAN_SQUARED_ERROR, refer
 
 
 def scheme_of(name: str, tensor: Tensor, config: ArtifactConfig) -> str:
-    """Return the storage scheme of a parameter: float16 for small tensors and vectors, rows of few bits for matrices."""
-    if tensor.ndim != 2 or tensor.numel() <= config.small_tensor_elements:
+    """Return the storage scheme of a parameter: float16 for small tensors and (stacked) vectors, rows of few bits for
+    matrices."""
+    is_vector = tensor.ndim != 2 or name.endswith(("residual_mix", "skip_weights"))
+    if is_vector or tensor.numel() <= config.small_tensor_elements:
         return "float16"
     bits = config.matrix_bits if name.startswith("blocks.") else config.other_bits
     return f"int{bits}_rows"

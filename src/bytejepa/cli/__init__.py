@@ -10,12 +10,13 @@ Exit codes: 0 done, 1 other failure, 2 impossible or unknown setting, 3 data, 4 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import importlib.metadata
 import os
 import sys
 
-from bytejepa.errors import BytejepaError
+from bytejepa.errors import BytejepaError, ConfigError
 
 VERBS = {
     "demo": ("demo", "Demo", "The whole story on the embedded corpus: shards, training, artifact, score, sample."),
@@ -36,6 +37,11 @@ VERBS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
+        nearest = difflib.get_close_matches(arguments[0], VERBS, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"verbs: {', '.join(VERBS)}"
+        print(f"bytejepa: unknown verb {arguments[0]!r} ({hint})", file=sys.stderr)
+        return ConfigError.exit_code
     parser = argparse.ArgumentParser(
         prog="bytejepa", description="Byte-level language models under a byte budget.", allow_abbrev=False
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from bytejepa.errors import DataError, file_errors_as
+from bytejepa.errors import ConfigError, DataError, file_errors_as
 
 if TYPE_CHECKING:
     from bytejepa.scoring.evaluate import Score
@@ -46,12 +46,12 @@ class Evaluate:
         model = load(self.model, device=str(ranks.device))
         ids, text = self._ids()
         evaluation = model.config.evaluation
-        window = self.window or evaluation.window_bytes
+        window = evaluation.window_bytes if self.window is None else self.window
         if len(ids) - 1 < window:
             note(
                 f"the data has {len(ids) - 1} ids to score, fewer than the window of {window}: one shorter window is used"
             )
-        stride = min(self.stride or evaluation.stride_bytes, window)
+        stride = min(evaluation.stride_bytes, window) if self.stride is None else self.stride
         strides = {"non-overlapping": window} | ({} if self.no_sliding or stride == window else {"sliding": stride})
         scores = {}
         for name, every in strides.items():
@@ -79,14 +79,18 @@ class Evaluate:
         return 0
 
     def _ids(self) -> Any:
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise ConfigError(f"--max-bytes: expected 1 or more, got {self.max_bytes}")
         import numpy as np
 
+        from bytejepa.artifact.export import leading_ids
         from bytejepa.data.loader import IdStream
         from bytejepa.data.vocabulary import BOS, ids_from_bytes
 
         if self.data.is_dir():
             stream = IdStream.open(self.data, "val", check=True)
-            return stream.read(0, min(stream.num_ids, self.max_bytes or stream.num_ids)), None
+            limit = stream.num_ids if self.max_bytes is None else self.max_bytes
+            return leading_ids(stream, limit, self.data), None
         with file_errors_as(DataError, "read", self.data):
             text = self.data.read_bytes()[: self.max_bytes]
         if not text:

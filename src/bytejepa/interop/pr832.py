@@ -53,8 +53,9 @@ _JEPA_KEYS = {
     "jepa_lambda_max": "lambda_max",
     "jepa_sigreg_weight": "sigreg_weight",
     "jepa_phase1_frac": "lambda_zero_until",
+    "jepa_phase2_frac": "lambda_ramp_until",  # the length of the ramp, made its end in `run_config`
 }
-_IGNORED_KEYS = {"vocab_size", "jepa_phase2_frac", "jepa_lr"}
+_IGNORED_KEYS = {"vocab_size", "jepa_lr"}
 
 _OURS_FROM_REFERENCE = [
     (r"tok_emb\.weight", "token_embedding.weight"),
@@ -113,6 +114,10 @@ def run_config(config: Mapping[str, Any]) -> RunConfig:
         if model.get(off_at_zero) == 0:
             model[off_at_zero] = None
     base = presets.pr832()
+    if {"lambda_zero_until", "lambda_ramp_until"} & set(jepa):
+        begin = jepa.get("lambda_zero_until", base.jepa.lambda_zero_until)
+        length = jepa.get("lambda_ramp_until", base.jepa.lambda_ramp_until - base.jepa.lambda_zero_until)
+        jepa["lambda_ramp_until"] = min(1.0, begin + length)
     if not config.get("jepa_chunk_size", config.get("JEPA_CHUNK_SIZE", 8)):
         return replace(base, model=model, jepa={"enabled": False})
     chunk = jepa.get("chunk_bytes", base.jepa.chunk_bytes)
@@ -184,10 +189,16 @@ def load_state_dict_file(path: Path | str) -> dict[str, Tensor]:
         data = path.read_bytes()
     loaded = _restricted_load(_decompressed(data, path), path)
     if isinstance(loaded, dict) and set(loaded) == {"w", "m"}:
+        if not _is_state_dict(loaded["w"]) or not isinstance(loaded["m"], dict):
+            raise ArtifactError(f"{path}: expected tensors under 'w' and how each is stored under 'm'")
         return _dequantized(loaded["w"], loaded["m"], path)
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not _is_state_dict(loaded):
         raise ArtifactError(f"{path}: expected a state dict of tensors, got {type(loaded).__name__} with other content")
     return {name: value.float() for name, value in loaded.items() if name != "jepa_sigreg.directions"}
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 
 def _decompressed(data: bytes, path: Path) -> bytes:
@@ -220,6 +231,10 @@ def _dequantized(weights: dict[str, Tensor], kinds: dict[str, Any], path: Path) 
     for name, kind in kinds.items():
         if isinstance(kind, dict) and name + ".q" in weights and name + ".scale" in weights:
             codes, scales = weights[name + ".q"].float(), weights[name + ".scale"].float()
+            if scales.ndim and (codes.ndim == 0 or scales.shape != codes.shape[:1]):
+                raise ArtifactError(
+                    f"{path}: {name}: expected a scale a row, got {tuple(scales.shape)} for {tuple(codes.shape)}"
+                )
             state[name] = codes * (scales.view(-1, *[1] * (codes.ndim - 1)) if scales.ndim else scales)
         elif isinstance(kind, str) and kind.startswith("passthrough") and name in weights:
             state[name] = weights[name].float()
@@ -235,6 +250,10 @@ def config_of_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     try:
         dim = state_dict["tok_emb.weight"].size(1)
+        bigram = state_dict.get("bigram.embed.weight")
+        bigram_rows, bigram_dim = (0, 32) if bigram is None else (bigram.size(0), bigram.size(1))
+        latent = state_dict.get("jepa_predictor.start_token")
+        hidden = 256 if latent is None else state_dict["jepa_projector.fc1.weight"].size(0)
         query_gain = state_dict["blocks.0.attn.q_gain"]
         layers = 1 + max(
             int(match.group(1)) for match in (re.match(r"blocks\.(\d+)\.", name) for name in state_dict) if match
@@ -243,20 +262,20 @@ def config_of_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         mlp_dim = state_dict["blocks.0.mlp.fc.weight"].size(0)
     except KeyError as missing:
         raise ArtifactError(f"the state dict has no tensor {missing}", hint="is this a PR #832 state dict?") from None
+    except IndexError:
+        raise ArtifactError("a matrix of the state dict is no matrix", hint="is this a PR #832 state dict?") from None
     heads = query_gain.numel()
-    bigram = state_dict.get("bigram.embed.weight")
-    latent = state_dict.get("jepa_predictor.start_token")
     return {
         "num_layers": layers,
         "model_dim": dim,
         "num_heads": heads,
-        "num_kv_heads": kv_dim * heads // dim,
-        "mlp_mult": mlp_dim / dim,
-        "bigram_vocab_size": 0 if bigram is None else bigram.size(0),
-        "bigram_dim": 32 if bigram is None else bigram.size(1),
+        "num_kv_heads": kv_dim * heads // max(dim, 1),
+        "mlp_mult": mlp_dim / max(dim, 1),
+        "bigram_vocab_size": bigram_rows,
+        "bigram_dim": bigram_dim,
         "jepa_chunk_size": 0 if latent is None else 8,
         "jepa_latent_dim": 0 if latent is None else latent.numel(),
-        "jepa_proj_hidden": 256 if latent is None else state_dict["jepa_projector.fc1.weight"].size(0),
+        "jepa_proj_hidden": hidden,
     }
 
 

@@ -74,7 +74,8 @@ class Jepa(nn.Module):
             weight = (later_starts == 0).to(x.dtype)[..., None]
             mean = (chunks * weight).sum(2) / weight.sum(2)
         target = self.projector(mean)
-        previous = torch.cat((self.start.to(target.dtype).expand(x.size(0), 1, -1), target[:, :-1]), dim=1)
+        start = self.start.to(target.dtype).expand(x.size(0), 1, -1)
+        previous = torch.cat((start, target), dim=1)[:, :num_chunks]  # none where there is no whole chunk
         if document_start is not None:
             previous = previous.where(~self._starts_at_border(starts)[..., None], self.start.to(target.dtype))
         return Latents(target, self.predictor(previous))

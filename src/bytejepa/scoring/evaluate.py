@@ -142,7 +142,7 @@ def score(model: ByteLM, data: bytes, *, window: int | None = None, stride: int 
     `window` and `stride` in bytes default to the model's evaluation settings. Empty data scores 0 nats over 0 bytes.
     """
     evaluation = model.config.evaluation
-    window = window or evaluation.window_bytes
-    stride = stride or min(evaluation.stride_bytes, window)
+    window = evaluation.window_bytes if window is None else window
+    stride = min(evaluation.stride_bytes, window) if stride is None else stride
     ids = np.concatenate((np.array([BOS], dtype=np.uint16), ids_from_bytes(data)))
     return score_ids(Scorer(model), ids, window=window, stride=stride, batch_ids=evaluation.batch_bytes)

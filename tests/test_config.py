@@ -1,0 +1,187 @@
+"""A configuration that exists is possible; everything else is refused in one line that names the setting."""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import json
+import math
+import re
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from bytejepa import config as configuration
+from bytejepa.config import (
+    ArtifactConfig,
+    DataConfig,
+    EvaluationConfig,
+    JepaConfig,
+    ModelConfig,
+    Range,
+    RunConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    fingerprint,
+    from_dict,
+    replace,
+    to_dict,
+)
+from bytejepa.errors import ConfigError
+from bytejepa.presets import PRESETS
+
+SECTIONS = typing.get_type_hints(RunConfig)
+
+
+def bounded_settings() -> Iterator[tuple[str, str, Range]]:
+    for section, kind in SECTIONS.items():
+        for name, bounds in configuration._ranges(kind).items():
+            yield section, name, bounds
+
+
+@pytest.mark.parametrize(("section", "name", "bounds"), list(bounded_settings()))
+def test_every_range_holds_on_both_sides(section: str, name: str, bounds: Range) -> None:
+    step = 1 if bounds.low == int(bounds.low) else bounds.low
+    outside = [bounds.low - step, math.nan, math.inf]
+    outside += [bounds.high + step] if math.isfinite(bounds.high) else []
+    for value in outside:
+        with pytest.raises(ConfigError, match=re.escape(f"{section}.{name}: expected {bounds}, got")) as refused:
+            SECTIONS[section](**{name: value})
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "words"),
+    [
+        (ModelConfig, {"num_heads": 7}, ["model_dim 512", "num_heads 7"]),
+        (ModelConfig, {"model_dim": 24, "num_heads": 8, "rotary_dims": 2}, ["head width of 3"]),
+        (ModelConfig, {"num_kv_heads": 3}, ["num_kv_heads 3", "num_heads 8"]),
+        (ModelConfig, {"rotary_dims": 15}, ["rotary_dims", "64", "15"]),
+        (ModelConfig, {"rotary_dims": 66}, ["rotary_dims", "64", "66"]),
+        (ModelConfig, {"xsa_last_layers": 14}, ["xsa_last_layers 14", "num_layers 13"]),
+        (ModelConfig, {"attention_windows": (8, 8)}, ["attention_windows", "1 or 13", "8 8"]),
+        (ModelConfig, {"attention_windows": (-1,)}, ["attention_windows", "-1"]),
+        (ModelConfig, {"attention_windows": ()}, ["attention_windows"]),
+        (JepaConfig, {"lambda_zero_until": 0.9}, ["lambda_zero_until 0.9", "lambda_ramp_until 0.8"]),
+        (DataConfig, {"batch_bytes": 5000}, ["5000", "4096"]),
+        (DataConfig, {"micro_batch_bytes": 5000}, ["5000", "4096"]),
+        (DataConfig, {"order": "sequential", "num_streams": 7}, ["7", "96"]),
+        (DataConfig, {"sequence_growth": ((1.0, 4096),)}, ["sequence_growth"]),
+        (DataConfig, {"sequence_growth": ((0.5, 4096), (0.5, 2048))}, ["sequence_growth"]),
+        (ScheduleConfig, {"steps": None}, ["nothing ends the run"]),
+        (ScheduleConfig, {"steps": None, "max_bytes": 9, "warmdown": "mean_step_time"}, ["mean_step_time", "steps"]),
+        (EvaluationConfig, {"stride_bytes": 8192}, ["8192", "4096"]),
+        (ArtifactConfig, {"scales": "reference_floor", "clip": "max", "matrix_bits": 5}, ["reference_floor", "5, 8"]),
+    ],
+)
+def test_contradictions_name_all_numbers(section: type, settings: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        section(**settings)
+    assert [word for word in words if word not in str(refused.value)] == []
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"evaluation": {"stride_bytes": 500}}, ["stride_bytes 500", "chunk_bytes 8"]),
+        ({"evaluation": {"window_bytes": 4001, "stride_bytes": 8}}, ["window_bytes 4001", "chunk_bytes 8"]),
+        ({"jepa": {"sigreg_group_sequences": 7}}, ["sigreg_group_sequences 7", "96 sequences"]),
+        ({"data": {"sequence_bytes": 4}}, ["sequence_bytes 4", "chunk_bytes 8"]),
+    ],
+)
+def test_contradictions_between_sections(sections: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        replace(RunConfig(), **sections)
+    assert [word for word in words if word not in str(refused.value)] == []
+    # without JEPA there are no chunks to agree with
+    replace(RunConfig(), **{**sections, "jepa": {**sections.get("jepa", {}), "enabled": False}})
+
+
+def test_none_means_off_and_is_in_every_range() -> None:
+    config = replace(RunConfig(), model={"rotary_dims": None, "bigram_rows": None}, training={"ema_decay": None})
+    assert config.model.rotary_dims is None
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_json_gives_the_same_configuration_back(name: str) -> None:
+    config = replace(PRESETS[name](), model={"attention_windows": (64,)}, data={"sequence_growth": ((0.5, 2048),)})
+    again = from_dict(json.loads(json.dumps(to_dict(config))))
+    assert again == config
+    assert fingerprint(again) == fingerprint(config)
+
+
+def test_missing_settings_take_the_default() -> None:
+    assert from_dict({}) == RunConfig()
+    assert from_dict({"model": {"num_layers": 6}}) == replace(RunConfig(), model={"num_layers": 6})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"modle": {}}, "here: unknown setting 'modle' (did you mean 'model'?)"),
+        (
+            {"model": {"num_layer": 3}},
+            "here, section model: unknown setting 'num_layer' (did you mean 'num_layers'?)",
+        ),
+        ({"model": {"num_layers": 0}}, "here: model.num_layers: expected 1 to 256, got 0"),
+        ({"model": {"num_layers": "3"}}, "here: model.num_layers: expected int, got '3'"),
+        ({"model": {"num_layers": 3.0}}, "here: model.num_layers: expected int, got 3.0"),
+        ({"model": {"num_layers": True}}, "here: model.num_layers: expected int, got True"),
+        ({"model": {"smear": 1}}, "here: model.smear: expected bool, got 1"),
+        ({"model": 5}, "here: model: expected an object of settings, got 5"),
+        ({"schedule": {"steps": None}}, "here: schedule: nothing ends the run (set one of"),
+        ({"jepa": {"gradient": "both"}}, "here: jepa.gradient: both is none of ['detached', 'backbone']"),
+        ({"evaluation": {"stride_bytes": 9}}, "here: evaluation.stride_bytes 9 is not a multiple of"),
+        ([], "here: expected an object of sections, got list"),
+        (None, "here: expected an object of sections, got NoneType"),
+    ],
+)
+def test_bad_json_is_refused_in_one_line(values: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        from_dict(values, where="here")
+    assert str(refused.value).startswith(message)
+    assert "\n" not in str(refused.value)
+
+
+def test_fingerprint_is_of_the_meaning() -> None:
+    assert fingerprint(from_dict({"model": {"rotary_base": 10000}})) == fingerprint(RunConfig())
+    seen = {fingerprint(RunConfig()), fingerprint(replace(RunConfig(), training={"seed": 1}))}
+    assert len(seen) == 2
+    assert all(len(digest) == 64 for digest in seen)
+
+
+def test_settings_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().model.num_layers = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("section", [*SECTIONS.values()])
+def test_every_field_says_what_it_means(section: type) -> None:
+    body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]
+    described = {
+        here.target.id  # type: ignore[attr-defined]
+        for here, after in itertools.pairwise(body)
+        if isinstance(here, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    }
+    assert described == {field.name for field in dataclasses.fields(section)}
+
+
+def test_windows_of_layers() -> None:
+    assert ModelConfig(num_layers=4).window_of_layer == (None,) * 4
+    assert ModelConfig(num_layers=4, attention_windows=(64,)).window_of_layer == (64,) * 4
+    assert ModelConfig(num_layers=4, attention_windows=(64, 0, 32, 0)).window_of_layer == (64, None, 32, None)
+
+
+def test_stages_begin_at_zero() -> None:
+    assert DataConfig().stages == ((0.0, 4096),)
+    grown = DataConfig(sequence_bytes=1024, sequence_growth=((0.5, 4096),))
+    assert grown.stages == ((0.0, 1024), (0.5, 4096))
+    assert DataConfig(sequence_growth=((0.0, 512), (0.5, 4096))).stages == ((0.0, 512), (0.5, 4096))
+
+
+def test_training_settings_are_checked_too() -> None:
+    with pytest.raises(ConfigError, match=r"training\.ema_decay: expected 0 to 1, got 1\.5"):
+        TrainingConfig(ema_decay=1.5)
