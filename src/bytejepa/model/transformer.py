@@ -227,13 +227,14 @@ class ByteLM(nn.Module):
     def losses(self, inputs: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], *, jepa: bool = True) -> Losses:
         """Return the losses of predicting `targets` from `inputs` (targets are the inputs, one id later).
 
-        `jepa` False leaves out the latent losses (they are 0), which costs nothing while their weight is zero.
+        `jepa` False leaves out the latent losses, which costs nothing while their weight is zero; they are then 0, as
+        they are for inputs shorter than a chunk.
         """
         x, latents = self.hidden(inputs)
         ce = F.cross_entropy(self._head(x).flatten(0, 1), targets.flatten().long())
         zero = ce.new_zeros(())
         prediction = regularizer = zero
-        if jepa and self.jepa is not None and latents is not None:
+        if jepa and self.jepa is not None and latents is not None and latents.target.size(1):
             prediction, regularizer = self.jepa.prediction_loss(latents), self.jepa.sigreg(latents.target)
         detached = None if latents is None else Latents(*(part.detach() for part in latents))
         return Losses(ce, prediction, regularizer, self._multi_token_loss(x, targets), detached)
