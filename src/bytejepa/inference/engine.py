@@ -24,7 +24,7 @@ from bytejepa.errors import ConfigError
 from bytejepa.inference.chunks import ChunkInjector
 from bytejepa.inference.state import AttentionCache, EngineState, JepaState
 from bytejepa.inference.weights import BlockWeights, block_weights
-from bytejepa.model.layers import document_starts, leaky_relu_squared, rms_norm, softcap
+from bytejepa.model.layers import document_starts, softcap
 from bytejepa.model.transformer import ByteLM
 
 BLOCK_IDS = 32_768
@@ -57,6 +57,7 @@ class Engine:
         self.dtype = model.compute_dtype
         self.cosines, self.sines = (table.to(self.dtype) for table in model.rotary(self.window))
         self.half = self.cosines.size(-1)
+        self.epsilon = torch.tensor(torch.finfo(self.dtype).eps, dtype=self.dtype, device=self.device)
         self.head = model.token_embedding.weight.detach().to(self.dtype, copy=True)
 
     @torch.inference_mode()
@@ -205,7 +206,7 @@ class Engine:
                 x = x + model.bigram(with_previous, self.dtype, padded)[:, 1:]
             else:
                 x = x + model.bigram(ids, self.dtype, starts)
-        x = rms_norm(x)
+        x = self._rms_norm(x)
         if model.smear is None:
             return x
         extended = torch.cat((state.smear_previous, x), dim=1)
@@ -218,8 +219,8 @@ class Engine:
     ) -> Tensor:
         if weights.mix is not None:
             x = torch.addcmul(weights.mix[0] * x, weights.mix[1], x0)
-        x = torch.addcmul(x, weights.attention_scale, self._attention(weights, cache, rms_norm(x), first, mask))
-        hidden = leaky_relu_squared(F.linear(rms_norm(x), weights.up))
+        x = torch.addcmul(x, weights.attention_scale, self._attention(weights, cache, self._rms_norm(x), first, mask))
+        hidden = F.leaky_relu_(F.linear(self._rms_norm(x), weights.up), 0.5).square_()
         return torch.addcmul(x, weights.mlp_scale, F.linear(hidden, weights.down))
 
     def _attention(
@@ -228,7 +229,7 @@ class Engine:
         H, G = weights.num_heads, weights.num_kv_heads
         last = first + x.size(1)
         heads = F.linear(x, weights.qkv).unflatten(-1, (H + 2 * G, -1))  # (L, n, H + 2G, E)
-        qk = rms_norm(heads[:, :, : H + G]) * weights.head_gain
+        qk = self._rms_norm(heads[:, :, : H + G]) * weights.head_gain
         # the product is a new tensor, so its rotating part can be turned in place
         cos, sin = self.cosines[first:last, None], self.sines[first:last, None]
         a, b = qk[..., : self.half], qk[..., self.half : 2 * self.half]
@@ -276,8 +277,13 @@ class Engine:
         whole = max(0, state.num_ids // P * P - state.num_fed)  # positions of this block before the cut chunk
         return injected if whole >= x.size(1) else torch.cat((injected[:, :whole], x[:, whole:]), dim=1)
 
+    def _rms_norm(self, x: Tensor) -> Tensor:
+        # one id at a time the number of operations is what costs: these are half of F.rms_norm's
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * torch.addcmul(self.epsilon, norm, norm, value=1 / x.size(-1)).rsqrt_()
+
     def _logits(self, x: Tensor) -> Tensor:
-        return softcap(F.linear(rms_norm(x), self.head), self.model.config.model.logit_softcap)
+        return softcap(F.linear(self._rms_norm(x), self.head), self.model.config.model.logit_softcap)
 
 
 def _grouped_attention(
