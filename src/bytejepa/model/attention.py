@@ -17,12 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bytejepa.config import AttentionBackend
 from bytejepa.errors import ConfigError
-from bytejepa.model.layers import Linear, rms_norm, rotate
+from bytejepa.model import fused
+from bytejepa.model.layers import Linear, add_projected, normalize_and_rotate
 
 Mask = Any
 """None, a bool tensor, or for `flex` a BlockMask."""
 
-Kernel = Literal["flash4", "flash3", "cudnn", "flash", "flex", "math"]
+Kernel = Literal["flash4", "flash3", "cudnn", "blocked", "flash", "flex", "math"]
 
 
 @functools.cache
@@ -48,6 +49,7 @@ def available_backends(device_type: str) -> dict[Kernel, str | None]:
             if capability[0] >= 9 and torch.backends.cudnn.is_available()
             else "needs cuDNN and compute capability 9.0"
         ),
+        "blocked": None if device_type == "cpu" else "it is for CPUs",
         "flash": None,
         "flex": no_cuda,
         "math": None,
@@ -64,6 +66,7 @@ def choose_backend(requested: AttentionBackend, device_type: str, *, masked: boo
         "flash4": False,
         "flash3": False,
         "cudnn": False,
+        "blocked": False,
         "flash": device_type == "cpu",
         "flex": True,
         "math": True,
@@ -80,7 +83,7 @@ def choose_backend(requested: AttentionBackend, device_type: str, *, masked: boo
                 f"training.attention {requested} is impossible on {device_type}: {reason}", hint=f"possible: {possible}"
             )
         return requested
-    order: tuple[Kernel, ...] = ("flash3", "flash4", "cudnn", "flash", "flex", "math")
+    order: tuple[Kernel, ...] = ("flash3", "flash4", "cudnn", "blocked", "flash", "flex", "math")
     return next(name for name in order if available[name] is None and (not masked or handles_masks[name]))
 
 
@@ -121,6 +124,10 @@ def causal_attention(
 
         out = flash4(q, k, v, causal=True)
         return out[0] if isinstance(out, tuple) else out
+    if backend == "blocked":
+        if q.requires_grad and q.size(1) <= fused.ATTENTION_MAX_LENGTH and fused.is_profitable(q):
+            return fused.causal_attention(q, k, v)
+        backend = "flash"  # without a backward pass, or where keeping the probabilities would take too much memory
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, E)
     if backend == "flex":
         from torch.nn.attention.flex_attention import flex_attention
@@ -164,34 +171,49 @@ class Attention(nn.Module):
         self.query_gain = nn.Parameter(torch.full((num_heads,), query_gain))
 
     def project(
-        self, x: Float[Tensor, "B T D"], cosines: Float[Tensor, "T half"], sines: Float[Tensor, "T half"]
+        self,
+        x: Float[Tensor, "B T D"],
+        cosines: Float[Tensor, "T half"],
+        sines: Float[Tensor, "T half"],
+        *,
+        norm_scale: float = 1.0,
     ) -> tuple[Float[Tensor, "B T H E"], Float[Tensor, "B T G E"], Float[Tensor, "B T G E"]]:
-        """Return queries (gain included), keys and values, normalised and rotated."""
+        """Return queries (gain included), keys and values of norm_scale * x, queries and keys normalised and rotated."""
         H, G, E = self.num_heads, self.num_kv_heads, self.head_dim
         # one product for the three maps; queries and keys go through norm and rotation together
         weight = torch.cat((self.query.weight, self.key.weight, self.value.weight))
-        heads = F.linear(x, weight.to(x.dtype)).unflatten(-1, (H + 2 * G, E))
-        qk = rotate(rms_norm(heads[:, :, : H + G]), cosines, sines)
-        q = qk[:, :, :H] * self.query_gain.to(qk.dtype)[:, None]
-        return q, qk[:, :, H:], heads[:, :, H + G :]
+        heads = F.linear(x, (weight * norm_scale).to(x.dtype)).unflatten(-1, (H + 2 * G, E))
+        gain = torch.cat((self.query_gain, self.query_gain.new_ones(G)))
+        qk, v = heads.split((H + G, G), dim=2)
+        q, k = normalize_and_rotate(qk, cosines, sines, gain).split((H, G), dim=2)
+        return q, k, v
 
-    def merge(self, y: Float[Tensor, "B T H E"], v: Float[Tensor, "B T G E"]) -> Float[Tensor, "B T D"]:
-        """Return the output projection of the heads, after XSA where this block has it."""
+    def merge(
+        self,
+        y: Float[Tensor, "B T H E"],
+        v: Float[Tensor, "B T G E"],
+        residual: Float[Tensor, "B T D"],
+        scale: Float[Tensor, "D"],
+    ) -> Float[Tensor, "B T D"]:
+        """Return residual + scale * (output projection of the heads), after XSA where this block has it."""
         if self.drop_own_value:
             groups = y.unflatten(2, (self.num_kv_heads, -1))  # (B, T, G, H/G, E)
             direction = F.normalize(v, dim=-1)[:, :, :, None]
             y = (groups - (groups * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
-        return self.output(y.flatten(2))
+        return add_projected(residual, y.flatten(2), self.output.weight, scale)
 
     def forward(
         self,
         x: Float[Tensor, "B T D"],
         cosines: Float[Tensor, "T half"],
         sines: Float[Tensor, "T half"],
+        residual: Float[Tensor, "B T D"],
         *,
+        norm_scale: float,
+        scale: Float[Tensor, "D"],
         backend: Kernel,
         mask: Mask = None,
     ) -> Float[Tensor, "B T D"]:
-        """Return the attention output, not yet scaled or added to the residual."""
-        q, k, v = self.project(x, cosines, sines)
-        return self.merge(causal_attention(q, k, v, backend=backend, mask=mask), v)
+        """Return residual + scale * attention(norm_scale * x)."""
+        q, k, v = self.project(x, cosines, sines, norm_scale=norm_scale)
+        return self.merge(causal_attention(q, k, v, backend=backend, mask=mask), v, residual, scale)

@@ -32,6 +32,18 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def add_projected(
+    residual: Float[Tensor, "B T D"],
+    x: Float[Tensor, "B T in"],
+    weight: Float[Tensor, "D in"],
+    scale: Float[Tensor, "D"],
+) -> Float[Tensor, "B T D"]:
+    """Return residual + scale * (x @ weight^T) as one product: the scale is folded into the weight, which is far smaller
+    than the activations, and the residual is what the product accumulates onto."""
+    folded = (weight * scale[:, None]).to(x.dtype)
+    return torch.addmm(residual.flatten(0, 1), x.flatten(0, 1), folded.T).view_as(residual)
+
+
 class SmearGate(nn.Module):
     """y_t = (1 - g) x_t + g x_{t-1} with g = sigmoid(gate) per dimension and x_{-1} = 0."""
 
@@ -85,9 +97,17 @@ class MLP(nn.Module):
         self.up = Linear(model_dim, mlp_dim)
         self.down = Linear(mlp_dim, model_dim)
 
-    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """Return the MLP's output, not yet scaled or added to the residual."""
-        return self.down(leaky_relu_squared(self.up(x)))
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        residual: Float[Tensor, "B T D"],
+        *,
+        norm_scale: float,
+        scale: Float[Tensor, "D"],
+    ) -> Float[Tensor, "B T D"]:
+        """Return residual + scale * mlp(norm_scale * x)."""
+        hidden = F.linear(x, (self.up.weight * norm_scale).to(x.dtype))
+        return add_projected(residual, leaky_relu_squared(hidden), self.down.weight, scale)
 
 
 def leaky_relu_squared(x: Tensor) -> Tensor:
@@ -139,6 +159,18 @@ class RotaryTables(nn.Module):
             return self.cosines[:length], self.sines[:length]
         cosines, sines = self.compute(length)
         return cosines.to(self.cosines.device), sines.to(self.sines.device)
+
+
+def normalize_and_rotate(
+    heads: Float[Tensor, "B T heads E"],
+    cosines: Float[Tensor, "T half"],
+    sines: Float[Tensor, "T half"],
+    gain: Float[Tensor, "heads"],
+) -> Float[Tensor, "B T heads E"]:
+    """Return gain * rotate(rms_norm(heads)), the gain one number a head."""
+    if fused.is_profitable(heads):
+        return fused.normalize_and_rotate(heads, cosines, sines, gain)
+    return rotate(rms_norm(heads), cosines, sines) * gain.to(heads.dtype)[:, None]
 
 
 def rotate(

@@ -64,10 +64,6 @@ class Block(nn.Module):
         mix = self.residual_mix.to(x.dtype)
         return torch.addcmul(mix[0] * x, mix[1], x0)
 
-    def normed(self, x: Tensor) -> Tensor:
-        """Return the normalised input of a branch, scaled by depth."""
-        return rms_norm(x) * self.norm_scale if self.norm_scale != 1.0 else rms_norm(x)
-
     def forward(
         self,
         x: Float[Tensor, "B T D"],
@@ -80,9 +76,17 @@ class Block(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Return the residual after this block."""
         x = self.mix(x, x0)
-        attended = self.attention(self.normed(x), cosines, sines, backend=backend, mask=mask)
-        x = torch.addcmul(x, self.attention_scale.to(x.dtype), attended)
-        return torch.addcmul(x, self.mlp_scale.to(x.dtype), self.mlp(self.normed(x)))
+        x = self.attention(
+            rms_norm(x),
+            cosines,
+            sines,
+            x,
+            norm_scale=self.norm_scale,
+            scale=self.attention_scale,
+            backend=backend,
+            mask=mask,
+        )
+        return self.mlp(rms_norm(x), x, norm_scale=self.norm_scale, scale=self.mlp_scale)
 
 
 class ByteLM(nn.Module):
@@ -185,7 +189,7 @@ class ByteLM(nn.Module):
         assert isinstance(block, Block)
         length = x.size(1)
         x = block.mix(x, x0)
-        q, k, v = block.attention.project(block.normed(x), cosines, sines)
+        q, k, v = block.attention.project(rms_norm(x), cosines, sines, norm_scale=block.norm_scale)
         if mask is None:
             position = torch.arange(length, device=x.device)
             mask = (position[length - kept :, None] >= position)[None, None]
@@ -193,9 +197,8 @@ class ByteLM(nn.Module):
             mask = mask[:, :, length - kept :]
         y = masked_attention(q[:, length - kept :], k, v, mask)
         x = x[:, length - kept :]
-        attended = block.attention.merge(y, v[:, length - kept :])
-        x = torch.addcmul(x, block.attention_scale.to(x.dtype), attended)
-        return torch.addcmul(x, block.mlp_scale.to(x.dtype), block.mlp(block.normed(x)))
+        x = block.attention.merge(y, v[:, length - kept :], x, block.attention_scale)
+        return block.mlp(rms_norm(x), x, norm_scale=block.norm_scale, scale=block.mlp_scale)
 
     def _inject_tail(self, x: Tensor, length: int, scored_tail: int, starts: Tensor | None) -> Tensor:
         """Return the scored tail with its injection, given the residual of the positions `_kept_tail` counted."""
