@@ -54,7 +54,7 @@ class GradientStep:
             for name, parameter in self.loss.named_parameters()
             if role_of(name.removeprefix("model."), parameter) == "matrix" and ".blocks." in name
         ]
-        self._whole = torch.compile(self._forward) if compile else self._forward
+        self.weighted_loss = torch.compile(self._forward) if compile else self._forward
 
     def _forward(
         self, inputs: Tensor, targets: Tensor, jepa_lambda: Tensor, jepa: bool, quantized: bool
@@ -83,7 +83,7 @@ class GradientStep:
         sums = [torch.zeros((), device=inputs.device) for _ in range(3)]
         latents: Latents | None = None
         for part_inputs, part_targets in zip(inputs.split(rows), targets.split(rows), strict=True):
-            total, *parts = self._whole(part_inputs, part_targets, weight, jepa_lambda > 0, quantized)
+            total, *parts = self.weighted_loss(part_inputs, part_targets, weight, jepa_lambda > 0, quantized)
             (total / num_parts).backward()
             sums = [so_far + part for so_far, part in zip(sums, parts[:3], strict=True)]
             latents = Latents(*parts[3:]) if len(parts) > 3 else None

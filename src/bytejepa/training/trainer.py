@@ -57,12 +57,12 @@ class Trainer:
             )
         model.compute_dtype = torch.bfloat16 if on_gpu and precision != "float32" else torch.float32
         if on_gpu and config.training.bfloat16_embeddings:
-            _keep_in_bfloat16(model)
+            keep_in_bfloat16(model)
         self.model = model.to(ranks.device)
         self.backend = choose_backend(config.training.attention, ranks.device.type, masked=False)
         self.compiled = config.training.compile == "on" or (config.training.compile == "auto" and on_gpu)
         if self.compiled and on_gpu:
-            _avoid_known_regressions()
+            avoid_known_regressions()
         self.gradient_step = GradientStep(self.model, config, compile=self.compiled)
         self.optimizers = Optimizers(self.model, config.optimizer, ranks, compile_update=self.compiled and on_gpu)
         self.average = WeightAverage(self.model, config.training)
@@ -239,14 +239,14 @@ class Trainer:
         self.loader.close()
 
 
-def _keep_in_bfloat16(model: ByteLM) -> None:
+def keep_in_bfloat16(model: ByteLM) -> None:
     """Keep embeddings and JEPA matrices in bfloat16, as the reference does on a GPU."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and (name.startswith("jepa.") or name.endswith("embedding.weight")):
             parameter.data = parameter.data.bfloat16()
 
 
-def _avoid_known_regressions() -> None:
+def avoid_known_regressions() -> None:
     """Switch off what slows PyTorch 2.11: mix_order_reduction over-fuses the backward of RMS norms (+9 % a step)."""
     import torch._inductor.config as inductor
 

@@ -1,0 +1,183 @@
+"""One call checks and measures on a GPU all that a CPU cannot: speed, memory, each choice on and off, agreement.
+
+    python benchmarks/gpu_training.py OUT.json [--minutes 8]
+
+Writes one JSON object after every section, so that a run cut short keeps what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from bytejepa.benchmark.speed import (
+    Speed,
+    TrainingStep,
+    flop_per_byte,
+    matmul_peak_flop_per_s,
+    measure,
+    measure_parts,
+    synchronize,
+    time_step,
+)
+from bytejepa.config import RunConfig, replace
+from bytejepa.model.attention import available_backends, causal_attention
+from bytejepa.presets import preset
+
+GPU_SHARE_BYTES = 49_152
+"""The reference's bytes a step on each of its 8 GPUs."""
+
+
+def at_gpu_share(config: RunConfig, **training: object) -> RunConfig:
+    """Return `config` with one GPU's share of the batch."""
+    changed = {"batch_bytes": GPU_SHARE_BYTES, "num_streams": 1}
+    return replace(config, data=changed, training=training)
+
+
+def check_attention(device: torch.device) -> dict[str, object]:
+    """Return each kernel's error against an explicit softmax in float64 and its time at the reference's shape."""
+    results: dict[str, object] = {}
+    q, k, v = (torch.randn(2, 300, h, 64, device=device, dtype=torch.bfloat16) for h in (8, 4, 4))
+    exact = explicit_attention(*(x.double() for x in (q, k, v)))
+    big = [torch.randn(12, 4096, h, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for h in (8, 4, 4)]
+    gradient = torch.randn_like(big[0])
+    for name, reason in available_backends("cuda").items():
+        if reason is not None or name == "math":
+            results[name] = reason or "not timed: it writes all scores"
+            continue
+        call = torch.compile(causal_attention) if name == "flex" else causal_attention
+        try:
+            mask = None
+            if name == "flex":
+                from bytejepa.model.flex_masks import block_mask
+
+                mask = block_mask(300, None, None, device)
+            out = call(q, k, v, backend=name, mask=mask)
+            error = ((out.double() - exact).norm() / exact.norm()).item()
+            mask = block_mask(4096, None, None, device) if name == "flex" else None
+            forward = statistics.median(time_step(lambda: call(*big, backend=name, mask=mask), device, steps=10))
+            both = statistics.median(
+                time_step(lambda: call(*big, backend=name, mask=mask).backward(gradient), device, steps=10)
+            )
+            results[name] = {"relative_error": error, "forward_ms": forward, "forward_backward_ms": both}
+        except Exception as problem:  # what fails here is a finding, not the end of the run
+            results[name] = f"failed: {type(problem).__name__}: {str(problem)[:200]}"
+    return results
+
+
+def explicit_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Return causal attention by the formula."""
+    repeats = q.size(2) // k.size(2)
+    k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
+    scores = torch.einsum("bqhe,bkhe->bhqk", q, k) / q.size(-1) ** 0.5
+    future = torch.ones(scores.shape[-2:], device=q.device, dtype=torch.bool).triu(1)
+    return torch.einsum("bhqk,bkhe->bqhe", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+
+
+def measured(name: str, config: RunConfig, peak: float, *, compile: bool = True, steps: int = 20, **call: object) -> Speed:  # noqa: A002
+    """Return the speed of the fast path under `config`."""
+    device = torch.device("cuda")
+    step = TrainingStep(config, device, compile=compile)
+    speed = measure(name, lambda: step(**call), config, device, peak=peak, steps=steps)
+    if name == "ours":
+        speed = dataclasses.replace(speed, parts_ms=measure_parts(step, steps=8))
+    del step
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    return speed
+
+
+def variants() -> dict[str, tuple[RunConfig, dict[str, object]]]:
+    """Return what is measured: name -> (configuration, arguments of `measured`)."""
+    default, reference = preset("default"), preset("pr832")
+    ours = at_gpu_share(default, bfloat16_embeddings=True)
+    return {
+        "ours": (ours, {}),
+        "reference's settings": (at_gpu_share(reference), {}),
+        "loss read every step": (ours, {"wait": True}),
+        "latent losses at weight zero": (ours, {"jepa_lambda": 0.0}),
+        "without JEPA": (replace(ours, jepa={"enabled": False}), {}),
+        "float32 embeddings": (at_gpu_share(default), {}),
+        "flash attention 2": (at_gpu_share(default, bfloat16_embeddings=True, attention="flash"), {}),
+        "windows of 512 in 10 of 13 layers": (
+            replace(ours, model={"attention_windows": tuple(0 if i % 4 == 3 else 512 for i in range(13))}), {},
+        ),
+        "document masking": (replace(ours, model={"document_masking": True}), {}),
+        "not compiled": (ours, {"compile": False, "steps": 8}),
+    }  # fmt: skip
+
+
+def check_agreement() -> dict[str, object]:
+    """Return the losses of 200 steps of a small model on the GPU (bfloat16) and on the CPU (float32), same data."""
+    config = replace(
+        preset("tiny"),
+        model={"num_layers": 4, "num_heads": 2, "num_kv_heads": 1},
+        data={"sequence_bytes": 256, "batch_bytes": 4096},
+        schedule={"steps": 200},
+        training={"warmup_steps": 0, "validate_every_steps": None},
+    )
+    import tempfile
+
+    from bytejepa.data.corpus import write_embedded_shards
+    from bytejepa.training.runlog import RunFolder
+    from bytejepa.training.runs import train
+
+    results: dict[str, object] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_embedded_shards(Path(folder) / "data")
+        for device in ("cpu", "cuda"):
+            run = Path(folder) / device
+            result = train(replace(config, training={"device": device}), Path(folder) / "data", run)
+            losses = [line["train_loss_nats"] for line in RunFolder(run).read_metrics() if "train_loss_nats" in line]
+            results[device] = {"last_losses_nats": losses[-5:], "val_bpb": result.val_bpb}
+            results[device] |= {"val_bpb_average": result.val_bpb_average}
+    return results
+
+
+def main() -> None:
+    """Run every section that fits into the time given."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--only", nargs="*", default=None, help="names of variants to measure")
+    options = parser.parse_args()
+    begin, device = time.perf_counter(), torch.device("cuda")
+    peak = matmul_peak_flop_per_s(device)
+    report: dict[str, object] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "python": platform.python_version(),
+        "matmul_peak_tflop_per_s": peak / 1e12,
+        "bytes_a_step": GPU_SHARE_BYTES,
+        "flop_per_byte": flop_per_byte(preset("pr832")),
+    }
+    sections = {"attention": lambda: check_attention(device), "agreement": check_agreement}
+    chosen = {name: v for name, v in variants().items() if options.only is None or name in options.only}
+    for name, (config, arguments) in chosen.items():
+        sections[f"speed: {name}"] = lambda n=name, c=config, a=arguments: dataclasses.asdict(measured(n, c, peak, **a))
+    order = ["attention", *[s for s in sections if s.startswith("speed")], "agreement"]
+    for section in order if options.only is None else order[1:-1]:
+        if time.perf_counter() - begin > 60 * options.minutes:
+            report[section] = "not reached in the time given"
+            continue
+        started = time.perf_counter()
+        try:
+            report[section] = sections[section]()
+        except Exception as problem:  # the other sections still count
+            report[section] = f"failed: {type(problem).__name__}: {str(problem)[:500]}"
+        synchronize(device)
+        print(f"{time.perf_counter() - begin:6.0f} s  {section} ({time.perf_counter() - started:.0f} s): {report[section]}", flush=True)
+        options.out.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

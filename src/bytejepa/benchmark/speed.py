@@ -1,0 +1,243 @@
+"""How fast training is, against what the machine could do: bytes a second, TFLOP/s, utilisation, time by part.
+
+Arithmetic is counted as in the field: 6 N + 6 D T L floating-point operations a byte trained, N the weights that enter
+a matrix product, attention counted causally, recomputation not counted. The peak is a matrix product timed in the same
+process, so that utilisation means the same on every machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bytejepa.config import DataConfig, RunConfig
+from bytejepa.data.loader import IdStream, Loader
+from bytejepa.data.vocabulary import BYTE_OFFSET, VOCABULARY_SIZE
+from bytejepa.model.initialization import initialize
+from bytejepa.model.transformer import ByteLM
+from bytejepa.training.averaging import WeightAverage
+from bytejepa.training.distributed import Ranks
+from bytejepa.training.gradient_step import GradientStep
+from bytejepa.training.optimizers import Optimizers
+from bytejepa.training.trainer import avoid_known_regressions, keep_in_bfloat16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Speed:
+    """What was measured of one way to train."""
+
+    name: str
+    step_ms: float
+    """Median of the timed steps."""
+    fastest_ms: float
+    bytes_per_s: float
+    tflop_per_s: float
+    """By the formula above, at the median."""
+    utilization: float
+    """Share of the matrix-product peak measured beside it."""
+    peak_memory_bytes: int | None
+    """Largest device memory in use; None on a CPU."""
+    parts_ms: dict[str, float]
+    """Median milliseconds of each part, measured apart with the device waited for after each; empty if not asked for."""
+    last_loss_nats: float
+
+
+def matmul_parameters(config: RunConfig) -> float:
+    """Return the number of weights that enter a matrix product for each byte; JEPA's count once a chunk."""
+    model, jepa = config.model, config.jepa
+    D, kv = model.model_dim, model.num_kv_heads * model.head_dim
+    count = model.num_layers * (2 * D * D + 2 * D * kv + 2 * D * model.mlp_dim) + VOCABULARY_SIZE * D
+    if model.bigram_rows is not None:
+        count += model.bigram_dim * D
+    per_chunk = 0
+    if jepa.enabled:
+        Z = jepa.latent_dim
+        per_chunk = D * jepa.hidden_dim + jepa.hidden_dim * Z + 2 * Z * Z + Z * D
+    return count + per_chunk / jepa.chunk_bytes
+
+
+def flop_per_byte(config: RunConfig) -> float:
+    """Return the floating-point operations of training on one byte: 6 N + 6 D * (bytes a query sees, doubled) a layer.
+
+    For full causal attention that is 6 D T L (the performance notes' formula); a window w < T counts its own pairs.
+    """
+    T = config.data.sequence_bytes
+    attended = 0.0
+    for window in config.model.window_of_layer:
+        w = min(window or T, T)
+        attended += 2 * (w * (w + 1) / 2 + (T - w) * w) / T  # pairs of a sequence, doubled, a byte
+    return 6 * matmul_parameters(config) + 6 * config.model.model_dim * attended
+
+
+def matmul_peak_flop_per_s(device: torch.device, *, seconds: float = 0.5) -> float:
+    """Return the floating-point operations a second of a large matrix product: bfloat16 on CUDA, float32 on a CPU."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = 0.0
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline or best == 0.0:
+        begin = time.perf_counter()
+        for _ in range(5):
+            a @ b
+        synchronize(device)
+        best = max(best, 5 * 2 * size**3 / (time.perf_counter() - begin))
+    return best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class TrainingStep:
+    """The fast path as the trainer takes it, on random bytes, with each part callable apart."""
+
+    def __init__(self, config: RunConfig, device: torch.device, *, compile: bool) -> None:  # noqa: A002 - torch's word
+        self.config, self.device = config, device
+        on_gpu = device.type == "cuda"
+        model = initialize(ByteLM(config), config.training.seed)
+        model.compute_dtype = torch.bfloat16 if on_gpu and config.training.precision != "float32" else torch.float32
+        if on_gpu and config.training.bfloat16_embeddings:
+            keep_in_bfloat16(model)
+        if on_gpu and compile:
+            avoid_known_regressions()
+        self.model = model.to(device)
+        self.gradient_step = GradientStep(self.model, config, compile=compile)
+        self.optimizers = Optimizers(self.model, config.optimizer, Ranks(device=device), compile_update=compile and on_gpu)
+        self.average = WeightAverage(self.model, config.training)
+        self.loader = random_loader(config.data, device)
+        self.index = 0
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return the next batch."""
+        self.index += 1
+        return self.loader.batch(0, self.index)
+
+    def __call__(self, *, jepa_lambda: float = 0.001, wait: bool = False) -> Tensor:
+        """Take one step and return its loss; `wait` reads the loss at once, as a plain loop does."""
+        inputs, targets = self.read()
+        self.optimizers.zero_grad()
+        losses = self.gradient_step(inputs, targets, jepa_lambda=jepa_lambda if self.config.jepa.enabled else 0.0)
+        self.optimizers.step(learning_rate_scale=0.1, momentum=0.95)
+        self.average.update(step=1000, progress=0.5)
+        if wait:
+            losses.ce.item()
+        return losses.ce
+
+
+def random_loader(config: DataConfig, device: torch.device) -> Loader:
+    """Return a loader over random bytes held in memory."""
+    random = np.random.default_rng(0)
+    length = max(config.batch_bytes, 2 * config.sequence_bytes) * 4
+    ids = random.integers(BYTE_OFFSET, VOCABULARY_SIZE, length, dtype=np.uint16)
+    return Loader(IdStream([ids]), config, seed=0, rank=0, world_size=1, device=device)
+
+
+def time_step(step: Callable[[], object], device: torch.device, *, steps: int, warmup: int = 3) -> list[float]:
+    """Return the milliseconds of each of `steps` calls; on CUDA by events, so that the host is not waited for."""
+    for _ in range(warmup):
+        step()
+    synchronize(device)
+    if device.type == "cuda":
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            step()
+            mark.record()
+        synchronize(device)
+        return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+    times = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        step()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return times
+
+
+def measure(
+    name: str, step: Callable[[], Tensor], config: RunConfig, device: torch.device, *, peak: float, steps: int
+) -> Speed:
+    """Return the speed of `step`, a call that trains on one batch of `config` and returns its loss."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    times = time_step(step, device, steps=steps)
+    return speed_of(name, times, config, device, peak=peak, loss=float(step()))
+
+
+def speed_of(
+    name: str, times_ms: list[float], config: RunConfig, device: torch.device, *, peak: float, loss: float
+) -> Speed:
+    """Return the summary of timed steps."""
+    median_ms = statistics.median(times_ms)
+    rate = config.data.batch_bytes / median_ms * 1e3
+    achieved = rate * flop_per_byte(config)
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return Speed(
+        name=name,
+        step_ms=median_ms,
+        fastest_ms=min(times_ms),
+        bytes_per_s=rate,
+        tflop_per_s=achieved / 1e12,
+        utilization=achieved / peak,
+        peak_memory_bytes=memory,
+        parts_ms={},
+        last_loss_nats=loss,
+    )
+
+
+def measure_parts(step: TrainingStep, *, steps: int) -> dict[str, float]:
+    """Return median milliseconds of data, forward, backward, optimiser, average, the JEPA losses and attention.
+
+    Each part is timed apart and the device waited for, so the sum exceeds the step, in which they overlap. `jepa losses`
+    is the step with them less the step without.
+    """
+    device = step.device
+    inputs, targets = step.read()
+    weight = torch.tensor(0.001, device=device)
+
+    def forward() -> Tensor:
+        return step.gradient_step.weighted_loss(inputs, targets, weight, step.config.jepa.enabled, False)[0]
+
+    def forward_backward() -> None:
+        step.optimizers.zero_grad()
+        forward().backward()
+
+    def median(call: Callable[[], object]) -> float:
+        return statistics.median(time_step(lambda: (call(), synchronize(device)), device, steps=steps, warmup=2))
+
+    parts = {"data": median(step.read), "forward": median(forward)}
+    parts["backward"] = max(0.0, median(forward_backward) - parts["forward"])
+    parts["optimizer"] = median(lambda: step.optimizers.step(learning_rate_scale=0.0, momentum=0.9))
+    parts["average"] = median(lambda: step.average.update(step=1000, progress=0.5))
+    if step.config.jepa.enabled:
+        with_losses = median(lambda: step(jepa_lambda=0.001))
+        parts["jepa losses"] = max(0.0, with_losses - median(lambda: step(jepa_lambda=0.0)))
+    parts["attention"] = attention_ms(step, steps=steps)
+    return parts
+
+
+def attention_ms(step: TrainingStep, *, steps: int) -> float:
+    """Return the median milliseconds of forward and backward of all layers' attention kernels alone."""
+    from bytejepa.model.attention import causal_attention, choose_backend
+
+    config, device = step.config, step.device
+    model = config.model
+    rows, T = config.data.batch_bytes // config.data.sequence_bytes, config.data.sequence_bytes
+    shapes = [(rows, T, heads, model.head_dim) for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads)]
+    dtype = step.model.compute_dtype
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
+    backend = choose_backend(config.training.attention, device.type, masked=False)
+    gradient = torch.randn(shapes[0], device=device, dtype=dtype)
+
+    def once() -> None:
+        causal_attention(q, k, v, backend=backend).backward(gradient)
+        synchronize(device)
+
+    return model.num_layers * statistics.median(time_step(once, device, steps=steps, warmup=2))
