@@ -1,0 +1,127 @@
+"""The model once more, written for reading: float64, one text at a time, loops and an explicit softmax, every option.
+
+An oracle for the batched, fused and pruned code of `bytejepa.model`: it shares none of it, only names and shapes.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from bytejepa.config import RunConfig
+from bytejepa.model.transformer import ByteLM
+
+BOS = 1
+EPSILON = torch.finfo(torch.float32).eps
+
+
+def explicit_weights(model: ByteLM) -> dict[str, Tensor]:
+    """The model's parameters as float64 leaves, by name."""
+    return {name: value.detach().double().requires_grad_() for name, value in model.named_parameters()}
+
+
+def explicit_logits(config: RunConfig, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
+    """Logits of the next id, (B, T, 260) float64."""
+    return torch.stack([_text_logits(config, weights, row.tolist()) for row in ids])
+
+
+def rms(x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + EPSILON).sqrt()
+
+
+def _text_logits(config: RunConfig, w: dict[str, Tensor], ids: list[int]) -> Tensor:
+    m, T = config.model, len(ids)
+    starts = [m.document_masking and value == BOS for value in ids]
+    x = w["token_embedding.weight"][ids]
+    if m.bigram_rows is not None:
+        last = m.bigram_rows - 1
+        rows = [
+            last if t == 0 or starts[t] else ((36313 * ids[t]) ^ (27191 * ids[t - 1])) % last for t in range(T)
+        ]  # fmt: skip
+        x = x + w["bigram.scale"] * w["bigram.embedding.weight"][rows] @ w["bigram.projection.weight"].T
+    x0 = rms(x)
+    if m.smear:
+        gate = torch.sigmoid(w["smear.gate"])
+        before = [torch.zeros_like(x0[0]) if t == 0 or starts[t] else x0[t - 1] for t in range(T)]
+        x0 = (1 - gate) * x0 + gate * torch.stack(before)
+    x, stack = x0, []
+    encoders = m.num_layers // 2
+    for layer in range(m.num_layers):
+        if layer >= encoders and stack and m.skip_connections:
+            x = x + w["skip_weights"][layer - encoders] * stack.pop()
+        x = _block(config, w, layer, x, x0, starts)
+        if layer < encoders:
+            stack.append(x)
+    if config.jepa.enabled and config.jepa.inject:
+        x = _injected(config, w, x, starts)
+    return m.logit_softcap * torch.tanh(rms(x) @ w["token_embedding.weight"].T / m.logit_softcap)
+
+
+def _block(config: RunConfig, w: dict[str, Tensor], layer: int, x: Tensor, x0: Tensor, starts: list[bool]) -> Tensor:
+    m, name = config.model, f"blocks.{layer}"
+    scale = 1 / math.sqrt(layer + 1) if m.depth_scaled_norm else 1.0
+    if m.residual_mix:
+        x = w[f"{name}.residual_mix"][0] * x + w[f"{name}.residual_mix"][1] * x0
+    x = x + w[f"{name}.attention_scale"] * _attention(config, w, layer, scale * rms(x), starts)
+    up = scale * rms(x) @ w[f"{name}.mlp.up.weight"].T
+    hidden = torch.where(up > 0, up, 0.5 * up) ** 2
+    return x + w[f"{name}.mlp_scale"] * (hidden @ w[f"{name}.mlp.down.weight"].T)
+
+
+def _attention(config: RunConfig, w: dict[str, Tensor], layer: int, x: Tensor, starts: list[bool]) -> Tensor:
+    m, name, T = config.model, f"blocks.{layer}.attention", x.size(0)
+    E, per_group = m.head_dim, m.num_heads // m.num_kv_heads
+    window = m.window_of_layer[layer] or T
+    document = [sum(starts[: t + 1]) for t in range(T)]
+    visible = torch.tensor(
+        [[s <= t and t - s < window and document[s] == document[t] for s in range(T)] for t in range(T)]
+    )
+    heads = []
+    for h in range(m.num_heads):
+        g = h // per_group
+        q = _rotated(config, rms(x @ w[f"{name}.query.weight"][h * E : (h + 1) * E].T)) * w[f"{name}.query_gain"][h]
+        k = _rotated(config, rms(x @ w[f"{name}.key.weight"][g * E : (g + 1) * E].T))
+        v = x @ w[f"{name}.value.weight"][g * E : (g + 1) * E].T
+        share = torch.exp(q @ k.T / math.sqrt(E)) * visible
+        y = share @ v / share.sum(1, keepdim=True)
+        if layer >= m.num_layers - m.xsa_last_layers:
+            own = v / v.norm(dim=1, keepdim=True)
+            y = y - (y * own).sum(1, keepdim=True) * own
+        heads.append(y)
+    return torch.cat(heads, dim=1) @ w[f"{name}.output.weight"].T
+
+
+def _rotated(config: RunConfig, x: Tensor) -> Tensor:
+    m, T = config.model, x.size(0)
+    R = m.rotary_dims or m.head_dim
+    base = m.rotary_base
+    if m.rotary_length_bytes < T and R > 2:
+        base *= (T / m.rotary_length_bytes) ** (R / (R - 2))
+    out = x.clone()
+    for pair in range(R // 2):
+        angle = torch.arange(T, dtype=torch.float64) * base ** (-2 * pair / R)
+        a, b = x[:, pair], x[:, R // 2 + pair]
+        out[:, pair] = a * angle.cos() + b * angle.sin()
+        out[:, R // 2 + pair] = b * angle.cos() - a * angle.sin()
+    return out
+
+
+def _injected(config: RunConfig, w: dict[str, Tensor], x: Tensor, starts: list[bool]) -> Tensor:
+    P, detached = config.jepa.chunk_bytes, config.jepa.gradient == "detached"
+
+    def path(z: Tensor, part: str) -> Tensor:
+        hidden = rms(z @ w[f"jepa.{part}.up.weight"].T)
+        return (hidden * torch.sigmoid(hidden)) @ w[f"jepa.{part}.down.weight"].T
+
+    read = x.detach() if detached else x
+    out = list(x)
+    latent: Tensor = w["jepa.start"]
+    for begin in range(0, x.size(0) // P * P, P):
+        fresh = begin  # where the text that goes on after this chunk begins in it
+        for t in range(begin, begin + P):
+            if starts[t]:
+                latent, fresh = w["jepa.start"], t
+            predicted = path(latent, "predictor")
+            out[t] = x[t] + (predicted.detach() if detached else predicted) @ w["jepa.injection.weight"].T
+        latent = path(read[fresh : begin + P].mean(0), "projector")
+    return torch.stack(out)

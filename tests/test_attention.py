@@ -1,0 +1,159 @@
+"""Attention: every kernel of this machine against an explicit softmax in float64, masks, XSA, choice of kernel."""
+
+import pytest
+import torch
+
+from bytejepa.config import replace
+from bytejepa.errors import ConfigError
+from bytejepa.model import attention
+from bytejepa.model.attention import attention_mask, causal_attention, choose_backend, masked_attention
+from bytejepa.model.transformer import ByteLM
+from small_models import random_ids, small_config, small_model
+
+CPU = torch.device("cpu")
+
+
+def queries_keys_values(length: int = 13, heads: int = 4, groups: int = 2) -> list[torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return [torch.randn(2, length, n, 8, generator=random) for n in (heads, groups, groups)]
+
+
+def explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """Softmax attention in float64; `visible` (1 or B, T, T)."""
+    q, k, v = q.double(), k.double(), v.double()
+    out = torch.empty_like(q)
+    for head in range(q.size(2)):
+        group = head // (q.size(2) // k.size(2))
+        scores = q[:, :, head] @ k[:, :, group].mT / 8**0.5
+        out[:, :, head] = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v[:, :, group]
+    return out
+
+
+@pytest.mark.parametrize("backend", ["flash", "math"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_causal_attention_is_softmax_over_what_came_before(backend: str, groups: int) -> None:
+    q, k, v = queries_keys_values(groups=groups)
+    visible = torch.ones(13, 13).tril().bool()[None]
+    ours = causal_attention(q, k, v, backend=backend)
+    torch.testing.assert_close(ours.double(), explicit(q, k, v, visible), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["flash", "math"])
+@pytest.mark.parametrize("window", [1, 4, None])
+def test_masked_attention_sees_windows_and_documents_only(backend: str, window: int | None) -> None:
+    q, k, v = queries_keys_values()
+    documents = torch.tensor([[0] * 5 + [1] * 8, [0] * 13])
+    mask = attention_mask(13, window, documents, CPU)
+    visible = torch.tensor(
+        [
+            [[s <= t and (window is None or t - s < window) and d[s] == d[t] for s in range(13)] for t in range(13)]
+            for d in documents.tolist()
+        ]
+    )
+    assert torch.equal(mask[:, 0], visible)
+    expected = explicit(q, k, v, visible)
+    torch.testing.assert_close(
+        causal_attention(q, k, v, backend=backend, mask=mask).double(), expected, rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(
+        masked_attention(q[:, -3:], k, v, mask[:, :, -3:]).double(), expected[:, -3:], rtol=0, atol=1e-5
+    )
+
+
+def test_no_mask_where_causality_is_the_only_bound() -> None:
+    assert attention_mask(13, None, None, CPU) is None
+    assert attention_mask(13, 13, None, CPU) is None
+    assert attention_mask(13, 12, None, CPU) is not None
+
+
+def test_a_window_counts_the_position_itself() -> None:
+    mask = attention_mask(6, 2, None, CPU)
+    assert mask[0, 0].sum(1).tolist() == [1, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("backend", ["blocked", "flash", "math"])
+@pytest.mark.parametrize("length", [1, 13, 64, 65, 130])
+def test_values_and_gradients_of_every_kernel_are_the_explicit_ones(backend: str, length: int) -> None:
+    parts = [x.requires_grad_() for x in queries_keys_values(length)]
+    exact = [x.detach().double().requires_grad_() for x in parts]
+    weight = torch.randn(2, length, 4, 8, generator=torch.Generator().manual_seed(1))
+    ours = causal_attention(*parts, backend=backend)
+    theirs = explicit(*exact, torch.ones(length, length).tril().bool()[None])
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
+    (ours * weight).sum().backward()
+    (theirs * weight).sum().backward()
+    for mine, oracle in zip(parts, exact, strict=True):
+        torch.testing.assert_close(mine.grad.double(), oracle.grad, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "flash", "math"])
+@pytest.mark.parametrize("place", [1, 63, 64, 65, 129])
+def test_no_kernel_sees_a_later_key_while_training(backend: str, place: int) -> None:
+    q, k, v = (x.requires_grad_() for x in queries_keys_values(130))
+    outputs = []
+    for change in (0.0, 1.0):
+        moved_k, moved_v = k.clone(), v.clone()
+        moved_k[:, place] += change
+        moved_v[:, place] += change
+        outputs.append(causal_attention(q, moved_k, moved_v, backend=backend).detach())
+    moved = (outputs[0] - outputs[1]).abs().amax((0, 2, 3)) > 1e-6
+    assert not moved[:place].any()
+    assert moved[place:].all()
+
+
+def test_large_scores_do_not_overflow() -> None:
+    q, k, v = (x.requires_grad_() for x in queries_keys_values(70))
+    for backend in ("blocked", "flash", "math"):
+        assert torch.isfinite(causal_attention(300 * q, 300 * k, v, backend=backend)).all(), backend
+
+
+def test_xsa_drops_what_lies_along_the_own_value_and_nothing_else() -> None:
+    y, _, v = queries_keys_values()
+    block = attention.Attention(32, 4, 2, query_gain=1.5, drop_own_value=True)
+    with torch.no_grad():
+        block.output.weight.copy_(torch.eye(32))
+        left = block.merge(y, v, torch.zeros(2, 13, 32), torch.ones(32)).view_as(y)
+    own = v.repeat_interleave(2, dim=2) / v.norm(dim=-1).repeat_interleave(2, dim=2)[..., None]
+    assert (left * own).sum(-1).abs().max().item() < 1e-5
+    dropped = y - left
+    torch.testing.assert_close(dropped, (y * own).sum(-1, keepdim=True) * own, rtol=0, atol=1e-5)
+
+
+def test_xsa_is_in_the_last_blocks_only() -> None:
+    model = ByteLM(small_config(model={"num_layers": 4, "xsa_last_layers": 3}))
+    assert [block.attention.drop_own_value for block in model.blocks] == [False, True, True, True]
+
+
+def test_the_query_gain_starts_where_it_is_set() -> None:
+    model = ByteLM(small_config(model={"query_gain": 0.7}))
+    gains = [block.attention.query_gain for block in model.blocks]
+    assert all(torch.equal(gain, torch.full((4,), 0.7)) for gain in gains)
+
+
+def test_auto_is_a_kernel_of_this_machine() -> None:
+    assert choose_backend("auto", "cpu", masked=False) == "blocked"
+    assert choose_backend("auto", "cpu", masked=True) == "flash"
+    assert choose_backend("math", "cpu", masked=True) == "math"
+
+
+@pytest.mark.parametrize("kernel", ["flash3", "flash4", "cudnn", "flex"])
+def test_an_impossible_kernel_is_refused_with_the_reason_and_what_is_possible(kernel: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"training.attention {kernel} is impossible on cpu: .*possible: blocked, flash, math"
+    ):
+        choose_backend(kernel, "cpu", masked=False)
+
+
+def test_a_kernel_without_masks_is_refused_where_there_are_some() -> None:
+    with pytest.raises(ConfigError, match=r"blocked is impossible on cpu: it cannot mask .*possible: flash, math"):
+        choose_backend("blocked", "cpu", masked=True)
+
+
+@pytest.mark.parametrize("kernel", ["math", "flash", "blocked"])
+def test_a_kernel_changes_no_loss_beyond_rounding(kernel: str) -> None:
+    model, ids = small_model(), random_ids(2, 131)
+    other = ByteLM(replace(model.config, training={"attention": kernel}))
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        scored = model.losses(ids[:, :-1], ids[:, 1:]).ce.item()
+    assert other.losses(ids[:, :-1], ids[:, 1:]).ce.item() == pytest.approx(scored, rel=1e-6)

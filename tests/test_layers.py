@@ -1,0 +1,169 @@
+"""Building blocks alone: values against plain formulas, gradients against finite differences."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bytejepa.model import fused, layers
+from bytejepa.model.layers import BigramHash, RotaryTables, SmearGate, rotate, softcap
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def test_smear_mixes_in_the_predecessor() -> None:
+    smear, x = SmearGate(3), normal(2, 4, 3)
+    with torch.no_grad():
+        smear.gate.copy_(torch.tensor([-40.0, 0.0, 40.0]))
+    y = smear(x)
+    torch.testing.assert_close(y[..., 0], x[..., 0])
+    torch.testing.assert_close(y[:, 1:, 1], (x[:, 1:, 1] + x[:, :-1, 1]) / 2)
+    torch.testing.assert_close(y[:, 1:, 2], x[:, :-1, 2])
+    torch.testing.assert_close(y[:, 0], x[:, 0] * torch.tensor([1.0, 0.5, 0.0]))
+
+
+def test_smear_stops_at_the_start_of_a_document() -> None:
+    smear, x = SmearGate(3), normal(1, 4, 3)
+    starts = torch.tensor([[False, False, True, False]])
+    torch.testing.assert_close(smear(x, starts)[:, 2], x[:, 2] / 2)
+
+
+def test_bigram_row_is_of_the_last_two_ids() -> None:
+    bigram = BigramHash(64, 4, 8)
+    ids = torch.tensor([[1, 10, 20, 10, 20]])
+    rows = bigram.row_indices(ids)[0].tolist()
+    assert rows[0] == 63
+    assert rows[2] == rows[4] == ((36313 * 20) ^ (27191 * 10)) % 63
+    assert rows[3] == ((36313 * 10) ^ (27191 * 20)) % 63
+    starts = torch.tensor([[True, False, False, True, False]])
+    assert bigram.row_indices(ids, starts)[0, 3] == 63
+
+
+def test_bigram_hash_never_overflows() -> None:
+    ids = torch.tensor([[259, 259, 0, 259]])
+    assert BigramHash(4096, 1, 1).row_indices(ids).min() >= 0
+
+
+def test_leaky_relu_squared() -> None:
+    x = torch.tensor([-2.0, -0.5, 0.0, 3.0])
+    assert layers.leaky_relu_squared(x).tolist() == [1.0, 0.0625, 0.0, 9.0]
+
+
+def test_softcap_is_the_identity_near_zero_and_bounded_far_away() -> None:
+    x = torch.tensor([-1e4, -0.01, 0.0, 0.01, 1e4])
+    y = softcap(x, 30.0)
+    assert y.abs().max() <= 30
+    torch.testing.assert_close(y[1:4], x[1:4], rtol=1e-5, atol=0)
+    assert softcap(x.bfloat16(), 30.0).dtype == torch.float32
+
+
+def test_rms_norm_has_unit_root_mean_square() -> None:
+    y = layers.rms_norm(normal(2, 3, 16) * 7)
+    torch.testing.assert_close(y.square().mean(-1), torch.ones(2, 3), rtol=1e-5, atol=0)
+    assert not layers.rms_norm(torch.zeros(1, 1, 4)).any()
+
+
+def rotation(length: int, dims: int = 8, base: float = 10_000.0, limit: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    return RotaryTables(dims, base, limit)(length)
+
+
+def test_rotation_keeps_lengths_and_the_other_dimensions() -> None:
+    x = normal(1, 12, 2, 16)
+    y = rotate(x, *rotation(12))
+    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
+    assert torch.equal(y[..., 8:], x[..., 8:])
+    assert torch.equal(y[:, 0], x[:, 0])
+
+
+def test_rotated_products_depend_on_the_distance_only() -> None:
+    q, k = normal(1, 1, 1, 8).expand(1, 20, 1, 8), normal(1, 1, 1, 8, seed=1).expand(1, 20, 1, 8)
+    q, k = rotate(q, *rotation(20))[0, :, 0], rotate(k, *rotation(20))[0, :, 0]
+    products = q @ k.T
+    for distance in (1, 5):
+        diagonal = products.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-4)
+
+
+def test_rotary_frequencies() -> None:
+    cosines, sines = rotation(3)
+    angles = 2.0 * 10_000 ** (-torch.arange(4) * 2 / 8)
+    torch.testing.assert_close(cosines[2], angles.cos())
+    torch.testing.assert_close(sines[2], angles.sin())
+
+
+def test_base_grows_beyond_the_training_length_only() -> None:
+    table = RotaryTables(16, 10_000.0, 64)
+    grown = 10_000 * (128 / 64) ** (16 / 14)
+    expected = (5 * grown ** (-torch.arange(8) * 2 / 16)).cos()
+    torch.testing.assert_close(table(128)[0][5], expected)
+    torch.testing.assert_close(table(64)[0][5], (5 * 10_000.0 ** (-torch.arange(8) * 2 / 16)).cos())
+    assert torch.equal(table(40)[0], table(64)[0][:40])
+
+
+@pytest.mark.parametrize("function", ["rms_norm", "leaky_relu_squared"])
+def test_hand_written_gradients_are_those_of_finite_differences(function: str) -> None:
+    x = normal(3, 2, 6, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(getattr(fused, function), (x,))
+
+
+def test_hand_written_rotation_gradients_are_those_of_finite_differences() -> None:
+    cosines, sines = (table.double() for table in rotation(3, dims=4))
+    heads = normal(2, 3, 2, 6, dtype=torch.float64).requires_grad_()
+    gain = (1.5 + 0.1 * normal(2, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, g: fused.normalize_and_rotate(h, cosines, sines, g), (heads, gain))
+
+
+def plain_rotation(heads: torch.Tensor) -> torch.Tensor:
+    cosines, sines = rotation(5, dims=4)
+    gain = torch.tensor([1.5, 0.5])
+    return rotate(F.rms_norm(heads, (heads.size(-1),)), cosines, sines) * gain[:, None]
+
+
+def fused_rotation(heads: torch.Tensor) -> torch.Tensor:
+    cosines, sines = rotation(5, dims=4)
+    return layers.normalize_and_rotate(heads, cosines, sines, torch.tensor([1.5, 0.5]))
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain"),
+    [
+        (layers.rms_norm, lambda x: F.rms_norm(x, (x.size(-1),))),
+        (layers.leaky_relu_squared, lambda x: F.leaky_relu(x, 0.5).square()),
+        (fused_rotation, plain_rotation),
+    ],
+    ids=["rms_norm", "leaky_relu_squared", "normalize_and_rotate"],
+)
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 30.0])
+def test_hand_written_functions_equal_the_plain_formulas(ours, plain, scale: float) -> None:  # type: ignore[no-untyped-def]
+    x = (scale * normal(2, 5, 2, 16)).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    assert fused.is_profitable(x)
+    weight = normal(2, 5, 2, 16, seed=1)
+    mine, theirs = ours(x), plain(y)
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6 * scale)
+    (mine * weight).sum().backward()
+    (theirs * weight).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5 * y.grad.abs().max().item())
+
+
+def test_an_input_is_not_changed_in_place() -> None:
+    heads = normal(2, 5, 2, 16)
+    kept = heads.clone()
+    for function in (layers.rms_norm, layers.leaky_relu_squared, fused_rotation):
+        function(heads)
+        assert torch.equal(heads, kept)
+
+
+def test_shapes_are_checked_under_pytest() -> None:
+    with pytest.raises(Exception, match="Type-check error"):
+        SmearGate(3)(torch.zeros(2, 3))
+
+
+def test_half_precision_uses_the_plain_formula() -> None:
+    x = normal(2, 3, 8).bfloat16()
+    assert not fused.is_profitable(x)
+    assert layers.rms_norm(x).dtype == torch.bfloat16
+    assert math.isclose(layers.rms_norm(x).float().square().mean().item(), 1, rel_tol=0.02)

@@ -1,0 +1,241 @@
+"""The whole model: every option against the explicit writing of it, causality, documents, pruning, losses."""
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+
+from bytejepa.config import replace
+from bytejepa.model.initialization import initialize
+from bytejepa.model.transformer import ByteLM
+from bytejepa.training.distributed import Ranks
+from bytejepa.training.optimizers import Optimizers
+from explicit_model import explicit_logits, explicit_weights
+from small_models import BOS, random_ids, small_config, small_model
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "no smear": {"model": {"smear": False}},
+    "no bigram": {"model": {"bigram_rows": None}},
+    "no residual mix": {"model": {"residual_mix": False}},
+    "no skips": {"model": {"skip_connections": False}},
+    "no depth scale": {"model": {"depth_scaled_norm": False}},
+    "no xsa": {"model": {"xsa_last_layers": 0}},
+    "xsa everywhere": {"model": {"xsa_last_layers": 3}},
+    "all dimensions rotate": {"model": {"rotary_dims": None}},
+    "two dimensions rotate": {"model": {"rotary_dims": 2}},
+    "beyond the rotary length": {"model": {"rotary_length_bytes": 16}},
+    "low softcap": {"model": {"logit_softcap": 2.0}},
+    "one kv head": {"model": {"num_kv_heads": 1}},
+    "kv heads as heads": {"model": {"num_kv_heads": 4}},
+    "one layer": {"model": {"num_layers": 1}},
+    "four layers": {"model": {"num_layers": 4}},
+    "wide mlp": {"model": {"mlp_ratio": 3.5}},
+    "one window": {"model": {"attention_windows": (6,)}},
+    "windows by layer": {"model": {"attention_windows": (5, 0, 9)}},
+    "documents": {"model": {"document_masking": True}},
+    "documents and windows": {"model": {"document_masking": True, "attention_windows": (9, 5, 0)}},
+    "documents, no jepa": {"model": {"document_masking": True}, "jepa": {"enabled": False}},
+    "no jepa": {"jepa": {"enabled": False}},
+    "no injection": {"jepa": {"inject": False}},
+    "detached": {"jepa": {"gradient": "detached"}},
+    "chunks of one byte": {"jepa": {"chunk_bytes": 1}},
+    "chunks of eight bytes": {"jepa": {"chunk_bytes": 8}},
+}
+some_options = st.sampled_from(sorted(OPTIONS))
+
+
+def model_of(option: str) -> ByteLM:
+    return _cached.setdefault(option, small_model(**OPTIONS[option]))
+
+
+_cached: dict[str, ByteLM] = {}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_logits_and_gradients_are_those_of_the_explicit_writing(option: str) -> None:
+    model = model_of(option)
+    ids = random_ids(2, 27, documents="documents" in option)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    weights = explicit_weights(model)
+    expected = explicit_logits(model.config, weights, inputs)
+    torch.testing.assert_close(model.logits(inputs).double(), expected, rtol=0, atol=1e-4)
+    F.cross_entropy(expected.flatten(0, 1), targets.flatten()).backward()
+    model.zero_grad()
+    model.losses(inputs, targets).ce.backward()
+    for name, parameter in model.named_parameters():
+        given, oracle = parameter.grad, weights[name].grad
+        if oracle is None:
+            assert given is None or not given.any(), name
+        else:
+            assert given is not None, name
+            error = (given.double() - oracle).norm().item()
+            assert error <= 1e-4 * oracle.norm().item() + 1e-6, name
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "as it is", "documents", "documents and windows", "documents, no jepa", "windows by layer", "no jepa",
+        "no injection", "chunks of one byte", "chunks of eight bytes", "one layer", "no skips", "beyond the rotary length",
+    ],
+)  # fmt: skip
+def test_tail_logits_are_the_tail_of_logits(option: str) -> None:
+    model = model_of(option)
+    for length in (1, 4, 7, 9, 21):
+        ids = random_ids(2, length, seed=length, documents="documents" in option)
+        with torch.no_grad():
+            whole = model.logits(ids)
+            for tail in range(1, length + 1):
+                pruned = model.tail_logits(ids, tail)
+                torch.testing.assert_close(pruned, whole[:, -tail:], rtol=0, atol=2e-5, msg=f"{length} ids, {tail}")
+
+
+@given(option=some_options, length=st.integers(2, 40), data=st.data())
+def test_no_logit_depends_on_a_later_byte(option: str, length: int, data: st.DataObject) -> None:
+    model = model_of(option)
+    place = data.draw(st.integers(0, length - 1), label="changed position")
+    ids = random_ids(1, length, seed=length, documents="documents" in option)
+    changed = ids.clone()
+    changed[0, place] = data.draw(st.integers(4, 259).filter(lambda value: value != ids[0, place].item()))
+    with torch.no_grad():
+        before, after = model.logits(ids), model.logits(changed)
+    assert (before[:, :place] - after[:, :place]).abs().max().item() < 1e-5 if place else True
+    assert not torch.allclose(before[:, place], after[:, place], atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["as it is", "documents", "chunks of eight bytes", "windows by layer"])
+def test_causality_around_every_chunk_border(option: str) -> None:
+    model, P = model_of(option), model_of(option).config.jepa.chunk_bytes
+    ids = random_ids(1, 4 * P, seed=3)
+    with torch.no_grad():
+        before = model.logits(ids)
+        for place in range(1, 4 * P):
+            changed = ids.clone()
+            changed[0, place] = 4 + (ids[0, place] - 3) % 256
+            moved = (model.logits(changed) - before).abs().amax((0, 2)) > 1e-5
+            assert not moved[:place].any(), place
+            assert moved[place], place
+
+
+@given(length=st.integers(4, 36), data=st.data())
+def test_text_before_a_bos_changes_nothing_after_it(length: int, data: st.DataObject) -> None:
+    model = model_of("documents")
+    begin = data.draw(st.integers(1, length - 1), label="where the second document begins")
+    ids, other = random_ids(1, length, seed=1), random_ids(1, length, seed=2)
+    ids[:, begin] = BOS
+    other[:, begin:] = ids[:, begin:]
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(ids)[:, begin:], model.logits(other)[:, begin:], rtol=0, atol=1e-5)
+
+
+def test_without_document_masking_it_does() -> None:
+    model = model_of("as it is")
+    ids, other = random_ids(1, 24, seed=1), random_ids(1, 24, seed=2)
+    other[:, 12:] = ids[:, 12:]
+    with torch.no_grad():
+        assert not torch.allclose(model.logits(ids)[:, 12:], model.logits(other)[:, 12:], atol=1e-3)
+
+
+def test_a_document_on_a_chunk_border_is_predicted_as_if_alone() -> None:
+    model = model_of("documents")
+    ids = random_ids(1, 24, seed=1)
+    ids[:, 12] = BOS
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(ids)[:, 12:], model.logits(ids[:, 12:]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("option", ["as it is", "documents and windows"])
+def test_logits_do_not_depend_on_the_rest_of_the_batch(option: str) -> None:
+    model, ids = model_of(option), random_ids(5, 26, documents=True)
+    with torch.no_grad():
+        together = model.logits(ids)
+        for row in range(5):
+            torch.testing.assert_close(together[row : row + 1], model.logits(ids[row : row + 1]), rtol=0, atol=2e-5)
+
+
+def test_less_than_a_chunk_gets_no_injection() -> None:
+    model, ids = model_of("chunks of eight bytes"), random_ids(2, 7)
+    without = ByteLM(replace(model.config, jepa={"inject": False}))
+    without.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(ids), without.logits(ids), rtol=0, atol=0)
+    losses = model.losses(ids[:, :-1], ids[:, 1:])
+    assert (losses.jepa_prediction.item(), losses.sigreg.item()) == (0, 0)
+
+
+def test_logits_are_float32_and_capped() -> None:
+    model = small_model(model={"logit_softcap": 1.5, "embedding_std": 5.0})
+    logits = model.logits(random_ids(2, 9))
+    assert logits.shape == (2, 9, 260)
+    assert logits.dtype == torch.float32
+    assert logits.abs().max().item() <= 1.5
+    assert logits.abs().max().item() > 1.4
+
+
+def test_the_head_is_tied_to_the_embedding() -> None:
+    model = small_model()
+    shapes = [tuple(p.shape) for name, p in model.named_parameters() if 260 in p.shape]
+    assert shapes == [(260, 32)]
+
+
+def test_losses_are_means_in_nats() -> None:
+    model, ids = small_model(), random_ids(3, 25)
+    losses = model.losses(ids[:, :-1], ids[:, 1:])
+    chosen = model.logits(ids[:, :-1]).log_softmax(-1).gather(2, ids[:, 1:, None])
+    assert losses.ce.item() == pytest.approx(-chosen.mean().item(), rel=1e-5)
+    assert all(value.ndim == 0 and value.dtype == torch.float32 for value in losses[:4])
+    assert losses.jepa_prediction.item() > 0
+    assert losses.sigreg.item() > 0
+    assert losses.latents is not None
+    assert not any(part.requires_grad for part in losses.latents)
+
+
+def test_latent_losses_can_be_left_out() -> None:
+    model, ids = small_model(), random_ids(2, 25)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    with_them, without = model.losses(inputs, targets), model.losses(inputs, targets, jepa=False)
+    assert without.ce.item() == with_them.ce.item()
+    assert (without.jepa_prediction.item(), without.sigreg.item()) == (0, 0)
+
+
+def test_extra_heads_predict_further_ahead() -> None:
+    model = small_model(model={"multi_token_heads": 2})
+    ids = random_ids(2, 25)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    losses = model.losses(inputs, targets)
+    x = F.rms_norm(model.hidden(inputs)[0], (32,))
+    expected = 0.0
+    for ahead, head in enumerate(model.multi_token_heads, start=1):
+        logits = 30 * torch.tanh(x[:, :-ahead] @ head.weight.T / 30)
+        expected += F.cross_entropy(logits.flatten(0, 1), ids[:, 1 + ahead :].flatten()).item() / 2
+    assert losses.multi_token.item() == pytest.approx(expected, rel=1e-5)
+    losses.multi_token.backward()
+    assert all(head.weight.grad is not None and head.weight.grad.any() for head in model.multi_token_heads)
+
+
+def test_extra_heads_leave_the_logits_alone() -> None:
+    plain = initialize(ByteLM(small_config()), 5)
+    more = initialize(ByteLM(small_config(model={"multi_token_heads": 3})), 5)
+    ids = random_ids(2, 20)
+    assert torch.equal(plain.logits(ids), more.logits(ids))
+    assert plain.losses(ids, ids).multi_token.item() == 0
+
+
+@pytest.mark.parametrize(("preset_like", "learns"), [("default", True), ("pr832", False)])
+def test_the_bigram_learns_in_default_and_is_inert_in_pr832(preset_like: str, learns: bool) -> None:
+    settings = {} if learns else {"model": {"bigram_projection_init": "zero", "output_projection_init": "zero"}}
+    model = initialize(ByteLM(small_config(**settings)), 0)
+    optimizers = Optimizers(model, model.config.optimizer, Ranks())
+    assert not model.bigram.embedding.weight.any()
+    before = model.bigram.projection.weight.detach().clone()
+    for step in range(3):
+        ids = random_ids(2, 25, seed=step)
+        optimizers.zero_grad()
+        model.losses(ids[:, :-1], ids[:, 1:]).ce.backward()
+        optimizers.step(learning_rate_scale=1.0, momentum=0.9)
+    assert bool(model.bigram.embedding.weight.any()) == learns
+    assert bool((model.bigram.projection.weight != before).any()) == learns
