@@ -49,7 +49,7 @@ class _Section:
     __slots__ = ()
 
     def __post_init__(self) -> None:
-        for name, bounds in _ranges(type(self)).items():
+        for name, bounds in _ranges(type(self)).items():  # type: ignore[arg-type]
             value = getattr(self, name)
             if value is not None and not (bounds.low <= value <= bounds.high and math.isfinite(value)):
                 section = type(self).__name__.removesuffix("Config").lower()

@@ -8,6 +8,7 @@ process, so that utilisation means the same on every machine.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -110,7 +111,9 @@ class TrainingStep:
             avoid_known_regressions()
         self.model = model.to(device)
         self.gradient_step = GradientStep(self.model, config, compile=compile)
-        self.optimizers = Optimizers(self.model, config.optimizer, Ranks(device=device), compile_update=compile and on_gpu)
+        self.optimizers = Optimizers(
+            self.model, config.optimizer, Ranks(device=device), compile_update=compile and on_gpu
+        )
         self.average = WeightAverage(self.model, config.training)
         self.loader = random_loader(config.data, device)
         self.index = 0
@@ -152,7 +155,7 @@ def time_step(step: Callable[[], object], device: torch.device, *, steps: int, w
             step()
             mark.record()
         synchronize(device)
-        return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+        return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
     times = []
     for _ in range(steps):
         begin = time.perf_counter()
@@ -210,7 +213,11 @@ def measure_parts(step: TrainingStep, *, steps: int) -> dict[str, float]:
         forward().backward()
 
     def median(call: Callable[[], object]) -> float:
-        return statistics.median(time_step(lambda: (call(), synchronize(device)), device, steps=steps, warmup=2))
+        def waited_for() -> None:
+            call()
+            synchronize(device)
+
+        return statistics.median(time_step(waited_for, device, steps=steps, warmup=2))
 
     parts = {"data": median(step.read), "forward": median(forward)}
     parts["backward"] = max(0.0, median(forward_backward) - parts["forward"])

@@ -10,7 +10,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -51,7 +60,7 @@ class _RateColumn(ProgressColumn):
 
 
 @contextlib.contextmanager
-def progress_bar(description: str, *, total: float) -> Iterator[tuple[Progress, Any]]:
+def progress_bar(description: str, *, total: float) -> Iterator[tuple[Progress, TaskID]]:
     """Yield (progress, task) of a bar with rate and time left on stderr; silent where stderr is no terminal."""
     console = Console(stderr=True)
     columns = (

@@ -15,6 +15,8 @@ from bytejepa.cli.parsing import ConfigField, PresetField
 from bytejepa.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from bytejepa.training.loop import TrainProgress, TrainResult
 
 
@@ -72,24 +74,29 @@ class Train:
 
 @contextlib.contextmanager
 def training_bar() -> Iterator[Callable[[TrainProgress], None]]:
-    """Yield an observer that draws a bar over a run: smoothed bits per byte, bytes a second, time left."""
+    """Yield an observer that draws a bar over a run."""
     from bytejepa.cli.terminal import progress_bar
 
     with progress_bar("train", total=1.0) as (bar, task):
-        smooth_bpb: float | None = None
+        yield train_observer(bar, task)
 
-        def show(at: TrainProgress) -> None:
-            nonlocal smooth_bpb
-            smooth_bpb = at.train_bpb if smooth_bpb is None else 0.9 * smooth_bpb + 0.1 * at.train_bpb
-            validated = f" val {at.val_bpb:.4f}" if at.val_bpb is not None else ""
-            bar.update(
-                task,
-                completed=at.progress,
-                status=f"step {at.step} {smooth_bpb:.4f} bpb{validated}",
-                bytes_per_s=at.num_bytes / at.elapsed_s if at.elapsed_s else None,
-            )
 
-        yield show
+def train_observer(bar: Progress, task: TaskID) -> Callable[[TrainProgress], None]:
+    """Return an observer that shows smoothed bits per byte, bytes a second and time left on `task` of `bar`."""
+    smooth_bpb: float | None = None
+
+    def show(at: TrainProgress) -> None:
+        nonlocal smooth_bpb
+        smooth_bpb = at.train_bpb if smooth_bpb is None else 0.9 * smooth_bpb + 0.1 * at.train_bpb
+        validated = f" val {at.val_bpb:.4f}" if at.val_bpb is not None else ""
+        bar.update(
+            task,
+            completed=at.progress,
+            status=f"step {at.step} {smooth_bpb:.4f} bpb{validated}",
+            bytes_per_s=at.num_bytes / at.elapsed_s if at.elapsed_s else None,
+        )
+
+    return show
 
 
 def _print_result(result: TrainResult, *, as_json: bool) -> None:

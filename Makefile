@@ -1,0 +1,28 @@
+# Two commands do everything on a fresh machine with Python 3.11 or later and a package index:
+#   make demo     the main job, end to end on the embedded corpus, on a CPU, in about five minutes
+#   make test     the tests
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check clean
+
+demo: .venv/installed
+	$(BIN)/bytejepa demo --out demo --force
+
+test: .venv/installed
+	$(BIN)/pytest
+
+# what continuous integration runs beside the tests
+check: .venv/installed
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv demo runs

@@ -1,0 +1,193 @@
+"""The whole story on the embedded corpus: shards, training, artifact, score, comparison, a sample of text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bytejepa.artifact.export import ExportResult, export
+from bytejepa.artifact.load import load
+from bytejepa.bits import bits_per_byte
+from bytejepa.config import RunConfig
+from bytejepa.data.corpus import embedded_text, write_embedded_shards
+from bytejepa.data.loader import IdStream
+from bytejepa.errors import CheckpointError, file_errors_as
+from bytejepa.inference.generate import generate
+from bytejepa.model.transformer import ByteLM
+from bytejepa.scoring.evaluate import Score, Scorer, score_ids
+from bytejepa.training.loop import TrainProgress, TrainResult
+from bytejepa.training.runlog import RunFolder
+from bytejepa.training.runs import train
+
+PROMPT = b"My fellow Americans, "
+"""What the sample of generated text continues."""
+
+Report = Callable[[str, float], None]
+"""Told (stage, share done from 0 to 1)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DemoResult:
+    """What the demo made and measured."""
+
+    folder: Path
+    training: TrainResult
+    exported: ExportResult
+    score: Score
+    """Of the artifact on all validation addresses, sliding windows."""
+    xz_bpb: float
+    """Of `xz -9e` on the same text."""
+    plot: Path
+    sample: str
+    """Generated text, the prompt included."""
+    seconds: float
+    """From the first shard to the last byte generated."""
+
+    @property
+    def quantization_loss_bpb(self) -> float:
+        """Bits per byte that the artifact costs more than the averaged weights, on the same text and windows."""
+        return self.exported.scores["artifact"].bpb - self.exported.scores["average"].bpb
+
+    @property
+    def smaller_than_xz(self) -> float:
+        """Share by which the model's bits are fewer than xz's; 0.15 is 15 %."""
+        return 1 - self.score.bpb / self.xz_bpb
+
+    def as_record(self) -> dict[str, object]:
+        """Return the figures as plain values."""
+        return {
+            "seed_run": str(self.training.run),
+            "steps": self.training.steps,
+            "train_bytes_read": self.training.num_bytes,
+            "train_seconds": self.training.elapsed_s,
+            "train_bytes_per_s": self.training.num_bytes / self.training.elapsed_s,
+            "artifact_sliding_bpb": self.score.bpb,
+            "artifact_sliding_bpb_without_bos": self.score.bpb_without_bos,
+            "window": self.score.window,
+            "stride": self.score.stride,
+            "scored_bytes": self.score.num_bytes,
+            "bpb": {stage: score.bpb for stage, score in self.exported.scores.items()},
+            "quantization_loss_bpb": self.quantization_loss_bpb,
+            "xz_bpb": self.xz_bpb,
+            "smaller_than_xz": self.smaller_than_xz,
+            "weights_bytes": self.exported.weights_bytes,
+            "bits_per_parameter": self.exported.bits_per_parameter,
+            "total_bytes": self.exported.total_bytes,
+            "seconds": self.seconds,
+        }
+
+
+def demo(
+    config: RunConfig,
+    folder: Path,
+    *,
+    sample_bytes: int = 400,
+    force: bool = False,
+    on_train: Callable[[TrainProgress], None] | None = None,
+    on_stage: Report | None = None,
+) -> DemoResult:
+    """Run everything in `folder` and return what was measured.
+
+    Raises: CheckpointError if `folder` holds a run and `force` is not given, and whatever the parts raise.
+    """
+    begin = time.perf_counter()
+    report = on_stage or _ignore
+    data, run, artifact = folder / "data", folder / "run", folder / "model.bjm"
+    if artifact.exists() and not force:
+        raise CheckpointError(f"{folder} holds a demo already", hint="run it again with --force")
+    with file_errors_as(CheckpointError, "create", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_embedded_shards(data)
+    trained = train(config, data, run, force=force, on_progress=on_train)
+    exported = export(
+        run, artifact, force=force, on_progress=lambda stage, done, total: report(f"score {stage}", done / total)
+    )
+    model = load(artifact)
+    score = score_sliding(model, data, report)
+    plot = plot_learning_curve(
+        RunFolder(run), folder / "learning_curve.png", title="tiny on State of the Union addresses"
+    )
+    report("generate", 0.0)
+    continuation = b"".join(generate(model, PROMPT, num_bytes=sample_bytes, seed=config.training.seed, temperature=0.8))
+    result = DemoResult(
+        folder=folder,
+        training=trained,
+        exported=exported,
+        score=score,
+        xz_bpb=xz_bpb(embedded_text("val")),
+        plot=plot,
+        sample=(PROMPT + continuation).decode("utf-8", errors="replace"),
+        seconds=time.perf_counter() - begin,
+    )
+    (folder / "result.json").write_text(json.dumps(result.as_record(), indent=1) + "\n")
+    return result
+
+
+def _ignore(_stage: str, _share: float) -> None:
+    """Report to nobody."""
+
+
+def score_sliding(model: ByteLM, data: Path, report: Report) -> Score:
+    """Return the score of the whole validation split with sliding windows, as the model's configuration says."""
+    stream = IdStream.open(data, "val")
+    ids = stream.read(0, stream.num_ids)
+    evaluation = model.config.evaluation
+    return score_ids(
+        Scorer(model),
+        ids,
+        window=evaluation.window_bytes,
+        stride=evaluation.stride_bytes,
+        batch_ids=evaluation.batch_bytes,
+        on_progress=lambda done: report("score artifact, sliding", done / len(ids)),
+    )
+
+
+def xz_bpb(text: bytes) -> float:
+    """Return the bits per byte of `xz -9e` on `text`."""
+    import lzma
+    import math
+
+    packed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
+    return bits_per_byte(8 * len(packed) * math.log(2), len(text))
+
+
+def plot_learning_curve(run: RunFolder, path: Path, *, title: str) -> Path:
+    """Draw train and validation bits per byte over bytes read, and the learning rate under them; return `path`."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")  # no display is needed to write a file
+    from matplotlib import pyplot
+
+    metrics = run.read_metrics()
+    trained = [line for line in metrics if "train_bpb" in line]
+    validated = [line for line in metrics if "val_bpb" in line]
+    figure, (loss, rate) = pyplot.subplots(
+        2, 1, figsize=(8, 6), sharex=True, height_ratios=(4, 1), layout="constrained"
+    )
+    megabytes = [line["num_bytes"] / 1e6 for line in trained]
+    loss.plot(
+        megabytes, [line["train_bpb"] for line in trained], color="#9aa7b8", linewidth=1, label="train, one batch"
+    )
+    at = [line["num_bytes"] / 1e6 for line in validated]
+    loss.plot(at, [line["val_bpb"] for line in validated], "o-", color="#c2571a", label="validation, live weights")
+    loss.plot(
+        at, [line["val_bpb_average"] for line in validated], "s-", color="#1a6fc2", label="validation, averaged weights"
+    )
+    lowest = min(line["train_bpb"] for line in trained)
+    loss.set_ylim(max(0.0, lowest - 0.2), min(5.0, max(line["train_bpb"] for line in trained) + 0.2))
+    loss.set_ylabel("bits per byte")
+    loss.set_title(title, loc="left")
+    loss.grid(alpha=0.3)
+    loss.legend(frameon=False)
+    rate.plot(megabytes, [line["learning_rate_scale"] for line in trained], color="#4a4a4a")
+    rate.set_ylabel("learning rate\n(share of peak)")
+    rate.set_xlabel("training text read, MB")
+    rate.set_ylim(0, 1.05)
+    rate.grid(alpha=0.3)
+    with file_errors_as(CheckpointError, "write", path):
+        figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path
