@@ -27,7 +27,8 @@ MINIMAL = (
     "--model.num-layers=2", "--model.model-dim=32", "--model.num-heads=2", "--model.num-kv-heads=1",
     "--model.rotary-dims=8", "--model.xsa-last-layers=1", "--model.bigram-rows=64", "--model.bigram-dim=8",
     "--jepa.latent-dim=16", "--jepa.hidden-dim=16", "--jepa.sigreg-directions=8",
-    "--data.sequence-bytes=64", "--data.batch-bytes=256", "--schedule.steps=6", "--training.warmup-steps=0",
+    "--data.sequence-bytes=64", "--data.batch-bytes=256", "--schedule.steps=6", "--schedule.max-wallclock-s=None",
+    "--training.warmup-steps=0",
     "--training.validate-every-steps=3", "--training.validation-bytes=1500", "--training.log-every-steps=1",
     "--evaluation.window-bytes=64", "--evaluation.stride-bytes=16",
 )  # fmt: skip
@@ -60,7 +61,7 @@ def make_minimal_config() -> "RunConfig":
         },
         jepa={"latent_dim": 16, "hidden_dim": 16, "sigreg_directions": 8},
         data={"sequence_bytes": 64, "batch_bytes": 256},
-        schedule={"steps": 6},
+        schedule={"steps": 6, "max_wallclock_s": None},
         training={"warmup_steps": 0, "validate_every_steps": 3, "validation_bytes": 1500, "log_every_steps": 1},
         evaluation={"window_bytes": 64, "stride_bytes": 16},
     )  # fmt: skip

@@ -20,6 +20,7 @@ from bytejepa.artifact.load import build, load, run_weights
 from bytejepa.artifact.store import code_bytes, store_weights
 from bytejepa.config import RunConfig, to_dict
 from bytejepa.data.loader import IdStream
+from bytejepa.data.shards import check_ids
 from bytejepa.errors import ArtifactError, DataError
 from bytejepa.scoring.evaluate import Score, Scorer, score_ids
 from bytejepa.training.runlog import RunFolder
@@ -147,6 +148,7 @@ def leading_ids(stream: IdStream, limit: int, place: Path) -> npt.NDArray[np.uin
         raise DataError(
             f"the validation split of {place} has {len(ids)} ids to read: scoring needs a BOS and at least one byte"
         )
+    check_ids(ids, place)
     return ids
 
 

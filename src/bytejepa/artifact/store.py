@@ -31,7 +31,7 @@ def store_weights(weights: dict[str, Tensor], config: RunConfig) -> dict[str, St
     """
     kept = {
         name: value.detach().float().cpu()
-        for name, value in weights.items()
+        for name, value in sorted(weights.items())  # safetensors gives them in any order; a file must not differ by it
         if not name.startswith("multi_token_heads")
     }
     schemes = {name: scheme_of(name, value, config.artifact) for name, value in kept.items()}

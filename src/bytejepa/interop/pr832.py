@@ -219,7 +219,7 @@ def _restricted_load(data: bytes, path: Path) -> Any:
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as problem:  # torch raises many kinds; all mean the same to the user
-        reason = str(problem).splitlines()[0][:160]
+        reason = (str(problem).splitlines() or ["it ends too early"])[0][:160]
         raise ArtifactError(
             f"{path}: not a file of tensors and plain data: {reason}", hint="nothing in it was executed"
         ) from None

@@ -1,0 +1,344 @@
+"""Bad input: exactly one line on stderr, the documented exit code, no traceback, nothing lost (issue 2, "Bad input")."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bytejepa.data.shards import write_shard
+from bytejepa.data.vocabulary import BOS, ids_from_bytes
+from bytejepa.training import checkpoint
+from conftest import MINIMAL
+
+Refuses = Callable[..., str]
+CONFIG, DATA, RUN, ARTIFACT = 2, 3, 4, 5
+TEXT = b"The state of the Union is strong. " * 40
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """A small folder of bare shards, without a manifest."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    ids = np.concatenate((np.array([BOS], dtype=np.uint16), ids_from_bytes(TEXT)))
+    for split in ("train", "val"):
+        write_shard(folder / f"fineweb_{split}_000000.bin", ids)
+    return folder
+
+
+def test_bare_shards_are_good_input(command: Callable[..., Any], shards: Path, tmp_path: Path) -> None:
+    assert command("train", *MINIMAL, "--data", shards, "--out", tmp_path / "run").code == 0
+
+
+def damaged(shards: Path, split: str, how: str) -> str:
+    """Damage a shard; returns what the message must say."""
+    path = shards / f"fineweb_{split}_000000.bin"
+    data = bytearray(path.read_bytes())
+    if how == "missing":
+        path.unlink()
+        return f"no shard of the {split} split"
+    if how == "empty":
+        path.write_bytes(b"")
+        return "is empty (0 bytes)"
+    if how == "truncated":
+        path.write_bytes(data[:-7])
+        return "is truncated"
+    if how == "cut in the header":
+        path.write_bytes(data[:100])
+        return "is truncated"
+    if how == "wrong magic":
+        path.write_bytes(b"\x01" + bytes(data[1:]))
+        return "expected magic 20240520"
+    if how == "too long":
+        path.write_bytes(bytes(data) + b"ab")
+        return "is too long"
+    assert how == "ids over 259"
+    for place in range(1024 + 2, len(data), 40):  # often enough that every sequence holds one
+        data[place : place + 2] = (260).to_bytes(2, "little")
+    path.write_bytes(data)
+    return "id 260"
+
+
+DAMAGES = ("missing", "empty", "truncated", "cut in the header", "wrong magic", "too long", "ids over 259")
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_training_shards(refuses: Refuses, shards: Path, tmp_path: Path, how: str) -> None:
+    words = damaged(shards, "train", how)
+    assert words in refuses(DATA, "train", *MINIMAL, "--data", shards, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_validation_shards(refuses: Refuses, shards: Path, minimal_artifact: Path, how: str) -> None:
+    words = damaged(shards, "val", how)
+    assert words in refuses(DATA, "eval", minimal_artifact, "--data", shards)
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "truncated", "wrong magic"])
+def test_validation_shards_are_looked_at_before_training(
+    refuses: Refuses, shards: Path, tmp_path: Path, how: str
+) -> None:
+    words = damaged(shards, "val", how)
+    assert words in refuses(DATA, "train", *MINIMAL, "--data", shards, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.xfail(reason="the trainer does not check validation ids: training/trainer.py, _validation_ids")
+def test_validation_ids_are_checked_before_training(refuses: Refuses, shards: Path, tmp_path: Path) -> None:
+    words = damaged(shards, "val", "ids over 259")
+    assert words in refuses(DATA, "train", *MINIMAL, "--data", shards, "--out", tmp_path / "run")
+
+
+def test_validation_ids_are_checked_at_export(
+    refuses: Refuses, shards: Path, tmp_path: Path, minimal_run: Path
+) -> None:
+    words = damaged(shards, "val", "ids over 259")
+    assert words in refuses(DATA, "export", minimal_run, "-o", tmp_path / "model.bjm", "--data", shards)
+    assert not (tmp_path / "model.bjm").exists()
+
+
+def test_a_validation_split_of_nothing(refuses: Refuses, shards: Path, minimal_artifact: Path) -> None:
+    write_shard(shards / "fineweb_val_000000.bin", np.array([BOS], dtype=np.uint16))
+    line = refuses(DATA, "eval", minimal_artifact, "--data", shards, "--json")
+    assert "has 1 ids to read: scoring needs a BOS and at least one byte" in line
+
+
+def test_a_manifest_that_does_not_match(command: Callable[..., Any], embedded_shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(embedded_shards, folder)
+    path = next(folder.glob("fineweb_val_*.bin"))
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    outcome = command("prepare", "--verify", folder)
+    assert outcome.code == DATA
+    assert outcome.err.count("\n") == 1
+    assert "the manifest says" in outcome.err
+    (folder / "manifest.json").write_text("{")
+    outcome = command("prepare", "--verify", folder)
+    assert (outcome.code, outcome.err.count("\n")) == (DATA, 1)
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "prepare"])
+def test_a_data_folder_that_is_not_there(refuses: Refuses, tmp_path: Path, minimal_artifact: Path, verb: str) -> None:
+    nowhere = tmp_path / "nowhere"
+    words = {
+        "train": (*MINIMAL, "--data", nowhere, "--out", tmp_path / "run"),
+        "eval": (minimal_artifact, "--data", nowhere),
+        "prepare": (nowhere, "--out", tmp_path / "out"),
+    }[verb]
+    assert str(nowhere) in refuses(DATA, verb, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_that_is_not_utf8_is_kept_as_it_is(command: Callable[..., Any], tmp_path: Path) -> None:
+    data = bytes(range(256)) * 20
+    (tmp_path / "a.txt").write_bytes(data)
+    (tmp_path / "b.txt").write_bytes(data[::-1])
+    words = (tmp_path / "a.txt", tmp_path / "b.txt", "--out", tmp_path / "s", "--val-documents", 1, "--workers", 1)
+    assert command("prepare", *words).code == 0
+    shard = (tmp_path / "s" / "fineweb_train_000000.bin").read_bytes()
+    ids = np.frombuffer(shard[1024:], dtype="<u2")
+    assert (ids[1:] - 4).astype(np.uint8).tobytes() == data[::-1]
+
+
+def test_too_little_text_for_a_sequence(refuses: Refuses, shards: Path, tmp_path: Path) -> None:
+    words = [w for w in MINIMAL if "sequence" not in w and "batch-bytes" not in w]
+    line = refuses(
+        DATA, "train", *words, "--data.sequence-bytes=65536", "--data.batch-bytes=131072", "--data", shards,
+        "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert "a sequence needs 65537" in line
+
+
+def test_an_empty_file_has_no_score(refuses: Refuses, tmp_path: Path, minimal_artifact: Path) -> None:
+    path = tmp_path / "empty.txt"
+    path.touch()
+    assert "is empty: there is nothing to score" in refuses(DATA, "eval", minimal_artifact, "--data", path)
+
+
+@pytest.mark.parametrize(
+    "words", [("--stride", 0), ("--window", 0), ("--stride", 99, "--window", 64), ("--max-bytes", 0)]
+)
+def test_impossible_windows(refuses: Refuses, shards: Path, minimal_artifact: Path, words: tuple[object, ...]) -> None:
+    refuses(CONFIG, "eval", minimal_artifact, "--data", shards, *words)
+
+
+@pytest.mark.parametrize("place", [0, 9, 30, 200, -40, -1])
+def test_any_flipped_byte_of_an_artifact_is_noticed(
+    refuses: Refuses, tmp_path: Path, shards: Path, minimal_artifact: Path, place: int
+) -> None:
+    data = bytearray(minimal_artifact.read_bytes())
+    data[place] ^= 4
+    path = tmp_path / "model.bjm"
+    path.write_bytes(data)
+    assert str(path) in refuses(ARTIFACT, "eval", path, "--data", shards)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89BJM\r\n\x1a\n", b"PK\x03\x04" * 99, b"\x80\x02}q\x00."])
+def test_a_foreign_artifact(refuses: Refuses, tmp_path: Path, shards: Path, content: bytes) -> None:
+    path = tmp_path / "model.bjm"
+    path.write_bytes(content)
+    assert str(path) in refuses(ARTIFACT, "eval", path, "--data", shards)
+
+
+def test_an_artifact_that_is_not_there(refuses: Refuses, tmp_path: Path, shards: Path) -> None:
+    assert "No such file" in refuses(ARTIFACT, "eval", tmp_path / "model.bjm", "--data", shards)
+
+
+def test_a_folder_that_is_no_run(refuses: Refuses, tmp_path: Path, shards: Path) -> None:
+    for words in (("eval", shards, "--data", shards), ("export", shards, "-o", tmp_path / "m.bjm")):
+        assert "is not a run folder" in refuses(RUN, *words)
+    assert "is not a run folder" in refuses(RUN, "train", "--resume", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "5", '{"model": 5}', '{"modle": {}}'])
+def test_a_run_whose_configuration_is_damaged(
+    refuses: Refuses, tmp_path: Path, minimal_run: Path, content: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(minimal_run, run)
+    (run / "config.json").write_text(content)
+    assert "config.json: damaged" in refuses(RUN, "export", run, "-o", tmp_path / "model.bjm")
+
+
+@pytest.mark.parametrize(
+    "words", [("--model.num-heads=5",), ("--evaluation.stride-bytes=20",), ("--jepa.lambda-max=inf",)]
+)
+def test_impossible_configurations(refuses: Refuses, shards: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    refuses(CONFIG, "train", *MINIMAL, *words, "--data", shards, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_options_are_named(refuses: Refuses, shards: Path) -> None:
+    assert "--data DIR and --out RUN" in refuses(CONFIG, "train", "tiny", "--data", shards)
+    assert "SOURCE... and --out DIR" in refuses(CONFIG, "prepare")
+
+
+def test_resume_takes_no_other_settings(refuses: Refuses, minimal_run: Path) -> None:
+    refuses(CONFIG, "train", "tiny", "--schedule.steps=7", "--resume", minimal_run)
+
+
+def test_existing_outputs_are_refused_and_kept(
+    refuses: Refuses, tmp_path: Path, shards: Path, minimal_run: Path
+) -> None:
+    out, run = tmp_path / "model.bjm", tmp_path / "run"
+    out.write_bytes(b"mine")
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    assert "exists already" in refuses(ARTIFACT, "export", minimal_run, "-o", out, "--no-score")
+    assert "is not empty" in refuses(RUN, "train", *MINIMAL, "--data", shards, "--out", run)
+    assert out.read_bytes() == b"mine"
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_is_not_overwritten(refuses: Refuses, tmp_path: Path, shards: Path, minimal_run: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(minimal_run, run)
+    before = snapshot(run)
+    refuses(RUN, "train", *MINIMAL, "--data", shards, "--out", run)
+    assert {k: v for k, v in snapshot(run).items() if k != ".lock"} == {k: v for k, v in before.items() if k != ".lock"}
+
+
+def no_space(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_at_export(
+    refuses: Refuses, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, minimal_run: Path
+) -> None:
+    out = tmp_path / "model.bjm"
+    out.write_bytes(b"the old one")
+    monkeypatch.setattr("os.fsync", no_space)
+    line = refuses(ARTIFACT, "export", minimal_run, "-o", out, "--no-score", "--force")
+    assert "No space left on device (free some space; nothing that existed was changed)" in line
+    assert snapshot(tmp_path) == {"model.bjm": b"the old one"}
+
+
+def test_a_full_disk_at_a_checkpoint(
+    refuses: Refuses, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shards: Path
+) -> None:
+    run = tmp_path / "run"
+    written = checkpoint.write_atomically
+
+    def only_the_first(path: Path, data: bytes) -> None:
+        if "00000001" not in path.name:
+            no_space()
+        written(path, data)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", only_the_first)
+    words = ("--training.checkpoint-every-s=0", "--data", shards, "--out", run)
+    line = refuses(RUN, "train", *MINIMAL, *words)
+    assert "cannot write checkpoint" in line
+    assert "No space left on device" in line
+    assert checkpoint.read_newest(run / "checkpoints").position.step == 1
+
+
+def test_a_full_disk_at_prepare(refuses: Refuses, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(TEXT)
+    (tmp_path / "b.txt").write_bytes(TEXT)
+    monkeypatch.setattr("os.fsync", no_space)
+    words = (tmp_path / "a.txt", tmp_path / "b.txt", "--out", tmp_path / "s", "--val-documents", 1, "--workers", 1)
+    assert "No space left on device" in refuses(DATA, "prepare", *words)
+    assert list((tmp_path / "s").glob("fineweb_*")) == []
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(
+    refuses: Refuses, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shards: Path
+) -> None:
+    from bytejepa.model.transformer import ByteLM
+
+    run = tmp_path / "run"
+    original, calls = ByteLM.losses, []
+
+    def losses(self: ByteLM, *arguments: Any, **options: Any) -> Any:
+        calls.append(None)
+        result = original(self, *arguments, **options)
+        return result._replace(ce=result.ce * torch.nan) if len(calls) >= 4 else result
+
+    monkeypatch.setattr(ByteLM, "losses", losses)
+    words = ("--training.checkpoint-every-s=0", "--data", shards, "--out", run)
+    line = refuses(RUN, "train", *MINIMAL, *words)
+    assert line.startswith("bytejepa train: step 4: the loss is nan")
+    assert f"the last good checkpoint is step 3 in {run / 'checkpoints'}" in line
+    kept = checkpoint.read_newest(run / "checkpoints")
+    assert kept.position.step == 3
+    assert all(torch.isfinite(value).all() for value in kept.tensors.values())
+
+
+def test_weights_that_are_not_finite_are_not_exported(refuses: Refuses, tmp_path: Path, minimal_run: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(minimal_run, run)
+    newest = checkpoint.read_newest(run / "checkpoints")
+    tensors = {name: torch.full_like(value, torch.nan) for name, value in newest.tensors.items()}
+    writer = checkpoint.CheckpointWriter(run / "checkpoints", keep=1)
+    writer.save(newest.position, tensors, newest.configuration)
+    writer.close()
+    assert "not finite" in refuses(ARTIFACT, "export", run, "-o", tmp_path / "model.bjm", "--no-score")
+    assert not (tmp_path / "model.bjm").exists()
+
+
+def test_cuda_where_there_is_none(refuses: Refuses, shards: Path, tmp_path: Path, minimal_artifact: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    words = ("--data", shards, "--out", tmp_path / "run")
+    assert "no CUDA device" in refuses(CONFIG, "train", *MINIMAL, "--training.device=cuda", *words)
+    assert "needs a CUDA device" in refuses(CONFIG, "train", *MINIMAL, "--training.precision=bfloat16", *words)
+    assert "no CUDA device" in refuses(CONFIG, "eval", minimal_artifact, "--data", shards, "--device", "cuda")
+
+
+def test_a_failure_as_a_process_has_the_same_code(process: Callable[..., Any], tmp_path: Path) -> None:
+    done = process("eval", tmp_path / "nothing.bjm", "--data", tmp_path)
+    assert done.code == ARTIFACT
+    assert done.out == ""
+    assert done.err.count("\n") == 1

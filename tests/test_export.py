@@ -1,0 +1,242 @@
+"""Exports: the artifact is the average, within quantisation; sizes add up; what cannot be stored is refused."""
+
+import dataclasses
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bytejepa
+from bytejepa import presets
+from bytejepa.artifact.container import read_container
+from bytejepa.artifact.export import export, write_artifact
+from bytejepa.artifact.load import build, load, run_weights
+from bytejepa.artifact.store import code_archive, code_bytes, scheme_of, store_weights
+from bytejepa.config import RunConfig, replace
+from bytejepa.errors import ArtifactError, CheckpointError, DataError
+from bytejepa.model.quantization import dequantize, quantize_rows, reference_int6, reference_int8
+from bytejepa.model.transformer import ByteLM
+from small_models import random_ids, small_config, small_model
+
+TEXT = b"The state of the Union is strong. " * 20
+
+
+def weights_of(model: ByteLM) -> dict[str, torch.Tensor]:
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+def test_what_is_reloaded_is_what_was_scored(tmp_path: Path, minimal_run: Path) -> None:
+    out = tmp_path / "model.bjm"
+    result = export(minimal_run, out, score_bytes=600, stride=16)
+    config, average = run_weights(minimal_run)
+    _, raw = run_weights(minimal_run, averaged=False)
+    assert set(result.scores) == {"raw", "average", "artifact"}
+    ids = bytejepa.artifact.export.validation_ids(minimal_run, config, None, 600)
+    assert all(score.num_targets == len(ids) - 1 == 599 for score in result.scores.values())
+    by_hand = bytejepa.scoring.evaluate.score_ids(
+        bytejepa.scoring.evaluate.Scorer(load(out)), ids, window=64, stride=16, batch_ids=65_536
+    )
+    assert result.scores["artifact"].bpb == pytest.approx(by_hand.bpb, rel=1e-12)
+    assert result.scores["artifact"].bpb == pytest.approx(result.scores["average"].bpb, abs=0.01)
+    assert any(not torch.equal(raw[name], average[name]) for name in raw)
+    assert result.scores["raw"].bpb != result.scores["average"].bpb
+
+
+def test_a_reloaded_artifact_computes_the_same_logits_bit_for_bit(tmp_path: Path) -> None:
+    model = small_model()
+    path = tmp_path / "model.bjm"
+    write_artifact(path, weights_of(model), model.config)
+    stored = read_container(path).tensors
+    in_memory = build(model.config, stored, source="memory")
+    ids = random_ids(2, 24)
+    with torch.no_grad():
+        assert torch.equal(load(path).logits(ids), in_memory.logits(ids))
+        assert torch.equal(load(path).logits(ids), load(path).logits(ids))
+    for name, value in weights_of(model).items():
+        assert (stored[name] - value).abs().max() <= 0.02 * value.abs().max() + 1e-6, name
+
+
+def test_an_artifact_carries_its_configuration(
+    tmp_path: Path, minimal_artifact: Path, minimal_config: RunConfig
+) -> None:
+    assert load(minimal_artifact).config == minimal_config
+
+
+def test_a_run_folder_loads_as_its_average(minimal_run: Path) -> None:
+    _, average = run_weights(minimal_run)
+    assert all(torch.equal(value, average[name]) for name, value in load(minimal_run).named_parameters())
+
+
+def test_loaded_models_are_ready_to_predict(minimal_artifact: Path) -> None:
+    model = load(minimal_artifact)
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_sizes_add_up(tmp_path: Path, minimal_run: Path) -> None:
+    out = tmp_path / "model.bjm"
+    result = export(minimal_run, out, score=False)
+    assert result.weights_bytes == out.stat().st_size
+    assert result.total_bytes == result.weights_bytes + result.code_bytes
+    assert result.code_bytes == len(code_archive())
+    assert result.bits_per_parameter == pytest.approx(8 * result.weights_bytes / result.num_parameters)
+    assert result.num_parameters == sum(p.numel() for p in load(out).parameters())
+    assert result.scores == {}
+    assert result.fits
+
+
+def test_the_budget_is_kept_to_the_byte(tmp_path: Path, minimal_run: Path) -> None:
+    result = export(minimal_run, tmp_path / "model.bjm", score=False)
+    assert dataclasses.replace(result, limit_bytes=result.total_bytes).fits
+    assert not dataclasses.replace(result, limit_bytes=result.total_bytes - 1).fits
+
+
+def test_the_code_is_the_same_bytes_every_time_and_can_be_imported(tmp_path: Path) -> None:
+    archive = code_archive()
+    assert archive == code_archive()
+    path = tmp_path / "code.zip"
+    path.write_bytes(archive)
+    with zipfile.ZipFile(path) as code:
+        names = code.namelist()
+    assert "bytejepa/model/transformer.py" in names
+    assert all(name.endswith(".py") for name in names)
+    source, zipped = code_bytes()
+    assert zipped == len(archive) < source
+
+
+def test_exports_of_a_run_are_the_same_bytes(tmp_path: Path, minimal_run: Path) -> None:
+    files = [tmp_path / name for name in ("a.bjm", "b.bjm")]
+    for path in files:
+        export(minimal_run, path, score=False)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_schemes_of_the_reference() -> None:
+    """Spec section 5: up to 65,536 elements float16, block matrices int6, other large tensors int8."""
+    with torch.device("meta"):
+        model = ByteLM(presets.pr832())
+    config = model.config.artifact
+    schemes = {name: scheme_of(name, value, config) for name, value in model.named_parameters()}
+    ends = ("query", "key", "value", "output", "mlp.up", "mlp.down")
+    assert {name for name, s in schemes.items() if s == "int6_rows"} == {
+        f"blocks.{i}.{'' if end.startswith('mlp') else 'attention.'}{end}.weight" for i in range(13) for end in ends
+    }
+    assert {name for name, s in schemes.items() if s == "int8_rows"} == {
+        "token_embedding.weight", "bigram.embedding.weight", "jepa.projector.up.weight", "jepa.injection.weight",
+    }  # fmt: skip
+    assert schemes["jepa.predictor.up.weight"] == "float16"  # exactly 65,536 elements
+
+
+def test_schemes_of_default() -> None:
+    with torch.device("meta"):
+        model = ByteLM(replace(presets.default(), model={"num_layers": 24}))
+    schemes = {name: scheme_of(name, v, model.config.artifact) for name, v in model.named_parameters()}
+    assert schemes["jepa.predictor.up.weight"] == "int8_rows"
+    assert schemes["blocks.0.mlp.up.weight"] == "int6_rows"
+    vectors = {name for name, value in model.named_parameters() if value.ndim < 2}
+    stacks = {name for name in schemes if name.endswith(("residual_mix", "skip_weights"))}
+    assert {schemes[name] for name in vectors | stacks} == {"float16"}
+
+
+def test_scales_of_the_reference_have_a_floor_and_those_of_default_do_not() -> None:
+    weight = 0.01 * torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+    tensors = {"blocks.0.mlp.up.weight": weight, "token_embedding.weight": weight}
+    theirs = store_weights(tensors, presets.pr832())
+    assert torch.equal(theirs["blocks.0.mlp.up.weight"].codes, reference_int6(weight).codes)
+    assert torch.equal(theirs["token_embedding.weight"].codes, reference_int8(weight).codes)
+    assert set(theirs["blocks.0.mlp.up.weight"].scales.tolist()) == {torch.tensor(1 / 31).half().item()}
+    ours = store_weights(tensors, presets.default())["blocks.0.mlp.up.weight"]
+    assert ours.scales.max().item() < 0.01 * 5 / 31
+    plain = quantize_rows(weight, bits=6)
+    errors = [(dequantize(q) - weight).norm().item() for q in (ours, plain, theirs["blocks.0.mlp.up.weight"])]
+    assert errors == sorted(errors)
+    assert errors[2] > 10 * errors[0]
+
+
+@pytest.mark.parametrize("bits", [4, 5])
+def test_fewer_bits_make_a_smaller_file(tmp_path: Path, bits: int) -> None:
+    model = small_model()
+    sizes = [
+        write_artifact(tmp_path / f"{b}.bjm", weights_of(model), replace(model.config, artifact={
+            "matrix_bits": b, "small_tensor_elements": 64})).file_bytes
+        for b in (bits, 6)
+    ]  # fmt: skip
+    assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    model, out = small_model(), tmp_path / "model.bjm"
+    weights = weights_of(model)
+    for name in ("blocks.1.mlp.up.weight", "smear.gate"):
+        broken = {**weights, name: torch.full_like(weights[name], value)}
+        with pytest.raises(ArtifactError, match=name):
+            write_artifact(out, broken, model.config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_extra_heads_are_not_in_the_artifact(tmp_path: Path) -> None:
+    model = small_model(model={"multi_token_heads": 2})
+    path = tmp_path / "model.bjm"
+    write_artifact(path, weights_of(model), model.config)
+    assert not [name for name in read_container(path).tensors if "multi_token" in name]
+    again = load(path)
+    assert again.config.model.multi_token_heads == 0
+    ids = random_ids(1, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(again.logits(ids), model.logits(ids), rtol=0, atol=2.0)
+
+
+def test_an_existing_output_is_refused_and_kept(tmp_path: Path, minimal_run: Path) -> None:
+    out = tmp_path / "model.bjm"
+    out.write_bytes(b"mine")
+    with pytest.raises(ArtifactError, match="exists already"):
+        export(minimal_run, out, score=False)
+    assert out.read_bytes() == b"mine"
+    assert export(minimal_run, out, score=False, force=True).weights_bytes == out.stat().st_size
+
+
+def test_data_that_is_gone_is_noticed_before_anything_is_written(tmp_path: Path, minimal_run: Path) -> None:
+    with pytest.raises(DataError):
+        export(minimal_run, tmp_path / "model.bjm", data=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_or_an_error(tmp_path: Path, minimal_run: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(minimal_run, run)
+    for path in (run / "checkpoints").glob("*.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[-5] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
+        export(run, tmp_path / "model.bjm")
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+        export(run, tmp_path / "model.bjm")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.pop("smear.gate"), "tensor smear.gate: expected shape .32,., got nothing"),
+        (lambda w: w.update({"smear.gate": torch.ones(3)}), "smear.gate: expected shape .32,., got .3,."),
+        (lambda w: w.update({"other": torch.ones(3)}), "tensor other has no place"),
+    ],
+)
+def test_weights_that_do_not_fit_the_configuration_are_refused(tmp_path: Path, change: Any, words: str) -> None:
+    weights = weights_of(small_model())
+    change(weights)
+    path = tmp_path / "model.bjm"
+    write_artifact(path, weights, small_config())
+    with pytest.raises(ArtifactError, match=words):
+        load(path)
+
+
+def test_a_model_of_one_layer_can_be_stored(tmp_path: Path) -> None:
+    model = small_model(model={"num_layers": 1})
+    write_artifact(tmp_path / "model.bjm", weights_of(model), model.config)
+    assert bytejepa.score(load(tmp_path / "model.bjm"), TEXT[:50]).num_bytes == 50
