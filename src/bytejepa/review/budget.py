@@ -1,0 +1,220 @@
+"""The budgets: bytes measured again from the files, seconds from the logs, against 16,000,000 decimal bytes and 600 s."""
+
+from __future__ import annotations
+
+import base64
+import lzma
+import re
+
+from bytejepa.bits import ARTIFACT_LIMIT_BYTES
+from bytejepa.review.findings import Evidence, Finding, Status, Weight
+from bytejepa.review.log_parser import TrainingLog
+from bytejepa.review.submission import Submission
+
+TIME_LIMIT_S = 600.0
+STEP_TOLERANCE_S = 1.0
+"""A run stops at the first step past the cap; logs of accepted records end up to a second over it."""
+MEBIBYTES_LIMIT = 16 * 1024 * 1024
+_MEBIBYTES = re.compile(
+    r"16\s*\*\s*1024\s*\*\s*1024|16\s*\*\s*1024\s*\*\*\s*2|16\s*\*\s*2\s*\*\*\s*20|16\s*<<\s*20|16[_,]?777[_,]?216|\b16(?:\.0)? ?MiB\b"
+)
+
+
+def packed_code_bytes(source: bytes) -> int:
+    """Return what a script weighs as the usual wrapper of lzma and base85: what its author could have counted."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+    packed = base64.b85encode(lzma.compress(source, format=lzma.FORMAT_RAW, filters=filters))
+    return len(packed) + 110  # the line that unpacks it
+
+
+def size_findings(submission: Submission) -> list[Finding]:
+    """Judge code and weights against the cap, for every seed that a log tells of and for the files that are there."""
+    findings: list[Finding] = []
+    code = submission.script.stat().st_size if submission.script else None
+    claimed = _claimed_total(submission)
+    totals: list[tuple[int, Evidence]] = []
+    for log in submission.logs:
+        total = _total_of(log, code)
+        if total is not None:
+            totals.append((total, Evidence(file=log.file, line=log.size_line, text=f"{total:,} bytes")))
+    for path in submission.weights:
+        size = path.stat().st_size + (code or 0)
+        where = path.relative_to(submission.root).as_posix()
+        if path.suffix not in (".pt", ".pth", ".bin") or size <= MEBIBYTES_LIMIT:
+            totals.append(
+                (size, Evidence(file=where, text=f"{path.stat().st_size:,} bytes of weights + {code or 0:,} of code"))
+            )
+    if claimed is not None:
+        totals.append((claimed, Evidence(file="submission.json", text=f"{claimed:,} bytes claimed")))
+    findings.append(_cap(totals))
+    findings.append(_code(submission, code))
+    text = (
+        submission.script.read_text(encoding="utf-8", errors="replace") if submission.script else ""
+    ) + submission.readme
+    if match := _MEBIBYTES.search(text):
+        worst = max((total for total, _ in totals), default=0)
+        findings.append(
+            Finding(
+                check="budget.units",
+                status=Status.FAIL,
+                weight=Weight.RULE if worst > ARTIFACT_LIMIT_BYTES else Weight.NOTE,
+                summary="the cap is taken as 16 MiB; it is 16,000,000 bytes",
+                evidence=(Evidence(text=match[0]),),
+            )  # fmt: skip
+        )
+    return findings
+
+
+def _total_of(log: TrainingLog, code: int | None) -> int | None:
+    if log.total_bytes is not None:
+        return log.total_bytes
+    return None if log.model_bytes is None or code is None else log.model_bytes + code
+
+
+def _claimed_total(submission: Submission) -> int | None:
+    for key in ("bytes_total", "artifact_bytes", "total_bytes", "artifact_size_bytes", "submission_bytes"):
+        value = submission.claims.get(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def _cap(totals: list[tuple[int, Evidence]]) -> Finding:
+    check = "budget.bytes"
+    if not totals:
+        return Finding(
+            check=check,
+            status=Status.UNKNOWN,
+            weight=Weight.AUTHOR,
+            summary="no file and no log says how many bytes the artifact has",
+        )
+    over = [(total, evidence) for total, evidence in totals if total > ARTIFACT_LIMIT_BYTES]
+    worst = max(totals, key=lambda item: item[0])[0]
+    figures = {
+        "largest_total_bytes": worst,
+        "limit_bytes": ARTIFACT_LIMIT_BYTES,
+        "margin_bytes": ARTIFACT_LIMIT_BYTES - worst,
+    }
+    if over:
+        unit = " (under 16 MiB, but the cap is decimal)" if worst <= MEBIBYTES_LIMIT else ""
+        summary = f"the artifact has {worst:,} bytes, {worst - ARTIFACT_LIMIT_BYTES:,} over the cap of 16,000,000{unit}"
+        return Finding(
+            check=check, status=Status.FAIL, summary=summary, evidence=tuple(e for _, e in over), figures=figures
+        )
+    summary = f"largest total {worst:,} bytes, {ARTIFACT_LIMIT_BYTES - worst:,} under the cap"
+    return Finding(
+        check=check, status=Status.PASS, summary=summary, evidence=tuple(e for _, e in totals), figures=figures
+    )
+
+
+def _code(submission: Submission, code: int | None) -> Finding:
+    check = "budget.code_bytes"
+    if submission.script is None or code is None:
+        return Finding(
+            check=check, status=Status.FAIL, weight=Weight.AUTHOR, summary="there is no training script in the folder"
+        )
+    packed = packed_code_bytes(submission.script.read_bytes())
+    counted = {log.code_bytes for log in submission.logs if log.code_bytes is not None}
+    claimed = submission.claims.get("bytes_code")
+    counted |= {claimed} if isinstance(claimed, int) else set()
+    figures = {"raw_bytes": code, "packed_bytes": min(packed, code)}
+    name = submission.script.relative_to(submission.root).as_posix()
+    off = [value for value in counted if value not in (code, packed) and abs(value - code) > 0.02 * code]
+    summary = f"{code:,} bytes of code as shipped, {min(packed, code):,} packed"
+    if off and min(off) < code:
+        evidence = (Evidence(file=name, text=f"{code:,} bytes; the author counted {min(off):,}"),)
+        return Finding(
+            check=check,
+            status=Status.FAIL,
+            weight=Weight.NOTE,
+            summary=f"{summary}; counted as {min(off):,}",
+            evidence=evidence,
+            figures=figures,
+        )
+    return Finding(
+        check=check,
+        status=Status.PASS,
+        summary=summary,
+        evidence=(Evidence(file=name, text=f"{code:,} bytes"),),
+        figures=figures,
+    )
+
+
+def time_findings(submission: Submission) -> list[Finding]:
+    """Judge training and evaluation seconds of every log against the caps; outside the 10-minute track they are notes."""
+    weight = Weight.NOTE if submission.is_non_record else Weight.RULE
+    findings = []
+    train = [(log.train_s, log.file) for log in submission.logs if log.train_s is not None]
+    if not train:
+        findings.append(Finding(check="budget.train_seconds", status=Status.UNKNOWN, weight=Weight.NOTE if submission.is_non_record else Weight.AUTHOR,
+                                summary="no log says how long training took"))  # fmt: skip
+    else:
+        worst = max(seconds for seconds, _ in train)
+        over = tuple(
+            Evidence(file=f, text=f"{s:.1f} s of training") for s, f in train if s > TIME_LIMIT_S + STEP_TOLERANCE_S
+        )
+        findings.append(Finding(check="budget.train_seconds", status=Status.FAIL if over else Status.PASS, weight=weight, evidence=over,
+                                summary=f"training took {'up to ' if len(train) > 1 else ''}{worst:.1f} s of 600 s", figures={"train_s": worst}))  # fmt: skip
+    seconds = [(_evaluation_seconds(log), log) for log in submission.logs if _evaluation_seconds(log) is not None]
+    if seconds:
+        worst = max(value for value, _ in seconds if value is not None)
+        over = tuple(Evidence(file=log.file, line=log.final.line if log.final else None, text=f"{value:.1f} s of evaluation")
+                     for value, log in seconds if value is not None and value > TIME_LIMIT_S)  # fmt: skip
+        findings.append(Finding(check="budget.evaluation_seconds", status=Status.FAIL if over else Status.PASS, weight=weight, evidence=over,
+                                summary=f"the reported evaluation took {worst:.1f} s of 600 s", figures={"evaluation_s": worst}))  # fmt: skip
+    else:
+        findings.append(
+            Finding(
+                check="budget.evaluation_seconds",
+                status=Status.UNKNOWN,
+                weight=Weight.NOTE,
+                summary="no log says how long the reported evaluation took",
+            )
+        )
+    return findings
+
+
+def _evaluation_seconds(log: TrainingLog) -> float | None:
+    """Return the seconds of the reported evaluation: its own line's, or those of the rounded line beside it."""
+    final = log.final
+    if final is None:
+        return None
+    if final.evaluation_s is not None:
+        return final.evaluation_s
+    near = [
+        s.evaluation_s
+        for s in log.scores
+        if s.is_final and abs(s.bpb - final.bpb) < 1e-4 and s.evaluation_s is not None
+    ]
+    return near[-1] if near else None
+
+
+def folder_findings(submission: Submission) -> list[Finding]:
+    """Judge whether everything that a submission needs is there."""
+    missing = [name for name, there in (
+        ("README.md", bool(submission.readme)), ("submission.json", not submission.claims_problem.startswith("there is no")),
+        ("train_gpt.py", submission.script is not None), ("a training log", bool(submission.logs)),
+    ) if not there]  # fmt: skip
+    if missing:
+        return [
+            Finding(
+                check="folder.complete",
+                status=Status.FAIL,
+                weight=Weight.AUTHOR,
+                summary=f"missing: {', '.join(missing)}",
+            )
+        ]
+    if submission.claims_problem:
+        return [Finding(check="folder.complete", status=Status.FAIL, weight=Weight.AUTHOR, summary=submission.claims_problem,
+                        evidence=(Evidence(file="submission.json"),))]  # fmt: skip
+    empty = [log.file for log in submission.logs if not log.scores]
+    if len(empty) == len(submission.logs):
+        return [Finding(check="folder.complete", status=Status.FAIL, weight=Weight.AUTHOR, summary="no log reports a val_bpb",
+                        evidence=tuple(Evidence(file=file) for file in empty))]  # fmt: skip
+    return [
+        Finding(
+            check="folder.complete",
+            status=Status.PASS,
+            summary=f"README, submission.json, script and {len(submission.logs)} logs",
+        )
+    ]

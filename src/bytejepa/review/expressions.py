@@ -1,0 +1,468 @@
+"""Expressions, as the abstract interpreter evaluates them: constants where they are known, origins everywhere. Torch-free."""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+import re
+from collections.abc import Callable
+from typing import Any
+
+from bytejepa.review.machine import Machine
+from bytejepa.review.values import (
+    AHEAD,
+    BEHIND,
+    FORWARD,
+    HASHED,
+    PREFIX,
+    SUBSET,
+    TARGET,
+    TRAINING,
+    UNKNOWN,
+    VALIDATION,
+    Function,
+    Value,
+    absorb,
+    combine,
+    constant,
+    merge,
+)
+
+MAX_CONSTANT_LENGTH = 1_000_000
+SMALLEST_SUBSET = 4096
+"""A constant upper bound from here on is a deliberate part of the split, not a warm-up batch."""
+
+OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.BitAnd: operator.and_, ast.BitOr: operator.or_,
+    ast.BitXor: operator.xor, ast.LShift: operator.lshift, ast.RShift: operator.rshift, ast.Pow: operator.pow,
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
+    ast.GtE: operator.ge, ast.Is: lambda a, b: a is b if None in (a, b) else a == b,
+    ast.IsNot: lambda a, b: a is not b if None in (a, b) else a != b,
+    ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b,
+}  # fmt: skip
+_VALIDATION_PATH = re.compile(r"(?:^|[^a-z])val(?:id|idation)?(?:[^a-z]|$)")
+_TRAINING_PATH = re.compile(r"(?:^|[^a-z])train(?:ing)?(?:[^a-z]|$)")
+_TARGET_NAME = re.compile(r"(?:^|_)(?:tgt|target|targets|tgts|label|labels|y|yb|next)(?:_|$)")
+_VALIDATION_NAME = re.compile(r"^(?:val|valid|validation)_(?:tokens?|ids|data|bytes|stream|np|toks)(?:_.*)?$")
+
+
+def path_labels(text: str) -> frozenset[str]:
+    """Return which split a file pattern or split name stands for."""
+    lowered = text.lower()
+    looks_like_path = any(mark in text for mark in ("*", "/", ".bin", ".npy", ".pt", ".jsonl")) and "\n" not in text
+    if lowered in ("val", "valid", "validation") or (looks_like_path and _VALIDATION_PATH.search(lowered)):
+        return frozenset((VALIDATION,))
+    if lowered == "train" or (looks_like_path and _TRAINING_PATH.search(lowered) and "train_gpt" not in lowered):
+        return frozenset((TRAINING,))
+    return frozenset()
+
+
+def compute(operation: type[ast.AST], left: Any, right: Any) -> Any:
+    """Return the constant result of an operator, UNKNOWN where there is none or it would be huge."""
+    if operation in (ast.Pow, ast.LShift) and not (isinstance(right, int | float) and abs(right) <= 64):
+        return UNKNOWN
+    if operation is ast.Mult and isinstance(left, str | bytes | list | tuple) | isinstance(
+        right, str | bytes | list | tuple
+    ):
+        return UNKNOWN
+    try:
+        return OPERATORS[operation](left, right)
+    except Exception:  # whatever the script's own operands provoke
+        return UNKNOWN
+
+
+class Expressions(Machine):
+    """Evaluates expressions; calls are evaluated by the subclass."""
+
+    def evaluate(self, node: ast.expr | None) -> Value:
+        """Return what is known of an expression."""
+        if node is None:
+            return constant(None)
+        method = getattr(self, f"_{type(node).__name__.lower()}", None)
+        if method is not None:
+            return method(node)
+        return combine(*(self.evaluate(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)))
+
+    def _constant(self, node: ast.Constant) -> Value:
+        value = constant(node.value)
+        if isinstance(node.value, str) and len(node.value) < 400:
+            value.labels = path_labels(node.value)
+        return value
+
+    def _name(self, node: ast.Name) -> Value:
+        found = self.frame.scope.find(node.id)
+        if found is None:
+            found = Value(kind="module", payload=f"builtins.{node.id}")
+        if _VALIDATION_NAME.match(node.id) and found.kind == "data" and not found.labels and not found.is_known:
+            found.labels |= {VALIDATION}
+        if (
+            found.kind == "data"
+            and VALIDATION in found.labels
+            and TARGET not in found.labels
+            and _TARGET_NAME.search(node.id)
+        ):
+            found.labels |= {TARGET}
+        return found
+
+    def _joinedstr(self, node: ast.JoinedStr) -> Value:
+        parts = [self.evaluate(p.value if isinstance(p, ast.FormattedValue) else p) for p in node.values]
+        if all(part.is_known for part in parts):
+            text = "".join(str(part.constant) for part in parts)[:MAX_CONSTANT_LENGTH]
+            return Value(constant=text, labels=path_labels(text) if len(text) < 400 else frozenset())
+        text = "".join(str(part.constant) if part.is_known else "?" for part in parts)
+        result = combine(*(part for part in parts if part.kind == "data"))
+        result.labels = (result.labels - {FORWARD}) | (path_labels(text) if len(text) < 400 else frozenset())
+        result.forwards = frozenset()
+        return result
+
+    def _boolop(self, node: ast.BoolOp) -> Value:
+        parts = []
+        for child in node.values:
+            value = self.evaluate(child)
+            decided = value.is_known and bool(value.constant) is isinstance(node.op, ast.Or)
+            if decided:
+                return constant(value.constant)
+            parts.append(value)
+        if all(part.is_known for part in parts):
+            return constant(parts[-1].constant)
+        return merge(parts[0], combine(*parts)) if len(parts) == 1 else combine(*parts)
+
+    def _unaryop(self, node: ast.UnaryOp) -> Value:
+        operand = self.evaluate(node.operand)
+        result = combine(operand)
+        if operand.is_known:
+            try:
+                match node.op:
+                    case ast.Not():
+                        result.constant = not operand.constant
+                    case ast.USub():
+                        result.constant = -operand.constant
+                    case ast.Invert():
+                        result.constant = ~operand.constant
+            except TypeError:
+                pass
+        return result
+
+    def _compare(self, node: ast.Compare) -> Value:
+        values = [self.evaluate(part) for part in (node.left, *node.comparators)]
+        result = combine(*values)
+        result.labels -= {FORWARD}
+        outcome: Any = True
+        for operation, left, right in zip(node.ops, values, values[1:], strict=False):
+            part = (
+                compute(type(operation), left.constant, right.constant) if left.is_known and right.is_known else UNKNOWN
+            )
+            if isinstance(operation, ast.Is | ast.IsNot) and part is UNKNOWN:
+                part = self._identity(operation, left, right)
+            if part is False:
+                return constant(False)
+            outcome = part if outcome is True else outcome
+        result.constant = outcome if isinstance(outcome, bool) else UNKNOWN
+        return result
+
+    @staticmethod
+    def _identity(operation: ast.cmpop, left: Value, right: Value) -> Any:
+        """Return whether something is None, where its kind tells."""
+        for one, other in ((left, right), (right, left)):
+            if other.is_known and other.constant is None and one.kind not in ("data",):
+                return isinstance(operation, ast.IsNot)
+        return UNKNOWN
+
+    def _binop(self, node: ast.BinOp) -> Value:
+        left, right = self.evaluate(node.left), self.evaluate(node.right)
+        result = self.operate(node.op, left, right)
+        if isinstance(node.op, ast.Div) and right.is_known and isinstance(right.constant, float):
+            self.note_conversion(node, left, abs(right.constant - math.log(2)) < 1e-6)
+        if isinstance(node.op, ast.Mult):
+            for one, other in ((left, right), (right, left)):
+                is_rate = (
+                    one.is_known and isinstance(one.constant, float) and abs(one.constant - 1 / math.log(2)) < 1e-3
+                )
+                self.note_conversion(node, other, is_rate)
+            self._note_chunk(node, result)
+        if isinstance(node.op, ast.Div) and left.has(VALIDATION, HASHED) and right.has(VALIDATION, HASHED):
+            self.emit("ratio", node, left, other=right)
+        return result
+
+    def note_conversion(self, node: ast.AST, loss: Value, converts: bool) -> None:
+        """Note that a loss was converted from nats to bits."""
+        if converts and loss.has(VALIDATION, FORWARD):
+            self.converted |= loss.forwards
+            self.emit("bits", node, loss)
+
+    def _note_chunk(self, node: ast.BinOp, result: Value) -> None:
+        """Label bounds like (i + 1) * size with i a loop variable."""
+        for side in (node.left, node.right):
+            if not (isinstance(side, ast.BinOp) and isinstance(side.op, ast.Add | ast.Sub)):
+                continue
+            variable, step = self.evaluate(side.left), self.evaluate(side.right)
+            if isinstance(side.op, ast.Add) and variable.is_known:
+                variable, step = step, variable
+            if (
+                variable.loops
+                and not variable.is_known
+                and step.is_known
+                and isinstance(step.constant, int)
+                and step.constant > 0
+            ):
+                result.labels |= {AHEAD if isinstance(side.op, ast.Add) else BEHIND}
+
+    @staticmethod
+    def operate(operation: ast.operator, left: Value, right: Value) -> Value:
+        """Return what is known of `left operation right`."""
+        result = combine(left, right)
+        if left.is_known and right.is_known:
+            result.constant = compute(type(operation), left.constant, right.constant)
+            if isinstance(result.constant, str):
+                result.labels |= path_labels(result.constant)
+        elif isinstance(operation, ast.Div | ast.Add) and (left.is_known or right.is_known):
+            text = next(str(part.constant) for part in (left, right) if part.is_known)
+            result.labels |= path_labels(text) if len(text) < 400 else frozenset()
+        has_ids = VALIDATION in result.labels and FORWARD not in result.labels
+        if isinstance(operation, ast.BitXor | ast.Mod) and has_ids and result.sites:
+            result.labels |= {HASHED}
+        if PREFIX in result.labels and not isinstance(operation, ast.Mult | ast.Div):
+            result.labels -= {PREFIX}
+        return result
+
+    def _ifexp(self, node: ast.IfExp) -> Value:
+        test = self.evaluate(node.test)
+        if test.is_known:
+            return self.evaluate(node.body if test.constant else node.orelse)
+        return merge(self.evaluate(node.body), self.evaluate(node.orelse))
+
+    def _tuple(self, node: ast.Tuple | ast.List | ast.Set) -> Value:
+        parts = [self.evaluate(item.value if isinstance(item, ast.Starred) else item) for item in node.elts]
+        result = combine(*parts)
+        result.kind, result.payload, result.origin = "sequence", parts, self.place(node)
+        if any(isinstance(item, ast.Starred) for item in node.elts):
+            result.payload = None
+        elif all(part.is_known for part in parts):
+            result.constant = tuple(part.constant for part in parts)
+        return result
+
+    _list = _set = _tuple
+
+    def _dict(self, node: ast.Dict) -> Value:
+        keys = [self.evaluate(key) if key is not None else Value() for key in node.keys]
+        parts = [self.evaluate(value) for value in node.values]
+        result = combine(*parts)
+        result.origin = self.place(node)
+        for key, part in zip(keys, parts, strict=True):
+            if key.is_known and isinstance(key.constant, str):
+                result.attributes[f"[{key.constant}]"] = part
+        return result
+
+    def _lambda(self, node: ast.Lambda) -> Value:
+        return Value(kind="function", payload=Function(node, self.frame.scope, "lambda", no_grad=False))
+
+    def _listcomp(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp) -> Value:
+        from bytejepa.review.values import Scope
+
+        outer = self.frame.scope
+        self.frame.scope = Scope({}, outer, outer.file)
+        for generator in node.generators:
+            item = self.element(self.evaluate(generator.iter))
+            item.loops |= {self.place(generator.target, "loop")}
+            self.assign(generator.target, item)
+            for test in generator.ifs:
+                self.evaluate(test)
+        element = self.evaluate(node.elt)
+        self.frame.scope = outer
+        result = combine(element)
+        result.kind, result.payload, result.origin = "sequence", element, self.place(node)
+        return result
+
+    _setcomp = _generatorexp = _listcomp
+
+    def _dictcomp(self, node: ast.DictComp) -> Value:
+        pair = ast.ListComp(elt=node.value, generators=node.generators, lineno=node.lineno, col_offset=0)
+        self._kept_nodes = getattr(self, "_kept_nodes", {})
+        return self._listcomp(self._kept_nodes.setdefault(id(node), pair))
+
+    def _namedexpr(self, node: ast.NamedExpr) -> Value:
+        value = self.evaluate(node.value)
+        self.assign(node.target, value)
+        return value
+
+    def _await(self, node: ast.Await) -> Value:
+        return self.evaluate(node.value)
+
+    def _yield(self, node: ast.Yield) -> Value:
+        if node.value is not None:
+            item = Value(kind="sequence", payload=self.evaluate(node.value))
+            absorb(item, item.payload)
+            self.frame.returned.append(item)
+        return Value()
+
+    def _yieldfrom(self, node: ast.YieldFrom) -> Value:
+        self.frame.returned.append(self.evaluate(node.value))
+        return Value()
+
+    @staticmethod
+    def element(container: Value) -> Value:
+        """Return what is known of an item of a container."""
+        if container.kind == "sequence" and isinstance(container.payload, Value):
+            return container.payload
+        if container.kind == "sequence" and container.payload:
+            result: Value | None = None
+            for part in container.payload:
+                result = merge(result, part)
+            return result if result is not None and result.kind != "data" else combine(container, *container.payload)
+        return combine(container)
+
+    def _attribute(self, node: ast.Attribute) -> Value:
+        return self.attribute(self.evaluate(node.value), node.attr, node)
+
+    def attribute(self, owner: Value, name: str, node: ast.AST) -> Value:
+        """Return what is known of an attribute."""
+        if owner.kind == "module":
+            scope = self.modules.get(owner.payload)
+            if scope is not None and name in scope.names:
+                return scope.names[name]
+            dotted = f"{owner.payload}.{name}"
+            if dotted == "math.e":
+                return constant(math.e)
+            if dotted.endswith("environ"):
+                return Value(kind="module", payload="os.environ")
+            return Value(kind="module", payload=dotted)
+        if name in owner.attributes:
+            return owner.attributes[name]
+        if owner.kind == "class" and isinstance(owner.payload, Function):
+            method = self.method(owner.payload, name)
+            return Value(kind="function", payload=method) if method else combine(owner)
+        if owner.kind == "instance" and isinstance(owner.payload, Function):
+            if not owner.payload.is_network or not name.startswith("forward"):
+                method = self.method(owner.payload, name)
+                if method is not None:
+                    is_property = any(
+                        isinstance(d, ast.Name) and d.id == "property"
+                        for d in getattr(method.node, "decorator_list", [])
+                    )
+                    bound = Value(kind="bound", payload=(owner, method), models=owner.models)
+                    return self.invoke(method, [], {}, node, owner) if is_property else bound
+            if owner.payload.is_network:
+                return Value(kind="member", payload=(owner, name), models=owner.models)
+            return combine(owner)
+        return Value(kind="member", payload=(owner, name), labels=owner.labels & DATA, models=owner.models, loops=owner.loops,
+                     forwards=owner.forwards, sites=owner.sites)  # fmt: skip
+
+    def method(self, definition: Function, name: str) -> Function | None:
+        """Return a method of a class of the script, its bases in the script included."""
+        assert isinstance(definition.node, ast.ClassDef)
+        for part in definition.node.body:
+            if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef) and part.name == name:
+                return Function(part, definition.scope, f"{definition.name}.{name}", self.turns_gradients_off(part))
+        for base in definition.bases:
+            found = definition.scope.find(base)
+            if found is not None and found.kind == "class" and found.payload is not definition:
+                method = self.method(found.payload, name)
+                if method is not None:
+                    return method
+        return None
+
+    @staticmethod
+    def turns_gradients_off(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+        """Return whether a decorator switches gradients off."""
+        return any("no_grad" in (text := ast.unparse(d)) or "inference_mode" in text for d in node.decorator_list)
+
+    def _subscript(self, node: ast.Subscript) -> Value:
+        owner = self.evaluate(node.value)
+        if owner.kind == "member":
+            owner = combine(owner)
+        if isinstance(node.slice, ast.Slice):
+            return self._sliced(owner, node.slice, node)
+        index = self.evaluate(node.slice)
+        if owner.kind == "module" and owner.payload == "os.environ":
+            name = index.constant
+            return Value(constant=self.settings.get(name, UNKNOWN) if isinstance(name, str) else UNKNOWN)
+        if index.is_known and f"[{index.constant}]" in owner.attributes:
+            return owner.attributes[f"[{index.constant}]"]
+        if (
+            owner.kind == "sequence"
+            and isinstance(owner.payload, list)
+            and index.is_known
+            and isinstance(index.constant, int)
+        ):
+            if -len(owner.payload) <= index.constant < len(owner.payload):
+                return owner.payload[index.constant]
+        if owner.kind == "sequence" and not (isinstance(node.slice, ast.Tuple)):
+            item = self.element(owner)
+            if item.kind != "data" or item.origin:
+                return item
+        result = combine(owner, index)
+        result.loops = owner.loops | index.loops
+        if isinstance(node.slice, ast.Tuple):
+            self._region(node.slice, result)
+        self._read(node, owner, index, result)
+        return result
+
+    def _region(self, index: ast.Tuple, result: Value) -> None:
+        """Label losses of which only the positions before some bound are taken."""
+        for part in index.elts:
+            if isinstance(part, ast.Slice) and part.upper is not None and self._is_start(part.lower):
+                result.labels |= {PREFIX}
+                result.bound_text = ast.unparse(part.upper)
+
+    @staticmethod
+    def _is_start(lower: ast.expr | None) -> bool:
+        return lower is None or (isinstance(lower, ast.Constant) and lower.value == 0)
+
+    def _read(self, node: ast.Subscript, owner: Value, index: Value, result: Value) -> None:
+        """Note a read of ids by position, or of a table by ids."""
+        if VALIDATION in owner.labels and FORWARD not in owner.labels and VALIDATION not in index.labels:
+            result.sites |= {self.place(node.slice, "site")}
+            if isinstance(node.slice, ast.BinOp) and isinstance(node.slice.op, ast.Add):
+                step = self.evaluate(node.slice.right)
+                if step.is_known and step.constant == 1:
+                    result.labels |= {TARGET}
+        if (
+            VALIDATION in index.labels
+            and (index.sites or HASHED in index.labels or TARGET in index.labels)
+            and owner.origin
+        ):
+            self.emit("lookup", node, index, other=owner)
+
+    def _sliced(self, owner: Value, bounds: ast.Slice, node: ast.Subscript) -> Value:
+        lower, upper = self.evaluate(bounds.lower), self.evaluate(bounds.upper)
+        result = combine(owner, lower, upper)
+        result.loops = owner.loops | lower.loops | upper.loops
+        result.labels -= {AHEAD, BEHIND}
+        if owner.is_known and lower.is_known and upper.is_known and isinstance(owner.constant, str | bytes | tuple):
+            try:
+                result.constant = owner.constant[lower.constant : upper.constant]
+            except TypeError:
+                result.constant = UNKNOWN
+        if owner.kind == "sequence":
+            result.kind, result.payload, result.origin = "sequence", self.element(owner), owner.origin
+        if FORWARD in owner.labels or VALIDATION not in owner.labels:
+            if bounds.upper is not None and self._is_start(bounds.lower) and FORWARD in owner.labels:
+                result.labels |= {PREFIX}
+                result.bound_text = ast.unparse(bounds.upper)
+            return result
+        result.sites |= {self.place(node.slice, "site")}
+        if AHEAD in lower.labels:
+            result.labels |= {AHEAD}
+        if BEHIND in lower.labels:
+            result.labels |= {BEHIND}
+        if self._starts_one_later(bounds.lower):
+            result.labels |= {TARGET}
+        if self._is_start(bounds.lower) and upper.is_known and isinstance(upper.constant, int):
+            if upper.constant >= SMALLEST_SUBSET and owner.kind == "data" and not owner.loops:
+                result.labels |= {SUBSET}
+        return result
+
+    @staticmethod
+    def _starts_one_later(lower: ast.expr | None) -> bool:
+        if isinstance(lower, ast.BinOp) and isinstance(lower.op, ast.Add):
+            return any(isinstance(side, ast.Constant) and side.value == 1 for side in (lower.left, lower.right))
+        return isinstance(lower, ast.Constant) and lower.value == 1
+
+    def assign(self, target: ast.expr, value: Value) -> None:
+        """Bind a value to a name, an item, an attribute or several of them."""
+        raise NotImplementedError
+
+
+DATA = frozenset((VALIDATION, TRAINING, TARGET, HASHED, FORWARD, SUBSET))

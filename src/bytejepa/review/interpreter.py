@@ -1,0 +1,419 @@
+"""An abstract interpreter for training scripts: walks what the main script reaches, in the order in which it runs.
+
+It never executes anything. Conditions on known settings (constants, defaults of environment variables, the values of the
+run command and of the logs) are decided, so that a branch that is switched off is not walked; undecided ones are walked
+both ways. Functions of the script and of the modules beside it are entered where they are called. Loops are walked
+twice, so that what one iteration leaves behind reaches the next. The outcome is a list of events (`values.Event`), which
+`rules` judges. Torch-free.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+from typing import Any
+
+from bytejepa.review.calls import Calls
+from bytejepa.review.machine import MAX_STATEMENTS, Frame, OutOfSteps
+from bytejepa.review.program import Module, Program
+from bytejepa.review.values import (
+    FORWARD,
+    UNKNOWN,
+    VALIDATION,
+    Function,
+    Scope,
+    Value,
+    absorb,
+    combine,
+    constant,
+    merge,
+)
+
+MAX_TWICE_DEPTH = 3
+"""Loops nested deeper than this are walked once, which bounds the work."""
+
+
+class Interpreter(Calls):
+    """Walks a program."""
+
+    def walk(self) -> None:
+        """Walk the main script from its first statement. Raises: OutOfSteps if it is too large."""
+        self._run_module(self.program.main, "__main__")
+
+    def _run_module(self, module: Module, name: str) -> Scope:
+        scope = Scope({"__name__": constant(name), "__file__": constant(module.path)}, None, module.file)
+        self.modules[name] = scope
+        self.frames.append(Frame(scope, module, "<module>"))
+        self.execute(module.tree.body)
+        self.frames.pop()
+        return scope
+
+    def load_module(self, name: str) -> Scope | None:
+        """Return the names of a helper module of the folder after running it, None if there is none."""
+        if name not in self.modules and name in self.program.helpers:
+            self._run_module(self.program.helpers[name], name)
+        return self.modules.get(name)
+
+    def execute_source(self, source: str, node: ast.AST) -> None:
+        """Walk source text that the script executes, in the current scope."""
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError, RecursionError):
+            self.emit("closed", node, Value(), "what is executed is not Python")
+            return
+        self._kept = [*getattr(self, "_kept", []), tree]  # node identities must stay unique
+        self.execute(tree.body)
+
+    def execute(self, body: list[ast.stmt]) -> str:
+        """Walk statements; return why they end early: return, break, continue, raise, or "" if they do not."""
+        for statement in body:
+            self.statements += 1
+            if self.statements > MAX_STATEMENTS:
+                raise OutOfSteps
+            self.executed.add(id(statement))
+            method = getattr(self, f"_do_{type(statement).__name__.lower()}", None)
+            flow = method(statement) if method is not None else ""
+            if flow:
+                return flow
+        return ""
+
+    def _do_expr(self, node: ast.Expr) -> None:
+        self.evaluate(node.value)
+
+    def _do_assign(self, node: ast.Assign) -> None:
+        value = self.evaluate(node.value)
+        for target in node.targets:
+            self.assign(target, value)
+
+    def _do_annassign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.assign(node.target, self.evaluate(node.value))
+
+    def _do_augassign(self, node: ast.AugAssign) -> None:
+        value = self.evaluate(node.value)
+        if isinstance(node.op, ast.Add):
+            self.accumulate(node, value)
+        if isinstance(node.target, ast.Subscript):
+            owner = self.evaluate(node.target.value)
+            index = self.evaluate(node.target.slice) if not isinstance(node.target.slice, ast.Slice) else Value()
+            self.update_table(owner, index, node)
+            absorb(owner, value)
+            return
+        before = self.evaluate(ast.Name(id=node.target.id) if isinstance(node.target, ast.Name) else node.target)
+        result = self.operate(node.op, before, value)
+        if before.is_known or before.kind == "module":
+            self.assign(node.target, result)
+        else:  # a tensor changes in place, and whoever passed it in sees it
+            absorb(before, result)
+            before.loops |= result.loops
+
+    def _do_functiondef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        function = Function(node, self.frame.scope, node.name, self.turns_gradients_off(node))
+        self.frame.scope.bind(node.name, Value(kind="function", payload=function))
+
+    _do_asyncfunctiondef = _do_functiondef
+
+    def _do_classdef(self, node: ast.ClassDef) -> None:
+        bases = []
+        for base in node.bases:
+            value = self.evaluate(base)
+            bases.append(str(value.payload) if value.kind == "module" else ast.unparse(base))
+        function = Function(node, self.frame.scope, node.name, bases=tuple(bases))
+        value = Value(kind="class", payload=function)
+        self.frame.scope.bind(node.name, value)
+        value.attributes.update(self.class_attributes(function))
+
+    def class_attributes(self, function: Function) -> dict[str, Value]:
+        """Return the class's own attributes: settings with their defaults, or as the logs say they were."""
+        assert isinstance(function.node, ast.ClassDef)
+        scope = Scope({}, function.scope, function.scope.file)
+        outer, self.frame.scope = self.frame.scope, scope
+        for statement in function.node.body:
+            if isinstance(statement, ast.Assign | ast.AnnAssign | ast.If | ast.AugAssign):
+                self.execute([statement])
+        self.frame.scope = outer
+        for name, value in scope.names.items():
+            if value.kind == "data" and name in self.logged and not value.labels:
+                scope.names[name] = constant(self.logged[name])
+        return scope.names
+
+    def _do_if(self, node: ast.If) -> str:
+        test = self.evaluate(node.test)
+        if test.is_known:
+            return self.execute(node.body if test.constant else node.orelse)
+        before = dict(self.frame.scope.names)
+        with self.branch(node, 0):
+            first = self.execute(node.body)
+        after_first = self.frame.scope.names
+        self.frame.scope.names = dict(before)
+        with self.branch(node, 1):
+            second = self.execute(node.orelse)
+        if second and not first:
+            self.frame.scope.names = after_first
+        elif not first:
+            names = self.frame.scope.names
+            for name in after_first.keys() | names.keys():
+                one, other = after_first.get(name), names.get(name)
+                self.frame.scope.names[name] = one if one is other and one is not None else merge(one, other)
+        return first if first and second else ""
+
+    def _do_for(self, node: ast.For | ast.AsyncFor) -> str:
+        iterable = self.evaluate(node.iter)
+        if iterable.kind == "range" and iterable.payload == 0:
+            return self.execute(node.orelse)
+        if iterable.is_known and isinstance(iterable.constant, tuple | str) and len(iterable.constant) == 0:
+            return ""
+        place = self.place(node, "loop")
+
+        def start() -> None:
+            item = self.element(iterable)
+            self._vary(item, place)
+            self.assign(node.target, item)
+
+        return self._loop(node.body, place, start)
+
+    _do_asyncfor = _do_for
+
+    def _vary(self, item: Value, place: int) -> None:
+        parts = item.payload if item.kind == "sequence" and isinstance(item.payload, list) else []
+        for part in parts:
+            self._vary(part, place)
+        item.constant = UNKNOWN
+        if item.kind in ("data", "sequence"):
+            item.loops |= {place}
+
+    def _do_while(self, node: ast.While) -> str:
+        test = self.evaluate(node.test)
+        if test.is_known and not test.constant:
+            return ""
+        place = self.place(node, "loop")
+        counted = {
+            n.target.id for n in ast.walk(node) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)
+        }
+        counted |= {
+            t.id for n in ast.walk(node) if isinstance(n, ast.Assign) for t in n.targets
+            if isinstance(t, ast.Name) and any(isinstance(p, ast.Name) and p.id == t.id for p in ast.walk(n.value))
+        }  # fmt: skip
+
+        def start() -> None:
+            for name in counted:
+                value = self.frame.scope.find(name)
+                if value is not None and value.kind == "data" and FORWARD not in value.labels:
+                    moving = combine(value)
+                    moving.loops |= {place}
+                    self.frame.scope.bind(name, moving)
+
+        endless = test.is_known and bool(test.constant)
+        flow = self._loop(node.body, place, start)
+        return flow if endless and flow == "return" else ""
+
+    def _loop(self, body: list[ast.stmt], place: int, start: Any) -> str:
+        """Walk a loop's body twice; the events of the second pass count, since they know what the first left behind."""
+        begin = len(self.events)
+        rounds = 2 if len(self.loops) < MAX_TWICE_DEPTH else 1
+        flow = ""
+        with self.looping(place):
+            for turn in range(rounds):
+                if turn:
+                    del self.events[begin:]
+                    self._carry(body, place)
+                start()
+                flow = self.execute(body)
+        return flow if flow in ("return", "raise") else ""
+
+    def _carry(self, body: list[ast.stmt], place: int) -> None:
+        """Mark what the last iteration assigned: it depends on the loop's previous turn, not on this one."""
+        assigned = {
+            part.id for statement in body for part in ast.walk(statement)
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+        }  # fmt: skip
+        for name in assigned:
+            value = self.frame.scope.names.get(name)
+            if value is not None and value.kind == "data" and place in value.loops and VALIDATION in value.labels:
+                carried = combine(value)
+                carried.loops = (value.loops - {place}) | {-place}
+                carried.origin = value.origin
+                self.frame.scope.names[name] = carried
+
+    def _do_try(self, node: ast.Try) -> str:
+        flow = self.execute(node.body)
+        for number, handler in enumerate(node.handlers):
+            before = dict(self.frame.scope.names)
+            with self.branch(handler, number + 1):
+                self.execute(handler.body)
+            for name, value in before.items():
+                self.frame.scope.names[name] = value
+        if not flow:
+            flow = self.execute(node.orelse)
+        return self.execute(node.finalbody) or flow
+
+    _do_trystar = _do_try
+
+    def _do_with(self, node: ast.With | ast.AsyncWith) -> str:
+        with contextlib.ExitStack() as stack:
+            for item in node.items:
+                value = self.evaluate(item.context_expr)
+                text = ast.unparse(item.context_expr)
+                name = value.payload if value.kind == "module" else ""
+                if "no_grad" in text or "inference_mode" in text or str(name).endswith(("no_grad", "inference_mode")):
+                    stack.enter_context(self.gradients(False))
+                elif "enable_grad" in text:
+                    stack.enter_context(self.gradients(True))
+                elif "set_grad_enabled" in text and isinstance(item.context_expr, ast.Call) and item.context_expr.args:
+                    flag = self.evaluate(item.context_expr.args[0])
+                    stack.enter_context(self.gradients(bool(flag.constant) if flag.is_known else True))
+                if item.optional_vars is not None:
+                    self.assign(item.optional_vars, value)
+            return self.execute(node.body)
+
+    _do_asyncwith = _do_with
+
+    def _do_return(self, node: ast.Return) -> str:
+        value = self.evaluate(node.value)
+        self.frame.returned.append(value)
+        return "return"
+
+    def _do_raise(self, node: ast.Raise) -> str:
+        return "raise"
+
+    def _do_break(self, node: ast.Break) -> str:
+        return "break"
+
+    def _do_continue(self, node: ast.Continue) -> str:
+        return "continue"
+
+    def _do_global(self, node: ast.Global | ast.Nonlocal) -> None:
+        self.frame.scope.shared.update(node.names)
+
+    _do_nonlocal = _do_global
+
+    def _do_delete(self, node: ast.Delete) -> None:
+        for target in node.targets:
+            if isinstance(target, ast.Name):
+                self.frame.scope.names.pop(target.id, None)
+
+    def _do_import(self, node: ast.Import) -> None:
+        for item in node.names:
+            self.load_module(item.name)
+            name = item.name if item.asname else item.name.partition(".")[0]
+            self.frame.scope.bind(item.asname or name, Value(kind="module", payload=name))
+
+    def _do_importfrom(self, node: ast.ImportFrom) -> None:
+        module = node.module or ""
+        scope = self.load_module(module)
+        for item in node.names:
+            if scope is not None and item.name == "*":
+                self.frame.scope.names.update({k: v for k, v in scope.names.items() if not k.startswith("_")})
+            elif scope is not None and item.name in scope.names:
+                self.frame.scope.bind(item.asname or item.name, scope.names[item.name])
+            else:
+                dotted = f"{module}.{item.name}" if module else item.name
+                self.load_module(dotted)
+                self.frame.scope.bind(item.asname or item.name, Value(kind="module", payload=dotted))
+
+    def _do_match(self, node: ast.Match) -> str:
+        self.evaluate(node.subject)
+        for number, case in enumerate(node.cases):
+            with self.branch(node, number):
+                self.execute(case.body)
+        return ""
+
+    def assign(self, target: ast.expr, value: Value) -> None:
+        """Bind a value to a name, an item, an attribute or several of them."""
+        match target:
+            case ast.Name(id=name):
+                self.frame.scope.bind(name, value)
+            case ast.Tuple(elts=items) | ast.List(elts=items):
+                parts = value.payload if value.kind == "sequence" and isinstance(value.payload, list) else None
+                for number, item in enumerate(items):
+                    known = parts is not None and len(parts) == len(items)
+                    part = parts[number] if known and parts is not None else self.element(value)
+                    self.assign(item.value if isinstance(item, ast.Starred) else item, part)
+            case ast.Attribute(value=owner_node, attr=name):
+                owner = self.evaluate(owner_node)
+                if owner.kind == "class":
+                    self.emit("switch", target, value, f"{ast.unparse(target)} = {value.constant!r}")
+                if owner.kind in ("instance", "class", "data"):
+                    owner.attributes[name] = value
+            case ast.Subscript(value=owner_node):
+                owner = self.evaluate(owner_node)
+                index = Value() if isinstance(target.slice, ast.Slice) else self.evaluate(target.slice)
+                if owner.kind != "module":
+                    self._store(owner, index, value, target)
+
+    def _store(self, owner: Value, index: Value, value: Value, target: ast.Subscript) -> None:
+        if index.is_known and isinstance(index.constant, str):
+            owner.attributes[f"[{index.constant}]"] = value
+            return
+        if VALIDATION in index.labels and VALIDATION not in owner.labels:
+            self.update_table(owner, index, target)
+        if isinstance(target.slice, ast.Tuple) and value.is_known and value.constant in (1, 1.0, True):
+            self._region(target.slice, owner)  # a mask that is one up to some bound
+        absorb(owner, value)
+        if VALIDATION not in value.labels:
+            owner.loops |= index.loops
+        if not owner.is_known and owner.kind == "sequence":
+            owner.payload = value
+
+    def run_body(self, function: Function, scope: Scope, arguments: list[Value], options: dict[str, Value]) -> Value:
+        """Walk the body of a function; return what is known of its result."""
+        node = function.node
+        assert not isinstance(node, ast.ClassDef)
+        module = self.program.module_of(function.scope.file) or self.frame.module
+        frame = Frame(scope, module, function.name, definition=node)
+        self._bind_arguments(node.args, scope, function.scope, arguments, options)
+        self.frames.append(frame)
+        try:
+            if isinstance(node, ast.Lambda):
+                return self.evaluate(node.body)
+            flow = self.execute(node.body)
+        finally:
+            self.frames.pop()
+        result: Value | None = None
+        for value in frame.returned:
+            result = value if result is None else merge(result, value)
+        if result is not None and not flow and len(frame.returned) == 1:
+            result = merge(result, Value()) if result.is_known else result
+        return result if result is not None else constant(None)
+
+    def _bind_arguments(
+        self, declared: ast.arguments, scope: Scope, outer: Scope, arguments: list[Value], options: dict[str, Value]
+    ) -> None:
+        positional = [*declared.posonlyargs, *declared.args]
+        kept, self.frame.scope = self.frame.scope, outer
+        defaults = dict(zip((a.arg for a in positional[::-1]), declared.defaults[::-1], strict=False))
+        defaults |= {a.arg: d for a, d in zip(declared.kwonlyargs, declared.kw_defaults, strict=True) if d is not None}
+        named = {name: value for name, value in options.items() if not name.startswith("**")}
+        for number, argument in enumerate([*positional, *declared.kwonlyargs]):
+            if number < min(len(arguments), len(positional)):
+                scope.names[argument.arg] = arguments[number]
+            elif argument.arg in named:
+                scope.names[argument.arg] = named[argument.arg]
+            elif argument.arg in defaults:
+                scope.names[argument.arg] = self.evaluate(defaults[argument.arg])
+            else:
+                scope.names[argument.arg] = Value()
+        self.frame.scope = kept
+        if declared.vararg is not None:
+            rest = arguments[len(positional) :]
+            packed = combine(*rest)
+            packed.kind, packed.payload = "sequence", rest
+            scope.names[declared.vararg.arg] = packed
+        if declared.kwarg is not None:
+            known = {a.arg for a in [*positional, *declared.kwonlyargs]}
+            rest_named = {f"[{name}]": value for name, value in named.items() if name not in known}
+            packed = combine(*rest_named.values())
+            packed.attributes = rest_named
+            scope.names[declared.kwarg.arg] = packed
+
+
+def interpret(program: Program, settings: dict[str, str], logged: dict[str, Any]) -> tuple[Interpreter, str]:
+    """Return the interpreter after its walk, and "" or why the walk is not complete."""
+    interpreter = Interpreter(program, settings, logged)
+    try:
+        interpreter.walk()
+    except OutOfSteps:
+        return interpreter, f"more than {MAX_STATEMENTS} statements to follow"
+    except RecursionError:
+        return interpreter, "expressions nested too deeply to follow"
+    return interpreter, ""

@@ -1,0 +1,343 @@
+"""What library functions do to the values that the abstract interpreter follows: PyTorch, NumPy, the standard library."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from typing import Any
+
+from bytejepa.review.expressions import Expressions
+from bytejepa.review.values import (
+    ARTIFACT,
+    FORWARD,
+    FRESH,
+    HASHED,
+    UNKNOWN,
+    VALIDATION,
+    Value,
+    combine,
+    constant,
+)
+
+NETWORK = (
+    "urllib.", "urllib3", "requests.", "http.client", "http.server", "socket.", "huggingface_hub", "boto3", "ftplib", "aiohttp",
+    "httpx", "wandb.", "smtplib", "paramiko", "gdown", "datasets.load_dataset", "torch.hub.", "transformers.AutoModel",
+)  # fmt: skip
+PROCESSES = ("subprocess.", "os.system", "os.popen", "os.exec", "os.spawn", "builtins.os.system")
+READERS = re.compile(
+    r"^(?:builtins\.open|torch\.load|numpy\.(?:load|fromfile|memmap|loadtxt)|pickle\.load|joblib\.load|safetensors\.(?:torch\.)?load_file"
+    r"|json\.load|pandas\.read_\w+|io\.open|gzip\.open|lzma\.open|sqlite3\.connect|mmap\.mmap)$"
+)
+FRESH_TENSORS = re.compile(
+    r"^torch\.(?:zeros|ones|empty|full|randn|rand|tensor|zeros_like|ones_like|randn_like|empty_like|nn\.Parameter|nn\.parameter\.Parameter)$"
+)
+CONTAINERS = re.compile(
+    r"^(?:(?:numpy|torch)\.(?:zeros|ones|empty|full|zeros_like|arange|tensor)|collections\.(?:defaultdict|Counter|OrderedDict|deque)|builtins\.(?:dict|list|set))$"
+)
+LOSSES = re.compile(r"(?:cross_entropy|nll_loss|log_softmax|\.softmax|CrossEntropyLoss|kl_div)$")
+COMPRESSORS = re.compile(
+    r"^(?:lzma|zlib|bz2|gzip|brotli|zstandard|zstd|pyzstd)\.(?:compress|ZstdCompressor.*\.compress)$"
+)
+DECOMPRESSORS = re.compile(r"^(?:lzma|zlib|bz2|gzip|brotli|zstandard|zstd|pyzstd)\.decompress$")
+SAME = re.compile(
+    r"^(?:torch\.(?:compile|jit\.script|nn\.parallel\.DistributedDataParallel|nn\.DataParallel|no_grad|inference_mode)|.*\bDistributedDataParallel)$"
+)
+
+PLAIN: dict[str, Callable[..., Any]] = {
+    "int": int, "float": float, "bool": bool, "str": str, "len": len, "abs": abs, "min": min, "max": max, "round": round,
+    "tuple": tuple, "sum": sum,
+}  # fmt: skip
+TEXT_METHODS = {
+    "lower",
+    "upper",
+    "strip",
+    "lstrip",
+    "rstrip",
+    "split",
+    "replace",
+    "startswith",
+    "endswith",
+    "format",
+    "removeprefix",
+    "removesuffix",
+    "join",
+}
+
+
+class Library(Expressions):
+    """Calls of functions that are not the script's own."""
+
+    def call_library(self, name: str, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:
+        """Return what is known of the result of calling `name`, a dotted name."""
+        name = self._full_name(name)
+        short = name.removeprefix("builtins.")
+        everything = [*arguments, *options.values()]
+        if short in PLAIN and name.startswith("builtins."):
+            return self._plain(short, arguments, options)
+        if name in ("os.environ.get", "os.getenv", "os.environ.setdefault", "os.environ.pop"):
+            return self._environment(arguments)
+        special = getattr(self, f"_library_{short.replace('.', '_')}", None)
+        if special is not None:
+            return special(arguments, options, node)
+        if name.startswith(NETWORK) or name.rstrip(".") + "." in NETWORK:
+            self.emit("network", node, combine(*everything), name)
+            return combine(*everything)
+        if name.startswith(PROCESSES):
+            self.emit("process", node, combine(*everything), f"{name}: {self._command(arguments)}")
+            return Value()
+        if READERS.match(name):
+            return self._reader(name, arguments, node)
+        return self._torch(name, arguments, options, node)
+
+    def _full_name(self, name: str) -> str:
+        return {"np": "numpy"}.get(name, name)
+
+    def _torch(self, name: str, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:
+        everything = [*arguments, *options.values()]
+        if name.startswith("torch.optim.lr_scheduler"):
+            return Value(kind="scheduler")
+        if name.startswith("torch.optim.") or name.endswith(("Optimizer", "AdamW", ".Adam", ".SGD")):
+            return self.new_optimizer(everything)
+        if SAME.match(name) and arguments:
+            self.compiled = self.compiled or name == "torch.compile"
+            return arguments[0]
+        if name == "torch.compile":
+            return Value(kind="module", payload="torch.compile")
+        if COMPRESSORS.match(name) or name == "torch.save":
+            self.emit("pack", node, combine(*everything), name)
+            result = combine(*everything, with_models=False)
+            result.labels |= {ARTIFACT}
+            return result
+        if DECOMPRESSORS.match(name):
+            self.emit("unpack", node, combine(*everything), name)
+            return combine(*everything)
+        if name in ("torch.autograd.grad", "torch.func.grad"):
+            self.emit("gradient", node, combine(*arguments[:1]), name)
+            self.emit("step", node, combine(*arguments[:1]), name, other=combine(*arguments[1:2]))
+            return combine(*everything)
+        if LOSSES.search(name):
+            return self._loss(name, arguments, options, node)
+        if name in ("torch.minimum", "numpy.minimum", "torch.min", "numpy.min"):
+            self.note_minimum(arguments, node)
+        return self._array(name, arguments, options, node)
+
+    def _array(self, name: str, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:
+        result = combine(*arguments, *options.values())
+        if name in ("numpy.add.at", "numpy.put") and arguments:
+            self.update_table(arguments[0], combine(*arguments[1:2]), node)
+        if name in ("torch.randperm", "numpy.random.permutation", "random.sample", "random.shuffle"):
+            result.loops = frozenset()
+        if name in (
+            "torch.gather",
+            "torch.take",
+            "torch.index_select",
+            "torch.bincount",
+            "numpy.bincount",
+            "numpy.take",
+        ):
+            owner, index = arguments[0] if arguments else Value(), arguments[-1] if arguments else Value()
+            self.note_lookup(owner, index, node)
+        if name.endswith(("bitwise_xor", "remainder", ".mod", "fmod")) and VALIDATION in result.labels and result.sites:
+            result.labels |= {HASHED}
+        gradient = options.get("requires_grad")
+        if FRESH_TENSORS.match(name) and (
+            (gradient is not None and gradient.constant is True) or name.endswith("Parameter")
+        ):
+            result = Value(labels=frozenset((FRESH,)), origin=self.place(node))
+        elif CONTAINERS.match(name):
+            result.origin = self.place(node)
+        elif name.startswith("torch.nn.") and not name.startswith(
+            ("torch.nn.functional", "torch.nn.utils", "torch.nn.init")
+        ):
+            result = Value(kind="instance", payload=None, models=frozenset((self.place(node, "model"),)))
+        elif "log" not in name and name.rpartition(".")[2] in ("to", "device"):
+            result = Value()
+        if name in ("builtins.Exception", "builtins.print") or name.startswith(("logging.", "time.", "torch.cuda.")):
+            return Value()
+        return result
+
+    def _loss(self, name: str, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:
+        result = combine(*arguments, *options.values())
+        return self.forward(node, result, name) if VALIDATION in result.labels or result.forwards else result
+
+    def new_optimizer(self, parameters: list[Value]) -> Value:
+        """Return an optimiser of what was passed: a model's weights or fresh tensors."""
+        result = combine(*parameters)
+        result.kind = "optimizer"
+        result.labels &= frozenset((FRESH,))
+        result.forwards = frozenset()
+        return result
+
+    def note_minimum(self, arguments: list[Value], node: ast.AST) -> None:
+        """Note that the better of two losses was taken after the fact."""
+        scored = [a for a in arguments if a.has(VALIDATION, FORWARD)]
+        if len(scored) >= 2 and scored[0].forwards != scored[1].forwards:
+            self.emit("minimum", node, scored[0], other=scored[1])
+
+    def note_lookup(self, owner: Value, index: Value, node: ast.AST) -> None:
+        """Note a read of a table by ids."""
+        if VALIDATION in index.labels and FORWARD not in owner.labels and owner.origin and not owner.models:
+            self.emit("lookup", node, index, other=owner)
+
+    def update_table(self, table: Value, key: Value, node: ast.AST) -> None:
+        """Note that counts were filled from ids."""
+        if (
+            VALIDATION in key.labels
+            and FORWARD not in key.labels
+            and table.origin
+            and (key.sites or HASHED in key.labels)
+        ):
+            self.emit("fill", node, key, other=table)
+
+    @staticmethod
+    def _plain(name: str, arguments: list[Value], options: dict[str, Value]) -> Value:
+        result = combine(*arguments)
+        if arguments and not options and all(argument.is_known for argument in arguments):
+            try:
+                result.constant = PLAIN[name](*(argument.constant for argument in arguments))
+            except Exception:  # the script's own mistake
+                result.constant = UNKNOWN
+        elif name == "bool" and not arguments:
+            result.constant = False
+        if name in ("len", "bool"):
+            result.labels, result.forwards = frozenset(), frozenset()
+        return result
+
+    def _environment(self, arguments: list[Value]) -> Value:
+        name = arguments[0].constant if arguments else UNKNOWN
+        if not isinstance(name, str):
+            return Value()
+        if name in self.settings:
+            return Value(
+                constant=self.settings[name], labels=arguments[1].labels if len(arguments) > 1 else frozenset()
+            )
+        return combine_constant(arguments[1]) if len(arguments) > 1 else constant(None)
+
+    @staticmethod
+    def _command(arguments: list[Value]) -> str:
+        if not arguments:
+            return ""
+        known = arguments[0].constant
+        if arguments[0].is_known:
+            return " ".join(map(str, known)) if isinstance(known, tuple) else str(known)
+        parts = arguments[0].payload if isinstance(arguments[0].payload, list) else []
+        return " ".join(str(part.constant) if part.is_known else "?" for part in parts)
+
+    def _reader(self, name: str, arguments: list[Value], node: ast.AST) -> Value:
+        result = combine(*arguments[:1])
+        mode = arguments[1].constant if len(arguments) > 1 else "r"
+        if isinstance(mode, str) and mode.strip("tb")[:1] in ("w", "a", "x"):
+            path = arguments[0].constant if arguments and arguments[0].is_known else None
+            self.emit("write", node, result, path if isinstance(path, str) else "")
+            return Value(kind="file")
+        path = arguments[0].constant if arguments and arguments[0].is_known else ""
+        self.emit("read", node, result, path if isinstance(path, str) else "")
+        result.labels |= frozenset() if not arguments else arguments[0].labels
+        return result
+
+    def _library_isinstance(self, *_: Any) -> Value:
+        return Value()
+
+    _library_print = _library_hasattr = _library_callable = _library_isinstance
+
+    def _library_getattr(self, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:
+        if len(arguments) >= 2 and isinstance(arguments[1].constant, str):
+            owner, name = arguments[0], arguments[1].constant
+            if len(arguments) == 3 and owner.kind == "instance" and name not in owner.attributes and owner.attributes:
+                return arguments[2]
+            return self.attribute(owner, name, node)
+        return combine(*arguments)
+
+    def _library_setattr(self, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:
+        if len(arguments) == 3 and isinstance(arguments[1].constant, str):
+            arguments[0].attributes[arguments[1].constant] = arguments[2]
+        return Value()
+
+    def _library_vars(self, arguments: list[Value], *_: Any) -> Value:
+        return arguments[0] if arguments else Value()
+
+    def _library_enumerate(self, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:
+        item = self.element(arguments[0]) if arguments else Value()
+        pair = Value(kind="sequence", payload=[Value(), item])
+        return Value(kind="sequence", payload=pair, labels=item.labels, loops=item.loops)
+
+    def _library_zip(self, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:
+        items = [self.element(argument) for argument in arguments]
+        return Value(kind="sequence", payload=Value(kind="sequence", payload=items))
+
+    def _library_range(self, arguments: list[Value], *_: Any) -> Value:
+        known = [a.constant for a in arguments if a.is_known]
+        result = combine(*arguments, with_models=False)
+        result.labels, result.forwards, result.sites = frozenset(), frozenset(), frozenset()
+        if len(known) == len(arguments) and all(isinstance(k, int) for k in known) and known:
+            try:
+                result.payload = len(range(*known))
+                result.kind = "range"
+            except (ValueError, TypeError):
+                pass
+        return result
+
+    def _library_sorted(self, arguments: list[Value], *_: Any) -> Value:
+        return arguments[0] if arguments else Value()
+
+    _library_reversed = _library_list = _library_iter = _library_set = _library_sorted
+
+    def _library_next(self, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:
+        result = combine(self.element(arguments[0])) if arguments else Value()
+        result.loops |= frozenset(self.loops[-1:])
+        return result
+
+    def _library_map(self, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:
+        if not arguments:
+            return Value()
+        items = [self.element(argument) for argument in arguments[1:]]
+        return Value(kind="sequence", payload=self.call_value(arguments[0], items, {}, node))  # type: ignore[arg-type]
+
+    def _library_functools_partial(self, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:
+        return Value(kind="partial", payload=(arguments[0], arguments[1:], options)) if arguments else Value()
+
+    def _library_copy_deepcopy(self, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:
+        if not arguments:
+            return Value()
+        result = combine(*arguments, with_models=False)
+        source = arguments[0]
+        if source.models:
+            result.kind, result.payload = source.kind, source.payload
+            result.models = frozenset((self.place(node, "model"),))
+        return result
+
+    def _library_importlib_import_module(self, arguments: list[Value], *_: Any) -> Value:
+        name = arguments[0].constant if arguments else UNKNOWN
+        return Value(kind="module", payload=name) if isinstance(name, str) else Value()
+
+    _library___import__ = _library_importlib_import_module
+
+    def _library_exec(self, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:
+        from bytejepa.review.wrappers import Closed, literal_value
+
+        source = arguments[0].constant if arguments else UNKNOWN
+        if not isinstance(source, str | bytes) and isinstance(node, ast.Call) and node.args:
+            try:
+                source = literal_value(self.frame.module.tree, node.args[0])
+            except Closed as problem:
+                self.emit("closed", node, Value(), str(problem))
+                return Value()
+        text = source.decode("utf-8", "replace") if isinstance(source, bytes) else source
+        if isinstance(text, str):
+            self.execute_source(text, node)
+        else:
+            self.emit("closed", node, Value(), "what is executed is not known before it runs")
+        return Value()
+
+    _library_eval = _library_exec
+
+    def _library_argparse_ArgumentParser(self, *_: Any) -> Value:  # noqa: N802 - the library's own name
+        return Value(kind="parser", payload={})
+
+
+def combine_constant(value: Value) -> Value:
+    """Return a copy of a value, constant and labels."""
+    result = combine(value)
+    result.constant = value.constant
+    return result

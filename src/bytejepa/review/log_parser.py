@@ -1,0 +1,188 @@
+"""Facts from a training log: scores, seconds, steps, bytes, seed and settings. Torch-free.
+
+The lines are those of the challenge's scripts (`step:N/M val_loss:.. val_bpb:.. train_time:..ms`, `Total submission size
+int6+zstd: N bytes`, `final_..._exact val_loss:.. val_bpb:..`). Many logs begin with the whole source of the script; lines
+count only where numbers stand in them, which source code does not have there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+MAX_LOG_BYTES = 50_000_000
+_NUMBER = r"(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)"
+_SCORE = re.compile(
+    r"^(?P<label>[^=\n]*?)\s*(?:stride[:=]\d+\s+)?\bval_loss[:=]\s*" + _NUMBER + r",?\s+val_bpb[:=]\s*" + _NUMBER
+)
+_STEP = re.compile(r"\bstep[:=]?\s*(\d+)\s*/\s*(\d+)")
+_TRAIN_TIME = re.compile(r"\btrain_time[:=]\s*" + _NUMBER + r"\s*(ms|s|m)\b")
+_EVAL_TIME = re.compile(r"\b(?:eval_time|elapsed)[:=]\s*" + _NUMBER + r"\s*(ms|s)\b")
+_STEP_AVERAGE = re.compile(r"\bstep_avg[:=]\s*" + _NUMBER + r"\s*ms")
+_SIZE = re.compile(
+    r"^(?P<what>Serialized model|Total submission size|Code size|Submission size)(?P<how>[^:]*):\s*([\d,_]+)\s*bytes",
+    re.IGNORECASE,
+)
+_SEED = re.compile(r"(?:^|[\s,(])seed\s*[:=]\s*(\d+)")
+_PARAMETERS = re.compile(r"\bmodel_params[:=]\s*([\d,_]+)")
+_PAIR = re.compile(r"^([a-z][a-z0-9_]*)[:=](-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|True|False|None)$")
+_SETTING = re.compile(r"^\s*([a-z][a-z0-9_]*):\s+(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|True|False)\s*$")
+_COUNTS = {
+    "bytes": re.compile(r"\b(?:val|scored|target|eval|total)_?bytes[:=]\s*([\d,_]+)"),
+    "documents": re.compile(r"\b(?:val_)?(?:docs|documents)[:=]\s*([\d,_]+)"),
+    "tokens": re.compile(r"\bval_loader:.*\btokens[:=]\s*([\d,_]+)|\bval_tokens[:=]\s*([\d,_]+)"),
+}
+_RUNTIME_KEYS = re.compile(
+    r"seed|run_id|time|loss|bpb|^step$|rank|params|memory|pid|port|tokens_per|elapsed|^lr$|momentum_now|scale|^eta|bytes|_ms$|_s$|reserved|allocated"
+)
+_COMPRESSOR = re.compile(r"\b(zstd|zstandard|brotli|lzma|zlib|lrzip|bz2)\b")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreLine:
+    """One evaluation that a log reports."""
+
+    label: str
+    """What stands before the loss, e.g. `final_int6_sliding_window_exact`."""
+    loss_nats: float
+    """Mean loss per symbol."""
+    bpb: float
+    line: int
+    text: str
+    evaluation_s: float | None
+    """Seconds it took, where the line says so."""
+    digits: int
+    """Decimals of the printed bpb."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it belongs to the packed model: not a validation during training and not a diagnostic before packing."""
+        lowered = self.label.lower()
+        return not _STEP.search(lowered) and not any(
+            word in lowered for word in ("pre-quant", "pre_quant", "prequant", "diagnostic", "ema")
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingLog:
+    """Everything that was found in one log."""
+
+    file: str
+    seed: int | None
+    scores: tuple[ScoreLine, ...]
+    steps: int | None
+    planned_steps: int | None
+    train_s: float | None
+    step_ms: float | None
+    code_bytes: int | None
+    model_bytes: int | None
+    total_bytes: int | None
+    size_line: int | None
+    compressor: str
+    parameters: int | None
+    settings: dict[str, Any]
+    counts: dict[str, int]
+
+    @property
+    def final(self) -> ScoreLine | None:
+        """The evaluation that the submission reports: the last final one, an exact line before a rounded one."""
+        final = [score for score in self.scores if score.is_final]
+        if not final:
+            return None
+        last = final[-1]
+        twins = [s for s in final if abs(s.bpb - last.bpb) < 1e-4 and s.digits > last.digits]
+        return twins[-1] if twins else last
+
+
+def _integer(text: str) -> int:
+    return int(text.replace(",", "").replace("_", ""))
+
+
+def _seconds(value: str, unit: str) -> float:
+    return float(value) * {"ms": 1e-3, "s": 1.0, "m": 60.0}[unit]
+
+
+def _literal(text: str) -> Any:
+    if text in ("True", "False", "None"):
+        return {"True": True, "False": False, "None": None}[text]
+    return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
+
+
+def parse_log(text: str, file: str) -> TrainingLog:
+    """Return the facts of a log; what it does not say is None or empty."""
+    found: dict[str, Any] = dict.fromkeys(
+        ("seed", "steps", "planned", "train_s", "step_ms", "code", "model", "total", "line", "parameters")
+    )
+    compressor, scores, settings, counts = "", [], {}, {}
+    for number, raw in enumerate(text.splitlines(), start=1):
+        line = raw.strip()[:2000]
+        if not line or line.startswith("#"):
+            continue
+        if score := _score(line, number):
+            scores.append(score)
+        if (match := _STEP.search(line)) and ("train_time" in line or "val_loss" in line):
+            found["steps"], found["planned"] = int(match[1]), int(match[2])
+        if match := _TRAIN_TIME.search(line):
+            found["train_s"] = _seconds(match[1], match[2])
+        if match := _STEP_AVERAGE.search(line):
+            found["step_ms"] = float(match[1])
+        if match := _SIZE.match(line):
+            compressor = _sizes(match, number, found) or compressor
+        if (match := _SEED.search(line)) and found["seed"] is None:
+            found["seed"] = int(match[1])
+        if match := _PARAMETERS.search(line):
+            found["parameters"] = _integer(match[1])
+        for name, pattern in _COUNTS.items():
+            if match := pattern.search(line):
+                counts[name] = _integer(next(group for group in match.groups() if group))
+        settings |= _settings(line)
+    seed_in_name = re.search(r"seed[_-]?(\d+)|_s(\d+)\b", file)
+    seed = found["seed"] if found["seed"] is not None else settings.pop("seed", None)
+    if seed is None and seed_in_name:
+        seed = int(seed_in_name[1] or seed_in_name[2])
+    return TrainingLog(
+        file=file, seed=seed, scores=tuple(scores), steps=found["steps"], planned_steps=found["planned"], train_s=found["train_s"],
+        step_ms=found["step_ms"], code_bytes=found["code"], model_bytes=found["model"], total_bytes=found["total"],
+        size_line=found["line"], compressor=compressor, parameters=found["parameters"], settings=settings, counts=counts,
+    )  # fmt: skip
+
+
+def _score(line: str, number: int) -> ScoreLine | None:
+    match = _SCORE.match(line)
+    if match is None:
+        return None
+    seconds = _EVAL_TIME.search(line)
+    loss, bpb = float(match[2]), float(match[3])
+    return ScoreLine(
+        label=match["label"].strip(" :"), loss_nats=loss, bpb=bpb, line=number, text=line[:160],
+        evaluation_s=_seconds(seconds[1], seconds[2]) if seconds else None, digits=len(match[3].partition(".")[2]),
+    )  # fmt: skip
+
+
+def _sizes(match: re.Match[str], number: int, found: dict[str, Any]) -> str:
+    what, how, size = match["what"].lower(), match["how"].lower(), _integer(match[3])
+    if what == "code size":
+        found["code"] = size
+        return ""
+    packed = _COMPRESSOR.search(how)
+    if what == "serialized model":
+        if packed or found["model"] is None:  # the packed size comes after the raw one
+            found["model"] = size
+        return packed[1] if packed else ""
+    if packed or found["total"] is None:
+        found["total"], found["line"] = size, number
+    return packed[1] if packed else ""
+
+
+def _settings(line: str) -> dict[str, Any]:
+    """Return what a line says about the configuration: `key: value`, or nothing but `key:value` pairs."""
+    if match := _SETTING.match(line):
+        pairs = [(match[1], match[2])]
+    else:
+        words = line.split()
+        matches = [_PAIR.match(word) for word in words]
+        if not words or sum(match is not None for match in matches) < len(words) or "train_loss" in line:
+            return {}
+        pairs = [(match[1], match[2]) for match in matches if match is not None]
+    return {key: _literal(value) for key, value in pairs if not _RUNTIME_KEYS.search(key)}

@@ -1,0 +1,290 @@
+"""Judges what a script does to its model around scoring: training on what it is about to score. Torch-free.
+
+The question is always the same: may this change (an optimiser step, a count put into a table) know a byte before the
+byte is scored? `relation` answers it for one change and one score from their order and from the loops around them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from bytejepa.review.findings import Evidence, Finding, Status, Weight
+from bytejepa.review.interpreter import Interpreter
+from bytejepa.review.values import (
+    AHEAD,
+    BEHIND,
+    FORWARD,
+    FRESH,
+    HASHED,
+    PREFIX,
+    SUBSET,
+    TARGET,
+    TRAINING,
+    VALIDATION,
+    Event,
+    exclusive,
+)
+
+_CALIBRATION_NAME = re.compile(r"hessian|calib|gptq|awq|act_?stat|activation_stat", re.IGNORECASE)
+
+
+class Facts:
+    """The events of one walk, sorted for the rules."""
+
+    def __init__(self, interpreter: Interpreter) -> None:
+        self.interpreter = interpreter
+        self.events = interpreter.events
+        for number, event in enumerate(self.events):
+            event.order = number  # loops were walked twice, and the first pass dropped
+        forwards = {event.node: event for event in self.of("forward")}
+        scored = interpreter.scored | interpreter.converted
+        self.scores = [forwards[n] for n in sorted(scored) if n in forwards and VALIDATION in forwards[n].value.labels]
+        self.steps = [e for e in self.of("step") if e.value.has(VALIDATION, FORWARD)]
+        self.packs = self.of("pack")
+
+    def of(self, kind: str) -> list[Event]:
+        """Return the events of one kind, in order."""
+        return [event for event in self.events if event.kind == kind]
+
+    def evidence(self, events: Iterable[Event], remark: str = "") -> tuple[Evidence, ...]:
+        """Return file, line and text of events, each place once."""
+        seen: dict[tuple[str, int], Evidence] = {}
+        for event in events:
+            module = self.interpreter.program.module_of(event.file)
+            text = module.line(event.line) if module else ""
+            seen[event.file, event.line] = Evidence(
+                file=event.file, line=event.line, text=text + (f"  <- {remark}" if remark else "")
+            )
+        return tuple(list(seen.values())[:6])
+
+
+def relation(change: Event, score: Event) -> str:
+    """Return how a change on validation data stands to a score.
+
+    "legal": the change happens after the score of the data it learns from, in the same turn of a loop over the data.
+    "before": it happens first. "again": a loop around both scores the same data once more. "ahead": it learns from the
+    next chunk. "after": everything was scored already. "apart": both cannot happen in one run.
+    """
+    if exclusive(change, score):
+        return "apart"
+    common = 0
+    for one, other in zip(change.loops, score.loops, strict=False):
+        if one != other:
+            break
+        common += 1
+    if not common:
+        return "before" if change.order < score.order else "after"
+    for loop in change.loops[:common]:
+        if loop not in score.value.loops:
+            return "again"
+        if loop not in change.value.loops and -loop not in change.value.loops:
+            return "ahead" if change.order > score.order else "before"
+    innermost = change.loops[common - 1]
+    if change.order > score.order:
+        return "ahead" if AHEAD in change.value.labels and AHEAD not in score.value.labels else "legal"
+    carried = -innermost in change.value.loops and innermost not in change.value.loops
+    return "legal" if carried or BEHIND in change.value.labels else "before"
+
+
+def _same_model(facts: Facts, step: Event, score: Event) -> bool:
+    trained = step.other.models if step.other is not None else frozenset()
+    if not trained or not score.value.models or trained & score.value.models:
+        return True
+    # another model, but one that was filled later may hold the trained weights
+    return any(
+        e.order > step.order and e.order < score.order and e.value.models & score.value.models
+        for e in facts.of("restore")
+    )
+
+
+def training_findings(facts: Facts) -> list[Finding]:
+    """Judge optimiser steps on validation data: before quantisation, before scoring, or legally after it."""
+    illegal: list[tuple[Event, Event, str]] = []
+    slots: list[tuple[Event, Event, str]] = []
+    legal: list[Event] = []
+    for step in facts.steps:
+        verdicts = [(score, relation(step, score)) for score in facts.scores if _same_model(facts, step, score)]
+        bad = [(step, score, how) for score, how in verdicts if how in ("before", "again", "ahead")]
+        fresh = step.other is not None and FRESH in step.other.labels and not step.other.models
+        if bad:
+            (slots if fresh else illegal).append(bad[-1])
+        elif any(how == "legal" for _, how in verdicts):
+            legal.append(step)
+        elif not verdicts:
+            illegal.append((step, step, "before"))
+    return [*_training(facts, illegal), *_slot(facts, slots), *_legal(facts, legal, bool(illegal))]
+
+
+_HOW = {
+    "before": "before the same data is scored",
+    "again": "in a loop that scores the same data again",
+    "ahead": "on a chunk that is not scored yet",
+}
+
+
+def _training(facts: Facts, illegal: list[tuple[Event, Event, str]]) -> list[Finding]:
+    before_packing = [
+        case for case in illegal
+        if case[2] == "before" and any(case[0].order < p.order and (p.order < case[1].order or case[0] is case[1]) for p in facts.packs)
+    ]  # fmt: skip
+    others = [case for case in illegal if case not in before_packing]
+    findings = []
+    for check, cases, what in (
+        ("source.pre_quant_training", before_packing, "optimiser steps on validation data before quantisation"),
+        ("source.test_time_training", others, "test-time training on validation data"),
+    ):
+        if not cases:
+            findings.append(
+                Finding(check=check, status=Status.PASS, summary=f"no {what} that a score could profit from")
+            )
+            continue
+        step, score, how = cases[0]
+        summary = f"{what} {_HOW[how]} (in {step.stack[-1]})"
+        evidence = facts.evidence([case[0] for case in cases], "step") + facts.evidence(
+            [case[1] for case in cases], "score"
+        )
+        findings.append(Finding(check=check, status=Status.FAIL, summary=summary, evidence=evidence))
+    return findings
+
+
+def _slot(facts: Facts, slots: list[tuple[Event, Event, str]]) -> list[Finding]:
+    check = "source.slot"
+    if not slots:
+        return [
+            Finding(check=check, status=Status.PASS, summary="no per-window delta optimised on what is scored (SLOT)")
+        ]
+    step, score, _ = slots[0]
+    module = facts.interpreter.program.module_of(step.file)
+    bound = step.value.bound_text
+    only_context = PREFIX in step.value.labels and bool(bound) and module is not None
+    if only_context and module is not None and re.search(r"[\[,]\s*" + re.escape(bound) + r"\s*:", module.source):
+        summary = "a per-window delta is optimised on the context before the scored positions (context-only SLOT, no ruling yet)"
+        status, weight = Status.UNKNOWN, Weight.RULING
+    else:
+        summary = "a delta is optimised on the positions that are then scored with it (scored-region SLOT, breaks C1)"
+        status, weight = Status.FAIL, Weight.RULE
+    evidence = facts.evidence([step], "step") + facts.evidence([score], "score")
+    return [Finding(check=check, status=status, weight=weight, summary=summary, evidence=evidence)]
+
+
+def _legal(facts: Facts, legal: list[Event], has_illegal: bool) -> list[Finding]:
+    if not legal or has_illegal:
+        return []
+    guarded = any("last" in text.text for text in _around(facts, legal[0]))
+    remark = (
+        "with a guard for the last chunk" if guarded else "without a guard for the last chunk, whose step no score sees"
+    )
+    summary = f"legal score-first-per-chunk test-time training ({remark})"
+    return [
+        Finding(
+            check="source.score_first_training", status=Status.PASS, summary=summary, evidence=facts.evidence(legal)
+        )
+    ]
+
+
+def _around(facts: Facts, event: Event) -> list[Evidence]:
+    module = facts.interpreter.program.module_of(event.file)
+    if module is None:
+        return []
+    return [
+        Evidence(file=event.file, line=n, text=module.line(n)) for n in range(max(1, event.line - 40), event.line + 1)
+    ]
+
+
+def calibration_findings(facts: Facts) -> list[Finding]:
+    """Judge forward passes whose activations, not losses, are used before the weights are packed."""
+    check = "source.calibration"
+    scored = facts.interpreter.scored | facts.interpreter.converted
+    last_pack = max((event.order for event in facts.packs), default=-1)
+    suspects = [
+        e for e in facts.of("forward")
+        if e.value.has(VALIDATION) and e.node not in scored and e.order < last_pack and not (e.value.forwards & scored)
+        and (e.hooked or any(_CALIBRATION_NAME.search(name) for name in e.stack))
+    ]  # fmt: skip
+    if suspects:
+        return [Finding(check=check, status=Status.FAIL, summary=f"quantisation is calibrated on validation data (in {suspects[0].stack[-1]})",
+                        evidence=facts.evidence(suspects))]  # fmt: skip
+    return [Finding(check=check, status=Status.PASS, summary="no calibration on validation data")]
+
+
+def table_findings(facts: Facts) -> list[Finding]:
+    """Judge caches of counts: keyed by the target, filled before scoring; and taking the better of two losses."""
+    filled = {e.other.origin for e in facts.of("fill") if e.other is not None}
+    lookups = [e for e in facts.of("lookup") if e.other is not None and e.other.origin in filled]
+    keyed = [e for e in lookups if e.value.has(TARGET, HASHED)]
+    ratios = [
+        e for e in facts.of("ratio")
+        if e.other is not None and e.other.sites < e.value.sites and e.other.sites
+    ]  # fmt: skip
+    exact = [e for e in lookups if TARGET in e.value.labels and HASHED not in e.value.labels]
+    findings = [_keyed(facts, keyed or (ratios if filled else []), exact)]
+    early = [
+        (fill, read) for fill in facts.of("fill") for read in lookups
+        if fill.other is not None and read.other is not None and fill.other.origin == read.other.origin
+        and relation(fill, read) in ("before", "again", "ahead")
+    ]  # fmt: skip
+    minima = facts.of("minimum")
+    if early or minima:
+        summary = (
+            "a cache is filled from validation data before that data is scored with it (two-pass rescoring)"
+            if early else "the smaller of two losses is taken after the target is known"
+        )  # fmt: skip
+        evidence = facts.evidence([pair[0] for pair in early], "filled") + facts.evidence(
+            [pair[1] for pair in early], "read"
+        )
+        findings.append(
+            Finding(
+                check="source.rescoring",
+                status=Status.FAIL,
+                summary=summary,
+                evidence=evidence or facts.evidence(minima),
+            )
+        )
+    else:
+        findings.append(
+            Finding(check="source.rescoring", status=Status.PASS, summary="no rescoring with what a first pass learned")
+        )
+    return findings
+
+
+def _keyed(facts: Facts, hashed: list[Event], exact: list[Event]) -> Finding:
+    check = "source.ngram_target_key"
+    if hashed:
+        summary = (
+            "an n-gram cache is looked up by a hash that contains the target: not a normalised distribution (breaks C2)"
+        )
+        return Finding(check=check, status=Status.FAIL, summary=summary, evidence=facts.evidence(hashed))
+    if exact:
+        summary = "counts are looked up by the target itself; whether the mixture is normalised cannot be seen here"
+        return Finding(
+            check=check, status=Status.UNKNOWN, weight=Weight.RULING, summary=summary, evidence=facts.evidence(exact)
+        )
+    return Finding(check=check, status=Status.PASS, summary="no n-gram cache keyed by the target")
+
+
+def coverage_findings(facts: Facts) -> list[Finding]:
+    """Judge whether the script scores all of the validation split, and whether scoring was recognised at all."""
+    if not facts.scores:
+        return [Finding(check="source.scoring", status=Status.UNKNOWN, weight=Weight.RULING,
+                        summary="no scoring of validation data was recognised in the source, so nothing can be said about its order")]  # fmt: skip
+    findings = [Finding(check="source.scoring", status=Status.PASS, summary=f"{len(facts.scores)} scoring passes recognised",
+                        evidence=facts.evidence(facts.scores))]  # fmt: skip
+    partial = [e for e in facts.scores if SUBSET in e.value.labels]
+    if partial:
+        findings.append(Finding(check="source.coverage", status=Status.FAIL, summary="only the first part of the validation split is scored",
+                                evidence=facts.evidence(partial)))  # fmt: skip
+    else:
+        findings.append(
+            Finding(check="source.coverage", status=Status.PASS, summary="no cut of the validation split in the source")
+        )
+    late = [e for e in facts.of("forward") if e.value.has(TRAINING) and _in_evaluation(facts, e)]
+    if late:
+        findings.append(Finding(check="source.training_data_at_evaluation", status=Status.FAIL,
+                                summary="training data is used after the artifact was loaded", evidence=facts.evidence(late)))  # fmt: skip
+    return findings
+
+
+def _in_evaluation(facts: Facts, event: Event) -> bool:
+    first = min((e.order for e in facts.of("unpack")), default=None)
+    return first is not None and event.order > first and bool(facts.packs)

@@ -1,0 +1,300 @@
+"""The figures: bpb recomputed from loss and counts, coverage, seeds, significance, submission.json against the logs."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from typing import Any
+
+from bytejepa.bits import bits_from_nats
+from bytejepa.review.findings import Evidence, Finding, Status, Weight
+from bytejepa.review.log_parser import ScoreLine, TrainingLog
+from bytejepa.review.submission import Submission
+
+VALIDATION_BYTES = 151_080_891
+VALIDATION_DOCUMENTS = 50_000
+TOKENS_OF_VOCABULARY = {1024: 62_021_846, 8192: 40_540_803, 260: 151_130_891, 256: 151_080_891}
+"""Symbols of the whole validation split, by vocabulary (landscape, section 2)."""
+COVERAGE_TOLERANCE = 0.002
+"""Tails cut to a multiple of the context are under 0.0001; the known wrong denominators are 4 % off and more."""
+RECORD_MARGIN_NATS = 0.005
+RECORD_P = 0.01
+_BASELINE = re.compile(
+    r"(?:previous|prior|current|merged|baseline|SOTA|record|leader)[^\n|]{0,60}?\b(?:val_)?bpb\b[^\d\n]{0,12}(\d\.\d{3,})",
+    re.IGNORECASE,
+)
+
+
+def _ratio(score: ScoreLine) -> float:
+    """Return symbols per byte as a score line implies it."""
+    return score.bpb / bits_from_nats(score.loss_nats) if score.loss_nats else math.nan
+
+
+def vocabulary_of(submission: Submission) -> int | None:
+    """Return the size of the vocabulary, from the logs, the run command, or the data's name."""
+    for log in submission.logs:
+        if isinstance(size := log.settings.get("vocab_size"), int):
+            return size
+    if submission.settings.get("VOCAB_SIZE", "").isdigit():
+        return int(submission.settings["VOCAB_SIZE"])
+    source = submission.script.read_text(encoding="utf-8", errors="replace") if submission.script else ""
+    match = re.search(r"VOCAB_SIZE[\"'],\s*[\"']?(\d+)", source) or re.search(
+        r"fineweb10B_(?:sp|byte)(\d+)", source + submission.readme
+    )
+    return int(match[1]) if match else None
+
+
+def score_findings(submission: Submission) -> list[Finding]:
+    """Judge the figures of the logs and of submission.json against each other and against the validation split."""
+    finals = [(log, log.final) for log in submission.logs]
+    reported = [(log, final) for log, final in finals if final is not None]
+    if not reported:
+        return []
+    return [
+        _recomputed(submission, reported),
+        _coverage(submission, reported),
+        _claims(submission, reported),
+        _configurations(submission),
+        _seeds(submission, reported),
+        _significance(submission, reported),
+    ]
+
+
+def _recomputed(submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]]) -> Finding:
+    check = "scores.bpb_from_loss"
+    vocabulary = vocabulary_of(submission)
+    symbols = TOKENS_OF_VOCABULARY.get(vocabulary or -1)
+    evidence, worst = [], 0.0
+    lines = [(log, score) for log in submission.logs for score in log.scores]
+    ratios = [_ratio(score) for _, score in lines if score.bpb > 0.05]
+    middle = statistics.median(ratios) if ratios else math.nan
+    expected = symbols / VALIDATION_BYTES if symbols else middle
+    for log, score in lines:
+        rounding = 10.0**-score.digits / max(score.bpb, 1e-9) + 1e-4 / max(score.loss_nats, 1e-9)
+        off = abs(_ratio(score) / expected - 1)
+        if off > COVERAGE_TOLERANCE + rounding:
+            worst = max(worst, off)
+            evidence.append(
+                Evidence(
+                    file=log.file,
+                    line=score.line,
+                    text=f"{score.text}  (symbols per byte {_ratio(score):.5f}, expected {expected:.5f})",
+                )
+            )
+    figures: dict[str, Any] = {"symbols_per_byte": round(_ratio(reported[-1][1]), 6), "vocabulary": vocabulary}
+    if evidence:
+        summary = f"val_bpb does not follow from val_loss and the counts: {worst:.2%} off"
+        return Finding(check=check, status=Status.FAIL, summary=summary, evidence=tuple(evidence[:6]), figures=figures)
+    if not symbols:
+        if middle and (middle > 1.0005 or middle <= 0):
+            summary = f"{middle:.4f} symbols per byte is more than bytes have"
+            return Finding(check=check, status=Status.FAIL, summary=summary, figures=figures)
+        summary = (
+            f"loss and bpb agree on {middle:.4f} symbols per byte; the counts of this vocabulary are not known here"
+        )
+        return Finding(check=check, status=Status.UNKNOWN, weight=Weight.NOTE, summary=summary, figures=figures)
+    log, final = reported[-1]
+    evidence = [
+        Evidence(
+            file=log.file,
+            line=final.line,
+            text=f"{bits_from_nats(final.loss_nats) * expected:.6f} recomputed, {final.bpb} logged",
+        )
+    ]
+    return Finding(
+        check=check,
+        status=Status.PASS,
+        summary="val_bpb follows from val_loss and the counts",
+        evidence=tuple(evidence),
+        figures=figures,
+    )
+
+
+def _coverage(submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]]) -> Finding:
+    check = "scores.coverage"
+    text = (
+        submission.readme
+        + " ".join(map(str, submission.claims.values()))
+        + str(submission.script and submission.script.read_text(errors="replace"))
+    )
+    if "fineweb" not in text.lower():
+        return Finding(
+            check=check,
+            status=Status.UNKNOWN,
+            weight=Weight.NOTE,
+            summary="FineWeb is not claimed; coverage is not judged",
+        )
+    evidence = []
+    for log, _ in reported:
+        for name, expected in (
+            ("bytes", VALIDATION_BYTES),
+            ("documents", VALIDATION_DOCUMENTS),
+            ("tokens", TOKENS_OF_VOCABULARY.get(vocabulary_of(submission) or -1)),
+        ):
+            count = log.counts.get(name)
+            if count is not None and expected and abs(count / expected - 1) > COVERAGE_TOLERANCE:
+                evidence.append(Evidence(file=log.file, text=f"{count:,} {name}, the split has {expected:,}"))
+    if evidence:
+        return Finding(
+            check=check,
+            status=Status.FAIL,
+            summary="the score does not cover the validation split of 151,080,891 bytes in 50,000 documents",
+            evidence=tuple(evidence),
+        )
+    known = {name for log, _ in reported for name in log.counts}
+    if not known:
+        return Finding(
+            check=check,
+            status=Status.UNKNOWN,
+            weight=Weight.NOTE,
+            summary="no log says how much of the validation split was scored",
+        )
+    return Finding(
+        check=check,
+        status=Status.PASS,
+        summary=f"the logged {', '.join(sorted(known))} are those of the whole validation split",
+    )
+
+
+def _claims(submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]]) -> Finding:
+    check = "scores.claims"
+    claimed = submission.claims.get("val_bpb", submission.claims.get("bpb"))
+    if not isinstance(claimed, int | float) or isinstance(claimed, bool):
+        if submission.claims_problem:
+            return Finding(
+                check=check, status=Status.UNKNOWN, weight=Weight.NOTE, summary="submission.json claims no val_bpb"
+            )
+        return Finding(
+            check=check,
+            status=Status.FAIL,
+            weight=Weight.AUTHOR,
+            summary="submission.json claims no val_bpb",
+            evidence=(Evidence(file="submission.json"),),
+        )
+    finals = [final.bpb for _, final in reported]
+    everything = [score for log, _ in reported for score in log.scores]
+    candidates = [*(score.bpb for score in everything if score.is_final), statistics.fmean(finals)]
+    nearest = min(candidates, key=lambda value: abs(value - claimed))
+    tolerance = max(0.6 * 10.0 ** -len(str(claimed).partition(".")[2]), 6e-5)
+    if abs(nearest - claimed) > tolerance:
+        summary = f"submission.json claims {claimed} bpb; the logs have {nearest:.6f}"
+        return Finding(check=check, status=Status.FAIL, summary=summary,
+                       evidence=(Evidence(file="submission.json", text=f"val_bpb {claimed}"), *(Evidence(file=log.file, line=f.line, text=f.text) for log, f in reported)))  # fmt: skip
+    loss = submission.claims.get("val_loss")
+    losses = [score.loss_nats for score in everything] + [statistics.fmean(final.loss_nats for _, final in reported)]
+    if isinstance(loss, float) and min(abs(value - loss) for value in losses) > max(
+        0.6 * 10.0 ** -len(str(loss).partition(".")[2]), 1.1e-4
+    ):
+        nearest = min(losses, key=lambda value: abs(value - loss))
+        return Finding(check=check, status=Status.FAIL, weight=Weight.AUTHOR, summary=f"submission.json claims a val_loss of {loss}; the logs have {nearest:.6f}",
+                       evidence=(Evidence(file="submission.json", text=f"val_loss {loss}"),))  # fmt: skip
+    return Finding(check=check, status=Status.PASS, summary=f"the claimed {claimed} bpb stands in the logs")
+
+
+def _configurations(submission: Submission) -> Finding:
+    check = "scores.same_configuration"
+    first, *others = submission.logs
+    differences = []
+    for log in others:
+        for key in sorted(first.settings.keys() & log.settings.keys()):
+            if first.settings[key] != log.settings[key]:
+                differences.append(
+                    Evidence(file=log.file, text=f"{key} is {log.settings[key]}, in {first.file} {first.settings[key]}")
+                )
+        if first.parameters and log.parameters and first.parameters != log.parameters:
+            differences.append(
+                Evidence(file=log.file, text=f"{log.parameters:,} parameters, in {first.file} {first.parameters:,}")
+            )
+        if first.planned_steps and log.planned_steps and first.planned_steps != log.planned_steps:
+            differences.append(
+                Evidence(
+                    file=log.file, text=f"{log.planned_steps} planned steps, in {first.file} {first.planned_steps}"
+                )
+            )
+    if differences:
+        return Finding(
+            check=check,
+            status=Status.FAIL,
+            summary="the seeds ran with different configurations",
+            evidence=tuple(differences[:8]),
+        )
+    if others and not any(log.settings for log in submission.logs):
+        return Finding(
+            check=check, status=Status.UNKNOWN, weight=Weight.NOTE, summary="the logs state no settings to compare"
+        )
+    return Finding(
+        check=check, status=Status.PASS, summary=f"the settings that {len(submission.logs)} logs state are the same"
+    )
+
+
+def _seeds(submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]]) -> Finding:
+    check = "scores.seeds"
+    bpbs = [final.bpb for _, final in reported]
+    seeds = [log.seed for log, _ in reported]
+    deviation = statistics.stdev(bpbs) if len(bpbs) > 1 else None
+    figures = {"bpb": bpbs, "seeds": seeds, "mean_bpb": statistics.fmean(bpbs), "deviation_bpb": deviation}
+    known = [seed for seed in seeds if seed is not None]
+    spread = f", mean {statistics.fmean(bpbs):.5f}, deviation {deviation:.5f}" if deviation is not None else ""
+    summary = f"{len(bpbs)} seed{'s' * (len(bpbs) > 1)}{spread}"
+    if len(known) != len(set(known)):
+        return Finding(
+            check=check,
+            status=Status.FAIL,
+            weight=Weight.AUTHOR,
+            summary=f"two logs are of the same seed: {known}",
+            figures=figures,
+        )
+    if len(bpbs) < 3:
+        return Finding(
+            check=check,
+            status=Status.UNKNOWN,
+            weight=Weight.NOTE,
+            summary=f"{summary}; a claim needs 3",
+            figures=figures,
+        )
+    del submission
+    return Finding(check=check, status=Status.PASS, summary=summary, figures=figures)
+
+
+def baseline_of(submission: Submission) -> float | None:
+    """Return the bpb that the submission says it improves on, None if it names none."""
+    for key in ("baseline_bpb", "previous_record_bpb", "sota_bpb", "prior_sota_bpb", "record_bpb", "previous_sota_bpb"):
+        value = submission.claims.get(key)
+        if isinstance(value, float):
+            return value
+    match = _BASELINE.search(submission.readme)
+    return float(match[1]) if match else None
+
+
+def _significance(submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]]) -> Finding:
+    """Judge the rule for records: better by 0.005 nats a symbol at p < 0.01, one-sided t-test over the seeds."""
+    check = "scores.significance"
+    baseline = baseline_of(submission)
+    bpbs = [final.bpb for _, final in reported]
+    if baseline is None or len(bpbs) < 2:
+        return Finding(
+            check=check,
+            status=Status.UNKNOWN,
+            weight=Weight.NOTE,
+            summary="no baseline is named, or too few seeds to test a claim against it",
+        )
+    from scipy import stats
+
+    margin = bits_from_nats(RECORD_MARGIN_NATS) * _ratio(reported[-1][1])
+    target = baseline - margin
+    p = (
+        float(stats.ttest_1samp(bpbs, target, alternative="less").pvalue)
+        if statistics.stdev(bpbs) > 0
+        else float(statistics.fmean(bpbs) >= target)
+    )
+    figures = {"baseline_bpb": baseline, "margin_bpb": margin, "p": p}
+    better = p < RECORD_P
+    summary = f"{'better' if better else 'not shown to be better'} than {baseline} by the record margin of {margin:.4f} bpb (p = {p:.2g})"
+    return Finding(
+        check=check,
+        status=Status.PASS if better else Status.UNKNOWN,
+        weight=Weight.NOTE,
+        summary=summary,
+        figures=figures,
+    )

@@ -1,0 +1,146 @@
+"""A submission folder on disk: which file is what, what the run command sets, what submission.json claims. Torch-free."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from bytejepa.errors import DataError
+from bytejepa.review.log_parser import MAX_LOG_BYTES, TrainingLog, parse_log
+
+MAX_TEXT_BYTES = 4_000_000
+_ENVIRONMENT = re.compile(r"(?:^|[\s;&])(?:export\s+)?([A-Z][A-Z0-9_]{1,60})=(\"[^\"]*\"|'[^']*'|[^\s\\;&]*)")
+_WEIGHTS = (
+    ".ptz",
+    ".bjm",
+    ".safetensors",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".br",
+    ".zst",
+    ".xz",
+    ".lzma",
+    ".npz",
+    ".npy",
+    ".pkl",
+)
+_FENCE = re.compile(r"```[a-z]*\n(.*?)```", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """What lies in the folder."""
+
+    root: Path
+    readme: str
+    """"" if there is none."""
+    claims: dict[str, Any]
+    """Content of submission.json; empty if there is none or it is broken."""
+    claims_problem: str
+    """Why submission.json cannot be used; empty if it can."""
+    script: Path | None
+    logs: tuple[TrainingLog, ...]
+    weights: tuple[Path, ...]
+    """Files that look like a packed model."""
+    settings: dict[str, str]
+    """Environment variables that the README's run command, or a shell script beside it, sets."""
+
+    @property
+    def title(self) -> str:
+        """The name claimed, or the folder's."""
+        name = self.claims.get("name")
+        return name if isinstance(name, str) and name else self.root.resolve().name
+
+    @property
+    def is_non_record(self) -> bool:
+        """Whether it says of itself that it does not compete under the 10-minute rules."""
+        text = (
+            f"{self.claims.get('track', '')} {self.title} {self.root.resolve().parent.name} {self.readme[:400]}".lower()
+        )
+        return "non-record" in text or "non_record" in text or "unlimited" in text
+
+
+def read_submission(root: Path) -> Submission:
+    """Return the content of a submission folder. Raises: DataError if it cannot be read."""
+    try:
+        files = sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
+    except OSError as problem:
+        raise DataError(f"cannot read {root}: {problem.strerror}") from problem
+    readme = next((path for path in files if path.name.lower() == "readme.md" and path.parent == root), None)
+    text = _read(readme) if readme else ""
+    claims, problem_text = _claims(root / "submission.json")
+    logs = _logs(files)
+    script = _script(root, files)
+    return Submission(
+        root=root,
+        readme=text,
+        claims=claims,
+        claims_problem=problem_text,
+        script=script,
+        logs=logs,
+        weights=tuple(path for path in files if path.suffix in _WEIGHTS and "tokenizer" not in path.name),
+        settings=_settings(text, [_read(path) for path in files if path.suffix == ".sh"]),
+    )
+
+
+def _read(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(limit).decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _claims(path: Path) -> tuple[dict[str, Any], str]:
+    if not path.is_file():
+        return {}, "there is no submission.json"
+    try:
+        claims = json.loads(_read(path))
+    except (ValueError, RecursionError) as problem:
+        return {}, f"submission.json is not JSON: {problem}"
+    return (claims, "") if isinstance(claims, dict) else ({}, "submission.json is not an object")
+
+
+def _logs(files: list[Path]) -> tuple[TrainingLog, ...]:
+    """Return one log a seed: a copy of another log (`train.log` beside `train_seed7.log`) is left out."""
+    logs: list[TrainingLog] = []
+    seen: dict[str, str] = {}
+    for path in files:
+        looks_like_log = path.suffix == ".log" or (
+            path.suffix == ".txt" and ("log" in path.name.lower() or "train" in path.name.lower())
+        )
+        if not looks_like_log or "requirements" in path.name:
+            continue
+        text = _read(path, MAX_LOG_BYTES)
+        if text in seen.values():
+            name = next(name for name, other in seen.items() if other == text)
+            if "seed" in path.name and "seed" not in name:
+                logs = [dataclasses.replace(log, file=path.name) if log.file == name else log for log in logs]
+            continue
+        seen[path.name] = text
+        logs.append(parse_log(text, path.name))
+    return tuple(logs)
+
+
+def _script(root: Path, files: list[Path]) -> Path | None:
+    if (root / "train_gpt.py").is_file():
+        return root / "train_gpt.py"
+    scripts = [path for path in files if path.suffix == ".py" and path.parent == root]
+    named = [path for path in scripts if path.name.startswith(("train", "main", "run"))]
+    return next(iter(named or scripts), None)
+
+
+def _settings(readme: str, shell: list[str]) -> dict[str, str]:
+    """Return the environment of the first command that runs the script; a later ablation command does not count."""
+    settings: dict[str, str] = {}
+    for text in [*_FENCE.findall(readme), *shell]:
+        if re.search(r"torchrun|train_gpt|python3? ", text):
+            settings |= {name: value.strip("\"'") for name, value in _ENVIRONMENT.findall(text) if "$" not in value}
+            if settings:
+                break
+    settings.pop("SEED", None)
+    return settings
