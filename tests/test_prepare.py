@@ -439,8 +439,9 @@ def test_two_processes_do_not_prepare_the_same_folder(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
 
     def second(*_: int) -> None:
-        with pytest.raises(DataError, match="another process is preparing"):
-            prepare([source], tmp_path / "out", val_documents=5, workers=1)
+        for force in (False, True):
+            with pytest.raises(DataError, match="another process is preparing"):
+                prepare([source], tmp_path / "out", val_documents=5, workers=1, force=force)
 
     prepare([source], tmp_path / "out", val_documents=5, workers=1, progress=second)
 

@@ -1,4 +1,4 @@
-"""Blocks: the form in which text travels from a source to a shard, a few MB at a time.
+"""Blocks: the form in which text travels from a source to a shard, a few hundred kB at a time.
 
 A document may run over many blocks, so that one giant document costs no more memory than many small ones.
 """

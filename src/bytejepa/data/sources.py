@@ -1,6 +1,6 @@
 """Documents out of files, in constant memory: text, JSON Lines, parquet and shards of SentencePiece tokens.
 
-A reader yields blocks (`data.blocks`): a few MB of text and where in it documents begin.
+A reader yields blocks (`data.blocks`): a few hundred kB of text and where in it documents begin.
 
 - `text`: a file is a document, its bytes kept as they are, in UTF-8 or not. With a separator a file is the documents
   between the separators; what is empty between two separators is no document.
@@ -40,7 +40,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
 TEXT_KEY = "text"
 
-_BLOCK_BYTES = 4_000_000
+_BLOCK_BYTES = 500_000
 _ZSTANDARD_INPUT_BYTES = 2048
 """A run of one byte packs 128 kB into 4 bytes: 2 kB of input are at most 64 MB of output."""
 _SUFFIXES: dict[str, Kind] = {
@@ -175,7 +175,7 @@ class _ZstandardReader(io.RawIOBase):
 
 
 def read_blocks(segments: Iterable[Segment], settings: ReadSettings) -> Iterator[Block]:
-    """Yield the text of segments that follow each other, a few MB at a time.
+    """Yield the text of segments that follow each other, a few hundred kB at a time.
 
     Raises:
         DataError: a file cannot be read or does not hold what its kind promises; file and place are named.
@@ -228,7 +228,7 @@ def _separated_blocks(segment: Segment, separator: bytes) -> Iterator[Block]:
 
 
 def _chunks(segment: Segment) -> Iterator[tuple[bytes, int]]:
-    """Yield the bytes of a segment, a few MB at a time, each with the number of bytes read from the disk for it."""
+    """Yield the bytes of a segment in chunks, each with the number of bytes read from the disk for it."""
     with opened(segment.path) as (file, raw):
         if segment.begin:
             file.seek(segment.begin)
