@@ -36,6 +36,8 @@ PLAN_VERSION = 1
 """Goes up when the same sources and settings begin to give other jobs."""
 _TEXT_BYTES_PER_COMPRESSED_BYTE = 4
 _TEXT_BYTES_PER_TOKEN = 2.5
+_SPARE_PART = 50
+"""A range ends with the document that runs over its target: 2 % are left for it, lest it need a tiny second shard."""
 _SEARCH_BYTES = 1 << 20
 _MAX_AMBIGUOUS_CUTS = 1000
 _BLOCK_IDS = 4_000_000
@@ -255,7 +257,7 @@ def _parts(sources: Sequence[Source], settings: ReadSettings, shard_bytes: int) 
             separator = b"\n" if settings.document_separator is None else settings.document_separator
             begin = 0
             while begin < size or begin == 0:
-                end = _cut_after(source.path, size, begin + shard_bytes, separator)
+                end = _cut_after(source.path, size, begin + shard_bytes - shard_bytes // _SPARE_PART, separator)
                 segment = Segment(path=source.path, begin=begin, end=end, source_bytes=end - begin)
                 yield Part(segments=(segment,), expected_ids=end - begin, num_documents=None)
                 begin = max(end, 1)
