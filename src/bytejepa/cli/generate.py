@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from bytejepa.inference.sampling import Sampling
 
 
+SHARED_FROM = 1 << 18
+"""Products of a step's largest square matrix and all lanes from which a second thread saves more than waiting for it
+costs; on a busy machine one thread is faster by far below it."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate:
     """Write text with a model: `bytejepa generate MODEL --prompt "Once upon a time"`."""
@@ -56,6 +61,8 @@ class Generate:
     """Ids that leave a full context at once; default: half the window."""
     device: str = "auto"
     """cpu, cuda or auto."""
+    threads: int | None = None
+    """CPU threads; default: 1 for models whose steps are too small to share, otherwise as torch chooses."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Write to this file instead of standard output; it has the text and nothing else."""
     force: bool = False
@@ -140,6 +147,9 @@ class Generate:
 
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         model = load(self.model, device=device)
+        elements = self.num_samples * model.config.model.model_dim**2
+        if self.threads is not None or elements < SHARED_FROM:
+            torch.set_num_threads(self.threads or 1)
         return generation_engine(model, window=self.window, hop=self.hop)
 
     def _record(self, prompt: bytes, texts: list[bytearray], rate: float) -> dict[str, object]:
