@@ -11,6 +11,7 @@ from bytejepa.review.machine import MAX_CALL_DEPTH
 from bytejepa.review.values import (
     FORWARD,
     FRESH,
+    TRAINING,
     UNKNOWN,
     VALIDATION,
     Function,
@@ -29,6 +30,8 @@ TAKING_METHODS = {
     "put_", "masked_scatter_", "sub_", "mul_", "index_put_", "setdefault", "update", "addmm_", "bitwise_xor_",
 }  # fmt: skip
 FILLING_METHODS = {"scatter_add_", "index_add_", "scatter_", "index_put_", "put_", "scatter_reduce_"}
+MAX_ITEMS = 16
+"""Items of a list that are kept apart; more of them add nothing new."""
 _STATEFUL_READ = re.compile(r"^(?:next|get|sample|fetch|read)(?:_?batch|_?tokens|_?chunk|_?bytes)?$|^next")
 
 
@@ -81,7 +84,7 @@ class Calls(Library):
         result = combine(*arguments, *options.values())
         result.models |= callee.models
         result.kind = "data"
-        if VALIDATION in result.labels:
+        if VALIDATION in result.labels or TRAINING in result.labels:
             # values that went into the network come out as predictions: no ids, no hashes, no region of a mask
             result.labels -= frozenset(("hashed", "target"))
             result.sites = frozenset()
@@ -158,7 +161,14 @@ class Calls(Library):
         incoming = combine(*everything)
         if owner.kind == "sequence" and name in ("append", "add", "extend", "insert", "appendleft"):
             item = everything[-1] if everything else Value()
-            owner.payload = item if name != "extend" else self.element(item)
+            item = item if name != "extend" else self.element(item)
+            if isinstance(owner.payload, list):
+                if len(owner.payload) < MAX_ITEMS:
+                    owner.payload.append(item)
+            elif isinstance(owner.payload, Value) and owner.payload.kind == "data":
+                absorb(owner.payload, item)
+            else:
+                owner.payload = item
             owner.constant = UNKNOWN
         self.accumulate(node, incoming)
         if not owner.models or owner.kind == "sequence":
@@ -191,6 +201,11 @@ class Calls(Library):
         self.emit("step", node, self.pending, other=optimizer)
         self.stepped = True
         return Value()
+
+    def _method_numel(self, *_: Any) -> Value:
+        return Value()
+
+    _method_size = _method_dim = _method_nelement = _method_element_size = _method_numel
 
     def _method_parameters(self, owner: Value, *_: Any) -> Value:
         return Value(models=owner.models, labels=owner.labels & frozenset((FRESH,)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import math
 import operator
 import re
@@ -30,7 +31,7 @@ from bytejepa.review.values import (
 )
 
 MAX_CONSTANT_LENGTH = 1_000_000
-SMALLEST_SUBSET = 4096
+SMALLEST_SUBSET = 65_536
 """A constant upper bound from here on is a deliberate part of the split, not a warm-up batch."""
 
 OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
@@ -71,6 +72,13 @@ def compute(operation: type[ast.AST], left: Any, right: Any) -> Any:
         return OPERATORS[operation](left, right)
     except Exception:  # whatever the script's own operands provoke
         return UNKNOWN
+
+
+def within(item: Value, loops: frozenset[int]) -> Value:
+    """Return an item of a container that was indexed by loop variables: a view, so that what it holds stays shared."""
+    if item.kind not in ("data", "sequence") or (item.kind == "data" and item.origin) or loops <= item.loops:
+        return item
+    return dataclasses.replace(item, loops=item.loops | loops)
 
 
 class Expressions(Machine):
@@ -239,7 +247,7 @@ class Expressions(Machine):
         result.kind, result.payload, result.origin = "sequence", parts, self.place(node)
         if any(isinstance(item, ast.Starred) for item in node.elts):
             result.payload = None
-        elif all(part.is_known for part in parts):
+        elif all(part.is_known for part in parts) and (parts or isinstance(node, ast.Tuple)):  # [] is there to be filled
             result.constant = tuple(part.constant for part in parts)
         return result
 
@@ -305,12 +313,14 @@ class Expressions(Machine):
     def element(container: Value) -> Value:
         """Return what is known of an item of a container."""
         if container.kind == "sequence" and isinstance(container.payload, Value):
-            return container.payload
+            return within(container.payload, container.loops)
         if container.kind == "sequence" and container.payload:
             result: Value | None = None
             for part in container.payload:
                 result = merge(result, part)
-            return result if result is not None and result.kind != "data" else combine(container, *container.payload)
+            if result is not None and (result.kind != "data" or result.origin):
+                return within(result, container.loops)
+            return combine(container, *container.payload)
         return combine(container)
 
     def _attribute(self, node: ast.Attribute) -> Value:
@@ -346,6 +356,8 @@ class Expressions(Machine):
             if owner.payload.is_network:
                 return Value(kind="member", payload=(owner, name), models=owner.models)
             return combine(owner)
+        if name in ("shape", "dtype", "device", "ndim") and owner.kind == "data":
+            return Value()
         return Value(kind="member", payload=(owner, name), labels=owner.labels & DATA, models=owner.models, loops=owner.loops,
                      forwards=owner.forwards, sites=owner.sites)  # fmt: skip
 
@@ -391,7 +403,7 @@ class Expressions(Machine):
         if owner.kind == "sequence" and not (isinstance(node.slice, ast.Tuple)):
             item = self.element(owner)
             if item.kind != "data" or item.origin:
-                return item
+                return within(item, index.loops)
         result = combine(owner, index)
         result.loops = owner.loops | index.loops
         if isinstance(node.slice, ast.Tuple):
@@ -450,7 +462,7 @@ class Expressions(Machine):
         if self._starts_one_later(bounds.lower):
             result.labels |= {TARGET}
         if self._is_start(bounds.lower) and upper.is_known and isinstance(upper.constant, int):
-            if upper.constant >= SMALLEST_SUBSET and owner.kind == "data" and not owner.loops:
+            if upper.constant >= SMALLEST_SUBSET and owner.kind == "data" and not owner.loops & set(self.loops):
                 result.labels |= {SUBSET}
         return result
 

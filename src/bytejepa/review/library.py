@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -235,6 +236,15 @@ class Library(Expressions):
         self.emit("read", node, result, path if isinstance(path, str) else "")
         result.labels |= frozenset() if not arguments else arguments[0].labels
         return result
+
+    def _library_math_log(self, arguments: list[Value], *_: Any) -> Value:
+        result = combine(*arguments)
+        known = arguments[0].constant if len(arguments) == 1 else UNKNOWN
+        if isinstance(known, int | float) and known > 0:
+            result.constant = math.log(known)
+        return result
+
+    _library_numpy_log = _library_math_log
 
     def _library_isinstance(self, *_: Any) -> Value:
         return Value()

@@ -286,5 +286,6 @@ def coverage_findings(facts: Facts) -> list[Finding]:
 
 
 def _in_evaluation(facts: Facts, event: Event) -> bool:
-    first = min((e.order for e in facts.of("unpack")), default=None)
-    return first is not None and event.order > first and bool(facts.packs)
+    """Return whether the artifact was loaded before, other than in a loop that goes on training afterwards."""
+    loaded = [e for e in facts.of("unpack") if e.order < event.order and not set(e.loops) & set(event.loops)]
+    return bool(loaded) and bool(facts.packs)
