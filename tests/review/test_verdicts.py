@@ -10,7 +10,8 @@ from review.folders import Folder
 from review.scripts import HESSIANS, LEGAL_TTT, NGRAM, SLIDING, SLOT, TAIL_WINDOWS, TTT_ADAPT, TWO_PASS, script, wrap
 
 ADAPT = "if args.ttt_enabled:\n        ttt_adapt(args, base_model, device, val_tokens)"
-LEGAL = LEGAL_TTT.replace("{train_start}", "chunk_start + bs * seq_len")
+RANKED = LEGAL_TTT.replace("        base_model.eval()\n", "        rank, world_size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])\n        base_model.eval()\n")
+LEGAL = RANKED.replace("{train_start}", "chunk_start + ((chunk_seqs * rank) // world_size + bs) * seq_len")
 AHEAD = LEGAL_TTT.replace("{train_start}", "(ci + 1) * args.ttt_chunk + bs * seq_len")
 USE_LEGAL = "val_loss, val_bpb = eval_val_sliding_ttt(args, base_model, device, val_tokens, args.eval_stride)"
 USE_SLOT = "val_loss, val_bpb = eval_val_slot(args, base_model, device, val_tokens, args.eval_stride)"

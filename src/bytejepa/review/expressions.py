@@ -228,6 +228,8 @@ class Expressions(Machine):
         elif isinstance(operation, ast.Div | ast.Add) and (left.is_known or right.is_known):
             text = next(str(part.constant) for part in (left, right) if part.is_known)
             result.labels |= path_labels(text) if len(text) < 400 else frozenset()
+        if isinstance(operation, ast.Sub):
+            result.labels -= {AHEAD, BEHIND}  # a difference of bounds is a length, not a place
         has_ids = VALIDATION in result.labels and FORWARD not in result.labels
         if isinstance(operation, ast.BitXor | ast.Mod) and has_ids and result.sites:
             result.labels |= {HASHED}
@@ -247,7 +249,9 @@ class Expressions(Machine):
         result.kind, result.payload, result.origin = "sequence", parts, self.place(node)
         if any(isinstance(item, ast.Starred) for item in node.elts):
             result.payload = None
-        elif all(part.is_known for part in parts) and (parts or isinstance(node, ast.Tuple)):  # [] is there to be filled
+        elif all(part.is_known for part in parts) and (
+            parts or isinstance(node, ast.Tuple)
+        ):  # [] is there to be filled
             result.constant = tuple(part.constant for part in parts)
         return result
 
@@ -441,7 +445,7 @@ class Expressions(Machine):
         lower, upper = self.evaluate(bounds.lower), self.evaluate(bounds.upper)
         result = combine(owner, lower, upper)
         result.loops = owner.loops | lower.loops | upper.loops
-        result.labels -= {AHEAD, BEHIND}
+        result.labels -= {AHEAD, BEHIND} - owner.labels
         if owner.is_known and lower.is_known and upper.is_known and isinstance(owner.constant, str | bytes | tuple):
             try:
                 result.constant = owner.constant[lower.constant : upper.constant]
