@@ -33,7 +33,9 @@ def plain_config(config: RunConfig) -> PlainConfig:
         if value
     ]
     if unsupported or not (model.bigram_rows and model.smear and model.skip_connections and model.residual_mix):
-        raise ConfigError(f"the plain baseline has the reference's arithmetic only, not {', '.join(unsupported) or 'this'}")
+        raise ConfigError(
+            f"the plain baseline has the reference's arithmetic only, not {', '.join(unsupported) or 'this'}"
+        )
     return PlainConfig(
         num_layers=model.num_layers,
         model_dim=model.model_dim,
@@ -91,5 +93,3 @@ def measure_against_plain(config: RunConfig, fast: TrainingStep, *, peak: float,
 def speedup(ours: Speed, plain: Speed) -> tuple[float, float]:
     """Return (ratio of the medians, ratio of the fastest steps): how many times as many bytes a second ours trains."""
     return plain.step_ms / ours.step_ms, plain.fastest_ms / ours.fastest_ms
-
-

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -36,6 +36,8 @@ class PlainJepa:
     """Z."""
     hidden_dim: int = 256
     """Width of the projector's hidden layer; the predictor's is Z."""
+    num_directions: int = SIGREG_DIRECTIONS
+    """S, directions of SIGReg."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,7 +257,7 @@ class PlainModel(nn.Module):
             self.jepa_predictor = JepaPredictor(config.jepa)
             self.jepa_injection = nn.Linear(config.jepa.latent_dim, D, bias=False)
             # Fixed by the seed, so not part of the state dict.
-            directions = torch.empty(config.jepa.latent_dim, SIGREG_DIRECTIONS)
+            directions = torch.empty(config.jepa.latent_dim, config.jepa.num_directions)
             self.register_buffer("sigreg_directions", directions, persistent=False)
         if not self.tok_emb.weight.is_meta:
             initialise(self, seed)

@@ -21,7 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bytejepa.config import DataConfig
-from bytejepa.data.shards import check_ids, find_shards, open_shard
+from bytejepa.data.shards import Split, check_ids, find_shards, open_shard
 from bytejepa.errors import DataError
 
 
@@ -34,7 +34,7 @@ class IdStream:
         self.num_ids: int = self.ends[-1] if self.ends else 0
 
     @classmethod
-    def open(cls, directory: Path, split: str, *, check: bool = False) -> IdStream:
+    def open(cls, directory: Path, split: Split, *, check: bool = False) -> IdStream:
         """Return the stream of the memory-mapped shards of `split` ("train" or "val") in `directory`.
 
         `check` reads every id once. Raises: DataError for a missing, damaged or foreign shard.
@@ -114,11 +114,12 @@ class Loader:
         if self._ahead is not None and self._ahead[0] == (stage, index):
             inputs, targets = self._ahead[1].result()
         else:
-            inputs, targets = self._make(stage, index)
-        self._ahead = ((stage, index + 1), self._worker.submit(self._make, stage, index + 1))
+            inputs, targets = self.make(stage, index)
+        self._ahead = ((stage, index + 1), self._worker.submit(self.make, stage, index + 1))
         return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
-    def _make(self, stage: int, index: int) -> tuple[Tensor, Tensor]:
+    def make(self, stage: int, index: int) -> tuple[Tensor, Tensor]:
+        """Return (inputs, targets) of this rank's rows on the host; pinned if they are to be copied to a GPU."""
         length = self.config.stages[stage][1]
         starts = self.sequence_starts(stage, index)
         per_rank = len(starts) // self.world_size

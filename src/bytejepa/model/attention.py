@@ -132,6 +132,7 @@ def causal_attention(
     if backend == "flex":
         from torch.nn.attention.flex_attention import flex_attention
 
+        assert mask is not None, "flex attention is causal through its mask only"
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
     grouped = q.size(1) != k.size(1)
     if q.device.type == "cpu" and grouped:
@@ -193,7 +194,7 @@ class Attention(nn.Module):
         y: Float[Tensor, "B T H E"],
         v: Float[Tensor, "B T G E"],
         residual: Float[Tensor, "B T D"],
-        scale: Float[Tensor, "D"],
+        scale: Float[Tensor, D],
     ) -> Float[Tensor, "B T D"]:
         """Return residual + scale * (output projection of the heads), after XSA where this block has it."""
         if self.drop_own_value:
@@ -210,7 +211,7 @@ class Attention(nn.Module):
         residual: Float[Tensor, "B T D"],
         *,
         norm_scale: float,
-        scale: Float[Tensor, "D"],
+        scale: Float[Tensor, D],
         backend: Kernel,
         mask: Mask = None,
     ) -> Float[Tensor, "B T D"]:

@@ -36,7 +36,7 @@ def add_projected(
     residual: Float[Tensor, "B T D"],
     x: Float[Tensor, "B T in"],
     weight: Float[Tensor, "D in"],
-    scale: Float[Tensor, "D"],
+    scale: Float[Tensor, D],
 ) -> Float[Tensor, "B T D"]:
     """Return residual + scale * (x @ weight^T) as one product: the scale is folded into the weight, which is far smaller
     than the activations, and the residual is what the product accumulates onto."""
@@ -103,7 +103,7 @@ class MLP(nn.Module):
         residual: Float[Tensor, "B T D"],
         *,
         norm_scale: float,
-        scale: Float[Tensor, "D"],
+        scale: Float[Tensor, D],
     ) -> Float[Tensor, "B T D"]:
         """Return residual + scale * mlp(norm_scale * x)."""
         hidden = F.linear(x, (self.up.weight * norm_scale).to(x.dtype))
@@ -165,7 +165,7 @@ def normalize_and_rotate(
     heads: Float[Tensor, "B T heads E"],
     cosines: Float[Tensor, "T half"],
     sines: Float[Tensor, "T half"],
-    gain: Float[Tensor, "heads"],
+    gain: Float[Tensor, heads],
 ) -> Float[Tensor, "B T heads E"]:
     """Return gain * rotate(rms_norm(heads)), the gain one number a head."""
     if fused.is_profitable(heads):

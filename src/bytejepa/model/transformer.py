@@ -168,7 +168,7 @@ class ByteLM(nn.Module):
         """Return one mask for each distinct window, in the form that `backend` takes."""
         document_ids = None if starts is None else starts.cumsum(1, dtype=torch.int32)
         windows = set(self.config.model.window_of_layer)
-        if backend == "flex" and self._is_masked(length):
+        if backend == "flex":
             from bytejepa.model.flex_masks import block_mask
 
             return {window: block_mask(length, window, document_ids, device) for window in windows}

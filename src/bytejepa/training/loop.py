@@ -161,6 +161,7 @@ class TrainingLoop:
         self._read_back(keep=0)
         self.clock.pause()
         live, averaged = self.trainer.validate()
+        self.clock.resume()
         self.val_bpb = averaged
         if live is not None and averaged is not None and self.ranks.is_main:
             at = self.trainer.position
@@ -182,6 +183,7 @@ class TrainingLoop:
         state = self.trainer.state()
         if self.ranks.is_main:
             self.writer.save(self.trainer.position, state, to_dict(self.config))
+        self.clock.resume()
 
     def _interrupt(self) -> None:
         self._save(0.0)

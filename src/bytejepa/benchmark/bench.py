@@ -1,0 +1,219 @@
+"""What `bytejepa bench` runs: training, scoring, preparation and loading, each against the plain way to do it."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from bytejepa.benchmark.against_plain import measure_against_plain, speedup
+from bytejepa.benchmark.speed import (
+    Speed,
+    TrainingStep,
+    flop_per_byte,
+    matmul_peak_flop_per_s,
+    measure,
+    measure_parts,
+    random_loader,
+    synchronize,
+)
+from bytejepa.config import RunConfig, replace
+from bytejepa.data.vocabulary import BYTE_OFFSET, VOCABULARY_SIZE
+from bytejepa.model.initialization import initialize
+from bytejepa.model.transformer import ByteLM
+from bytejepa.scoring.evaluate import Scorer, score_ids
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """Return what a figure needs beside it: hardware, versions, threads, load."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "load_average": psutil.getloadavg()[0],
+    }
+
+
+def bench_train(
+    config: RunConfig,
+    device: torch.device,
+    *,
+    against_plain: bool,
+    parts: bool,
+    compile: bool,  # noqa: A002 - torch's word
+    steps: int,
+) -> dict[str, Any]:
+    """Return the speed of training, and with `against_plain` that of the plain writing and the ratios."""
+    peak = matmul_peak_flop_per_s(device)
+    step = TrainingStep(config, device, compile=compile)
+    report: dict[str, Any] = {
+        **surroundings(device),
+        "matmul_peak_tflop_per_s": peak / 1e12,
+        "mflop_per_byte": flop_per_byte(config) / 1e6,
+        "batch_bytes": config.data.batch_bytes,
+        "sequence_bytes": config.data.sequence_bytes,
+        "compiled": compile,
+    }
+    speeds: list[Speed] = []
+    if against_plain:
+        ours, plain = measure_against_plain(config, step, peak=peak, steps=steps)
+        speeds = [ours, plain]
+        report["times_plain_median"], report["times_plain_fastest"] = speedup(ours, plain)
+    else:
+        speeds = [measure("ours", step, config, device, peak=peak, steps=steps)]
+    if parts:
+        speeds[0] = dataclasses.replace(speeds[0], parts_ms=measure_parts(step, steps=max(3, steps // 3)))
+    report["speeds"] = [dataclasses.asdict(speed) for speed in speeds]
+    return report
+
+
+def bench_eval(config: RunConfig, device: torch.device, *, num_bytes: int, compile: bool) -> dict[str, Any]:  # noqa: A002
+    """Return the speed of scoring random bytes: one pass, sliding as configured, and sliding without the pruned tail."""
+    model = initialize(ByteLM(config), 0).to(device).eval()
+    if device.type == "cuda":
+        model.compute_dtype = torch.bfloat16
+    random = np.random.default_rng(0)
+    ids = random.integers(BYTE_OFFSET, VOCABULARY_SIZE, num_bytes + 1, dtype=np.uint16)
+    window = min(config.evaluation.window_bytes, num_bytes)
+    stride = min(config.evaluation.stride_bytes, window)
+    report: dict[str, Any] = {
+        **surroundings(device),
+        "num_bytes": num_bytes,
+        "window": window,
+        "stride": stride,
+        "ways": {},
+    }
+    ways = {
+        "one pass": (window, True),
+        "sliding": (stride, True),
+        "sliding, nothing pruned": (stride, False),
+    }
+    for name, (every, prune) in ways.items():
+        scorer = Scorer(model, compile=compile, prune=prune)
+
+        taken = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            score = score_ids(scorer, ids, window=window, stride=every, batch_ids=config.evaluation.batch_bytes)
+            synchronize(device)
+            taken.append(time.perf_counter() - begin)
+        seconds = min(taken)
+        report["ways"][name] = {"bpb": score.bpb, "seconds": seconds, "bytes_per_s": num_bytes / seconds}
+    one, sliding = report["ways"]["one pass"]["seconds"], report["ways"]["sliding"]["seconds"]
+    report["sliding_over_one_pass"] = sliding / one
+    report["windows_over_one_pass"] = window / stride
+    return report
+
+
+def bench_load(config: RunConfig, device: torch.device, *, steps: int) -> dict[str, Any]:
+    """Return the time a batch takes to make and, made ahead, to be handed over."""
+    loader = random_loader(config.data, device)
+    begin = time.perf_counter()
+    for index in range(steps):
+        loader.make(0, index)
+    made_s = (time.perf_counter() - begin) / steps
+    waits = []
+    for index in range(steps):
+        begin = time.perf_counter()
+        loader.batch(0, index)
+        waits.append(time.perf_counter() - begin)
+        time.sleep(2 * made_s)  # a step takes longer than its batch
+    loader.close()
+    return {
+        **surroundings(device),
+        "make_ms": made_s * 1e3,
+        "hand_over_ms": statistics.median(waits) * 1e3,
+        "bytes_per_s": config.data.batch_bytes / made_s,
+    }
+
+
+def bench_prepare(*, num_megabytes: int, workers: int) -> dict[str, Any]:
+    """Return the speed of turning JSONL made of the embedded corpus into shards."""
+    import json
+
+    from bytejepa.data.corpus import embedded_documents
+    from bytejepa.data.prepare import prepare
+
+    lines = [json.dumps({"id": d.id, "text": d.data.decode("utf-8", errors="replace")}) for d in embedded_documents()]
+    block = ("\n".join(lines) + "\n").encode()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "text.jsonl"
+        with source.open("wb") as file:
+            for _ in range(max(1, num_megabytes * 1_000_000 // len(block))):
+                file.write(block)
+        begin = time.perf_counter()
+        result = prepare([source], Path(folder) / "out", val_documents=10, workers=workers)
+        seconds = time.perf_counter() - begin
+        text_bytes = sum(split.num_text_bytes for split in result.manifest.splits.values())
+    children = psutil.Process().memory_info().rss
+    return {
+        **surroundings(torch.device("cpu")),
+        "text_bytes": text_bytes,
+        "workers": result.num_workers,
+        "seconds": seconds,
+        "bytes_per_s": text_bytes / seconds,
+        "bytes_per_s_a_worker": text_bytes / seconds / result.num_workers,
+        "memory_bytes": children,
+    }
+
+
+def bench_scaling(config: RunConfig, device: torch.device, *, steps: int, compile: bool) -> list[dict[str, Any]]:  # noqa: A002
+    """Return training speed over context, batch and width around `config`, one row a point."""
+    peak = matmul_peak_flop_per_s(device)
+    data, model = config.data, config.model
+    points: list[tuple[str, float, RunConfig]] = []
+    for factor in (0.25, 0.5, 1, 2):
+        length = int(data.sequence_bytes * factor)
+        if length >= 2 * config.jepa.chunk_bytes and data.batch_bytes % length == 0:
+            points.append(("context", length, _at(config, data={"sequence_bytes": length})))
+        batch = int(data.batch_bytes * factor)
+        if batch % data.sequence_bytes == 0 and batch:
+            points.append(("batch", batch, _at(config, data={"batch_bytes": batch})))
+        width = int(model.model_dim * factor)
+        if width % (2 * model.num_heads) == 0 and width >= 8:
+            rotary = min(model.rotary_dims or width // model.num_heads, width // model.num_heads)
+            points.append(("width", width, _at(config, model={"model_dim": width, "rotary_dims": rotary})))
+    rows = []
+    for axis, value, point in points:
+        step = TrainingStep(point, device, compile=compile)
+        speed = measure(axis, step, point, device, peak=peak, steps=steps)
+        work = flop_per_byte(point) * point.data.batch_bytes
+        rows.append({"axis": axis, "value": value, "gflop_per_step": work / 1e9, **dataclasses.asdict(speed)})
+    return rows
+
+
+def _at(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    return replace(config, jepa={"sigreg_group_sequences": None}, **sections)
+
+
+def plot_scaling(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw milliseconds a step against work a step, one line an axis, with the line of the best utilisation."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for axis in dict.fromkeys(row["axis"] for row in rows):
+        line = sorted((row["gflop_per_step"], row["step_ms"], row["value"]) for row in rows if row["axis"] == axis)
+        axes.plot([x for x, _, _ in line], [y for _, y, _ in line], "o-", label=axis)
+        for x, y, value in line:
+            axes.annotate(f"{value:g}", (x, y), textcoords="offset points", xytext=(4, -10), fontsize=8)
+    best = max(row["tflop_per_s"] for row in rows)
+    work = sorted(row["gflop_per_step"] for row in rows)
+    axes.plot(work, [w / best for w in work], "--", color="#888888", label=f"{best:.3g} TFLOP/s, the best seen")
+    axes.set(xscale="log", yscale="log", xlabel="work a step, GFLOP", ylabel="milliseconds a step")
+    axes.set_title("cost against work", loc="left")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

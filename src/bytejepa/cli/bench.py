@@ -1,0 +1,118 @@
+"""`bytejepa bench`: how fast, against the plain way and against what the machine could do."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
+
+from bytejepa.cli.parsing import ConfigField, PresetField
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure speed: `bytejepa bench [PRESET] --what train|eval|prepare|load [--against plain] [--scaling]`."""
+
+    DEFAULT_PRESET: ClassVar[str] = "tiny"
+
+    config: ConfigField
+    preset: PresetField = "tiny"
+    what: Literal["train", "eval", "prepare", "load"] = "train"
+    """What to measure."""
+    against: Literal["plain"] | None = None
+    """Run the plain eager writing of the same model and optimiser beside it, step by step in turn (train)."""
+    parts: bool = False
+    """Time data, forward, backward, optimiser, average, JEPA losses and attention apart (train)."""
+    scaling: bool = False
+    """Repeat over context, batch and width, and plot cost against work (train)."""
+    steps: int = 10
+    """Timed steps."""
+    num_bytes: int = 65_536
+    """Bytes scored (eval)."""
+    megabytes: int = 100
+    """Size of the input in MB (prepare)."""
+    workers: int = 1
+    """Worker processes (prepare)."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("scaling.png")
+    """Plot of --scaling."""
+    json: bool = False
+    """Print the result as one JSON object."""
+
+    def run_command(self) -> int:
+        """Measure and print."""
+        from bytejepa.benchmark import bench
+        from bytejepa.cli.terminal import print_json
+        from bytejepa.training.distributed import join
+
+        device = join(self.config.training.device).device
+        setting = self.config.training.compile
+        compiled = setting == "on" or (setting == "auto" and device.type == "cuda")
+        report: Any
+        if self.what == "prepare":
+            report = bench.bench_prepare(num_megabytes=self.megabytes, workers=self.workers)
+        elif self.what == "load":
+            report = bench.bench_load(self.config, device, steps=self.steps)
+        elif self.what == "eval":
+            report = bench.bench_eval(self.config, device, num_bytes=self.num_bytes, compile=compiled)
+        elif self.scaling:
+            report = bench.bench_scaling(self.config, device, steps=self.steps, compile=compiled)
+            bench.plot_scaling(report, self.output)
+        else:
+            report = bench.bench_train(
+                self.config,
+                device,
+                against_plain=self.against == "plain",
+                parts=self.parts,
+                compile=compiled,
+                steps=self.steps,
+            )
+        if self.json:
+            print_json(report)
+        else:
+            _print(report)
+        return 0
+
+
+def _print(report: Any) -> None:
+    from bytejepa.cli.terminal import print_table
+
+    if isinstance(report, list):
+        rows = [
+            [row["axis"], f"{row['value']:g}", f"{row['gflop_per_step']:.2f}", *_speed_cells(row)] for row in report
+        ]
+        print_table("scaling", ["axis", "value", "GFLOP a step", *_SPEED_COLUMNS], rows)
+        return
+    rows = [
+        [key, f"{value:.4g}" if isinstance(value, float) else str(value)]
+        for key, value in report.items()
+        if not isinstance(value, list | dict)
+    ]
+    print_table("", ["", ""], rows)
+    if "speeds" in report:
+        print_table("training", ["", *_SPEED_COLUMNS], [[s["name"], *_speed_cells(s)] for s in report["speeds"]])
+        parts = report["speeds"][0]["parts_ms"]
+        if parts:
+            print_table("parts, each waited for", ["part", "ms"], [[name, f"{ms:.2f}"] for name, ms in parts.items()])
+    if "ways" in report:
+        rows = [
+            [name, f"{way['seconds']:.2f}", f"{way['bytes_per_s']:,.0f}", f"{way['bpb']:.6f}"]
+            for name, way in report["ways"].items()
+        ]
+        print_table("scoring", ["windows", "seconds", "bytes/s", "bpb"], rows)
+
+
+_SPEED_COLUMNS = ["ms a step", "fastest", "kB/s", "TFLOP/s", "utilisation", "peak memory"]
+
+
+def _speed_cells(speed: dict[str, Any]) -> list[str]:
+    memory = speed["peak_memory_bytes"]
+    return [
+        f"{speed['step_ms']:.1f}",
+        f"{speed['fastest_ms']:.1f}",
+        f"{speed['bytes_per_s'] / 1e3:.1f}",
+        f"{speed['tflop_per_s']:.4f}",
+        f"{speed['utilization']:.1%}",
+        f"{memory / 1e9:.2f} GB" if memory else "",
+    ]
