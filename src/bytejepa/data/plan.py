@@ -89,14 +89,14 @@ def find_sources(sources: Sequence[str | Path], kind: Kind | None) -> list[Sourc
         DataError: a source does not exist, is neither file nor folder, comes twice, or there is none.
     """
     found: list[Source] = []
-    seen: dict[str, str] = {}
+    seen: dict[tuple[int, int], str] = {}
     for given in sources:
         with file_errors_as(DataError, "read", given):
             inside = list(_files_in(Path(given), kind))
         for path, name in inside:
             with file_errors_as(DataError, "read", path):
                 status = os.stat(path)  # noqa: PTH116 - a Path object for each of a million files is too much
-            identity = os.path.realpath(path)
+            identity = (status.st_dev, status.st_ino)
             if identity in seen:
                 raise DataError(f"source {path} is given twice (also as {seen[identity]})", hint="name it once")
             seen[identity] = path

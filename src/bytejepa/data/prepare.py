@@ -72,12 +72,7 @@ def prepare(
     out = Path(out)
     settings, found = _checked(sources, kind, tokenizer, document_separator)
     _refuse_output_inside_source(out, sources)
-    if val_documents is not None and val_documents < 1:
-        raise DataError(f"the validation split would be empty: --val-documents is {val_documents}, expected at least 1")
-    if not _MIN_SHARD_BYTES <= shard_bytes <= MAX_IDS_PER_SHARD:
-        raise DataError(f"--shard-bytes is {shard_bytes}: expected {_MIN_SHARD_BYTES} to {MAX_IDS_PER_SHARD}")
-    if workers is not None and workers < 1:
-        raise DataError(f"--workers is {workers}: expected at least 1")
+    _check_numbers(val_documents, shard_bytes, workers)
     identity = Identity(
         kind=settings.kind,
         settings=_identity_settings(settings, val_documents, shard_bytes),
@@ -110,6 +105,16 @@ def prepare(
         num_shards_kept=num_kept,
         num_workers=num_workers,
     )
+
+
+def _check_numbers(val_documents: int | None, shard_bytes: int, workers: int | None) -> None:
+    """Raise a DataError for a number out of its range."""
+    if val_documents is not None and val_documents < 1:
+        raise DataError(f"the validation split would be empty: --val-documents is {val_documents}, expected at least 1")
+    if not _MIN_SHARD_BYTES <= shard_bytes <= MAX_IDS_PER_SHARD:
+        raise DataError(f"--shard-bytes is {shard_bytes}: expected {_MIN_SHARD_BYTES} to {MAX_IDS_PER_SHARD}")
+    if workers is not None and workers < 1:
+        raise DataError(f"--workers is {workers}: expected at least 1")
 
 
 def _checked(
