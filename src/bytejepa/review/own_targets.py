@@ -1,0 +1,110 @@
+"""Reviews of our own run folders and artifacts: the budget from the file, the behaviour from the model in it."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from bytejepa.bits import ARTIFACT_LIMIT_BYTES
+from bytejepa.errors import BytejepaError
+from bytejepa.review.findings import Evidence, Finding, Review, Status, Weight, judge
+
+_CLEAN = "Track A: fixed predictor; the model was built and tried out"
+
+
+def review_artifact(path: Path) -> Review:
+    """Return the review of a `.bjm` file. A damaged file is a finding, not an error."""
+    from bytejepa.artifact.container import read_container
+
+    try:
+        container = read_container(path)
+    except BytejepaError as problem:
+        return _unreadable(path, "artifact", problem)
+    findings = [
+        Finding(check="artifact.container", status=Status.PASS, summary=f"checksum right, sha256 {container.sha256[:16]}..."),
+        _budget(path),
+        *_behaviour(path),
+    ]
+    parameters = sum(tensor.numel() for tensor in container.tensors.values())
+    facts = _facts(container.metadata) | {"parameters": parameters, "artifact_bytes": path.stat().st_size}
+    return _review(path, "artifact", findings, facts)
+
+
+def review_run(path: Path) -> Review:
+    """Return the review of a run folder: what it recorded, and the model of its averaged weights."""
+    from bytejepa.training.runlog import RunFolder
+
+    folder = RunFolder(path)
+    try:
+        config, metrics, manifest = folder.read_config(), folder.read_metrics(), folder.read_manifest()
+    except (BytejepaError, ValueError, OSError) as problem:
+        return _unreadable(path, "run", problem)
+    findings = [_manifest(config, manifest), _metrics(metrics)]
+    findings += [_budget(artifact) for artifact in sorted(path.rglob("*.bjm"))]
+    findings += _behaviour(path)
+    values = [line["val_bpb_average"] for line in metrics if line.get("val_bpb_average") is not None]
+    facts: dict[str, Any] = {"mean_bpb": values[-1] if values else None, "num_seeds": 1, "seeds": [config.training.seed]}
+    if metrics:
+        facts |= {"steps": [metrics[-1].get("step")], "train_s": [metrics[-1].get("elapsed_s")]}
+    return _review(path, "run", findings, facts)
+
+
+def _facts(metadata: dict[str, Any]) -> dict[str, Any]:
+    scores = [value for key, value in metadata.items() if key.endswith("bpb") and isinstance(value, float)]
+    return {"mean_bpb": statistics.fmean(scores[-1:]) if scores else None, "num_seeds": 1, "seeds": [metadata.get("seed")]}
+
+
+def _review(path: Path, kind: str, findings: list[Finding], facts: dict[str, Any]) -> Review:
+    name = path.resolve().name
+    return Review(target=name, kind=kind, title=name, verdict=judge(findings, _CLEAN), findings=tuple(findings), facts=facts)
+
+
+def _unreadable(path: Path, kind: str, problem: Exception) -> Review:
+    finding = Finding(check=f"{kind}.container", status=Status.FAIL, weight=Weight.AUTHOR, summary=str(problem), evidence=(Evidence(file=path.name),))
+    return _review(path, kind, [finding], {})
+
+
+def _budget(path: Path) -> Finding:
+    from bytejepa.artifact.store import code_bytes
+
+    weights, code = path.stat().st_size, code_bytes()[1]
+    total = weights + code
+    figures = {"weights_bytes": weights, "code_bytes": code, "largest_total_bytes": total, "limit_bytes": ARTIFACT_LIMIT_BYTES}
+    over = total - ARTIFACT_LIMIT_BYTES
+    summary = f"{weights:,} bytes of weights + {code:,} of zipped package = {total:,}, {abs(over):,} {'over' if over > 0 else 'under'} the cap"
+    return Finding(check="budget.bytes", status=Status.FAIL if over > 0 else Status.PASS, summary=summary,
+                   evidence=(Evidence(file=path.name, text=f"{weights:,} bytes"),), figures=figures)  # fmt: skip
+
+
+def _behaviour(path: Path) -> list[Finding]:
+    import bytejepa
+    from bytejepa.review.behaviour import model_findings
+
+    try:
+        model = bytejepa.load(path)
+    except BytejepaError as problem:
+        return [Finding(check="behaviour.load", status=Status.FAIL, weight=Weight.AUTHOR, summary=f"no model can be built: {problem}")]
+    return model_findings(model.eval())
+
+
+def _manifest(config: Any, manifest: dict[str, Any]) -> Finding:
+    from bytejepa.config import fingerprint
+
+    check = "run.manifest"
+    if not manifest:
+        return Finding(check=check, status=Status.UNKNOWN, weight=Weight.AUTHOR, summary="there is no manifest.json")
+    if manifest.get("fingerprint") != fingerprint(config):
+        return Finding(check=check, status=Status.FAIL, summary="config.json is not the configuration that the manifest was written for",
+                       evidence=(Evidence(file="manifest.json", text=str(manifest.get("fingerprint"))), Evidence(file="config.json", text=fingerprint(config))))  # fmt: skip
+    return Finding(check=check, status=Status.PASS, summary="the configuration has the fingerprint of the manifest")
+
+
+def _metrics(metrics: list[dict[str, float]]) -> Finding:
+    check = "run.metrics"
+    if not metrics:
+        return Finding(check=check, status=Status.UNKNOWN, weight=Weight.AUTHOR, summary="metrics.jsonl is empty")
+    steps = [line["step"] for line in metrics if "step" in line]
+    if steps != sorted(steps):
+        return Finding(check=check, status=Status.FAIL, weight=Weight.AUTHOR, summary="the steps in metrics.jsonl do not rise")
+    return Finding(check=check, status=Status.PASS, summary=f"{len(metrics)} lines up to step {steps[-1] if steps else 0}")

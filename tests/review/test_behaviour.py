@@ -1,0 +1,159 @@
+"""Each behavioural check passes on a sound model and fails on one that is broken in exactly that way."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from bytejepa.config import replace
+from bytejepa.model.initialization import initialize
+from bytejepa.model.transformer import ByteLM
+from bytejepa.presets import preset
+from bytejepa.review.behaviour import (
+    batch_order, byte_model_loss, dead_parameters, future_change, model_findings, normalised, round_trip, scored_once,
+)  # fmt: skip
+from bytejepa.review.findings import Status
+from bytejepa.scoring.windows import Window, plan_windows
+
+
+@pytest.fixture(scope="module")
+def model() -> ByteLM:
+    built = initialize(ByteLM(preset("tiny")), seed=1).eval()
+    with torch.no_grad():
+        assert built.jepa is not None
+        built.jepa.injection.weight.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+    return built
+
+
+def test_a_sound_model_passes_everything(model: ByteLM) -> None:
+    for finding in model_findings(model):
+        assert finding.status is Status.PASS, finding
+
+
+def test_an_injection_that_is_a_chunk_too_early_is_caught(model: ByteLM) -> None:
+    def leaky(ids: torch.Tensor) -> torch.Tensor:
+        logits = model.logits(ids).clone()
+        chunk = ids.unfold(1, 8, 8).float().mean(dim=2).repeat_interleave(8, dim=1)  # of the chunk itself, not the one before
+        logits[:, : chunk.size(1), 0] += chunk
+        return logits
+
+    found = future_change(leaky, length=69, chunk=8)
+    assert found.status is Status.FAIL
+    assert "moves the prediction" in found.evidence[0].text
+
+
+@pytest.mark.parametrize("border", [8, 16, 64])
+def test_a_leak_at_one_border_only_is_caught(model: ByteLM, border: int) -> None:
+    def leaky(ids: torch.Tensor) -> torch.Tensor:
+        logits = model.logits(ids).clone()
+        logits[:, border - 1, 7] += ids[:, border].float()
+        return logits
+
+    assert future_change(leaky, length=69, chunk=8).status is Status.FAIL
+
+
+def test_probabilities_that_do_not_sum_to_one_are_caught(model: ByteLM) -> None:
+    sound = lambda ids: model.logits(ids).softmax(-1)  # noqa: E731
+    assert normalised(sound, length=20).status is Status.PASS
+    for broken in (
+        lambda ids: sound(ids) * 1.01,
+        lambda ids: sound(ids)[..., 4:],
+        lambda ids: sound(ids) - 0.01,
+        lambda ids: sound(ids) / 0,
+    ):
+        assert normalised(broken, length=20).status is Status.FAIL
+
+
+def tail_again(num_targets: int, window: int, stride: int) -> Iterator[Window]:
+    for begin in range(0, num_targets, stride):
+        length = min(window, num_targets - begin)
+        yield Window(begin=begin, length=length, scored=length if begin == 0 else min(stride, length))
+
+
+def tail_dropped(num_targets: int, window: int, stride: int) -> Iterator[Window]:
+    return (w for w in plan_windows(num_targets, window=window, stride=stride) if w.length == window)
+
+
+@pytest.mark.parametrize("broken", [tail_again, tail_dropped])
+def test_plans_that_price_twice_or_never_are_caught(broken) -> None:
+    assert scored_once(broken).status is Status.FAIL
+
+
+def test_losses_that_look_at_the_batch_are_caught(model: ByteLM) -> None:
+    def losses(ids: torch.Tensor) -> torch.Tensor:
+        logits = model.logits(ids[:, :-1])
+        return nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+
+    carried = {"previous": 0.0}
+
+    def stateful(ids: torch.Tensor) -> torch.Tensor:
+        rows = losses(ids)
+        out = rows + carried["previous"]
+        carried["previous"] = 0.5 * float(ids[-1].float().mean())
+        return out
+
+    assert batch_order(losses, length=33).status is Status.PASS
+    assert batch_order(lambda ids: losses(ids) - losses(ids).mean(), length=33).status is Status.FAIL
+    assert batch_order(lambda ids: losses(ids).cumsum(0), length=33).status is Status.FAIL
+    assert batch_order(stateful, length=33).status is Status.FAIL
+
+
+def test_a_round_trip_that_loses_something_is_caught(model: ByteLM) -> None:
+    def export() -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    def load(state: object):
+        other = ByteLM(model.config).eval()
+        other.load_state_dict(state)
+        return other.logits
+
+    def forgetful(state: object):
+        other = ByteLM(model.config).eval()
+        other.load_state_dict({k: v for k, v in state.items() if "mlp_scale" not in k}, strict=False)
+        with torch.no_grad():
+            other.blocks[0].mlp_scale.fill_(0.5)
+        return other.logits
+
+    assert round_trip(export, load, model.logits, length=32).status is Status.PASS
+    assert round_trip(export, forgetful, model.logits, length=32).status is Status.FAIL
+
+
+def test_dead_parameters_are_named(model: ByteLM) -> None:
+    dead = initialize(ByteLM(replace(preset("tiny"), model={"bigram_projection_init": "zero"})), seed=1)
+    found = dead_parameters(dead, byte_model_loss, length=48)
+    assert found.status is Status.FAIL
+    names = [evidence.text for evidence in found.evidence]
+    assert "bigram.embedding.weight" in names
+    assert "bigram.projection.weight" in names
+    assert found.weight == "note"
+
+
+def test_the_model_is_left_as_it_was(model: ByteLM) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    dead_parameters(model, byte_model_loss, length=48)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_artifact_is_reviewed_from_the_file(model: ByteLM, tmp_path) -> None:
+    from bytejepa.artifact.store import store_weights
+    from bytejepa.artifact.container import write_container
+    from bytejepa.config import to_dict
+    from bytejepa.review import Word, review
+
+    path = tmp_path / "model.bjm"
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    stored = store_weights(weights, model.config)
+    write_container(path, configuration=to_dict(model.config), tensors=stored, metadata={"seed": 1})
+    found = review(path)
+    assert found.verdict.word is Word.CLEAN, found.verdict
+    assert found.kind == "artifact"
+    assert found.finding("behaviour.future_change").status is Status.PASS
+    damaged = bytearray(path.read_bytes())
+    damaged[-100] ^= 1
+    path.write_bytes(bytes(damaged))
+    assert review(path).verdict.word is Word.AUTHOR
+    assert dataclasses.asdict(review(path))["kind"] == "artifact"
