@@ -107,7 +107,7 @@ def test_none_means_off_and_is_in_every_range() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_json_gives_the_same_configuration_back(name: str) -> None:
-    config = replace(PRESETS[name](), model={"attention_windows": (64,)}, data={"sequence_growth": ((0.5, 2048),)})
+    config = replace(PRESETS[name](), model={"attention_windows": (64,)}, data={"sequence_growth": ((0.5, 512),)})
     again = from_dict(json.loads(json.dumps(to_dict(config))))
     assert again == config
     assert fingerprint(again) == fingerprint(config)

@@ -78,7 +78,7 @@ def test_tiny_has_the_structure_of_default() -> None:
     small, full = to_dict(tiny()), to_dict(default())
     assert {k for k in full["model"] if small["model"][k] != full["model"][k]} == sizes
     assert {k for k in full["jepa"] if small["jepa"][k] != full["jepa"][k]} == {
-        "latent_dim", "hidden_dim", "sigreg_directions",
+        "latent_dim", "hidden_dim", "sigreg_directions", "sigreg_group_sequences",
     }  # fmt: skip
     assert small["artifact"] == full["artifact"]
 
