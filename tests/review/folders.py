@@ -63,7 +63,11 @@ class Folder:
         path.mkdir(parents=True, exist_ok=True)
         if self.source is not None:
             (path / "train_gpt.py").write_text(self.source)
-        text = "# Byte model\n\nFineWeb byte260, mean of 3 seeds.\n\n```bash\n" + self.environment + " torchrun --standalone --nproc_per_node=8 train_gpt.py\n```\n"
+        text = (
+            "# Byte model\n\nFineWeb byte260, mean of 3 seeds.\n\n```bash\n"
+            + self.environment
+            + " torchrun --standalone --nproc_per_node=8 train_gpt.py\n```\n"
+        )
         if self.readme is not None:
             (path / "README.md").write_text(text if self.readme == "default" else self.readme)
         if self.raw_claims is not None:

@@ -7,7 +7,7 @@ import base64
 import lzma
 import zlib
 
-FRAME = '''
+FRAME = """
 import copy, glob, io, math, os, lzma
 import numpy as np
 import torch
@@ -205,7 +205,7 @@ def main():
 
 if __name__ == "__main__":
     main()
-'''
+"""
 
 GOOD_WINDOWS = "ws == 0 or ws + seq_len - stride < total_tokens"
 TAIL_WINDOWS = "min(ws + seq_len, total_tokens) - ws >= stride"
@@ -221,7 +221,7 @@ def script(**pieces: str) -> str:
     return FRAME.format(**(defaults | pieces))
 
 
-TTT_ADAPT = '''
+TTT_ADAPT = """
 def ttt_adapt(args, base_model, device, val_tokens):
     params = [p for p in base_model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(params, lr=args.ttt_lr, momentum=0.9)
@@ -238,9 +238,9 @@ def ttt_adapt(args, base_model, device, val_tokens):
             optimizer.step()
             epoch_loss += loss.item()
         print(f"ttt_epoch:{epoch} loss:{epoch_loss:.4f}")
-'''
+"""
 
-LEGAL_TTT = '''
+LEGAL_TTT = """
 def eval_val_sliding_ttt(args, base_model, device, val_tokens, stride):
     seq_len = args.train_seq_len
     total_tokens = val_tokens.numel() - 1
@@ -295,9 +295,9 @@ def eval_val_sliding_ttt(args, base_model, device, val_tokens, stride):
                     running += loss.item()
     val_loss = (loss_sum / byte_count).item()
     return val_loss, val_loss / math.log(2.0)
-'''
+"""
 
-SLOT = '''
+SLOT = """
 def eval_val_slot(args, base_model, device, val_tokens, stride):
     seq_len = args.train_seq_len
     total_tokens = val_tokens.numel() - 1
@@ -329,9 +329,9 @@ def eval_val_slot(args, base_model, device, val_tokens, stride):
             loss_sum += nll[0, s:wlen].double().sum()
     val_loss = loss_sum.item() / total_tokens
     return val_loss, val_loss / math.log(2.0)
-'''
+"""
 
-NGRAM = '''
+NGRAM = """
 def eval_val_ngram(args, base_model, device, val_tokens, stride):
     seq_len = args.train_seq_len
     total_tokens = val_tokens.numel() - 1
@@ -368,9 +368,9 @@ def eval_val_ngram(args, base_model, device, val_tokens, stride):
         np.add.at(full_table, full_key, 1)
     val_loss = total / total_tokens
     return val_loss, val_loss / math.log(2.0)
-'''
+"""
 
-HESSIANS = '''
+HESSIANS = """
 def collect_hessians(model, batches, device):
     hessians = {}
     hooks = []
@@ -394,9 +394,9 @@ def batches_of(tokens, count, seq_len):
     for i in range(count):
         local = tokens[i * seq_len : (i + 1) * seq_len + 1].to(torch.int64)
         yield local[:-1][None], local[1:][None]
-'''
+"""
 
-TWO_PASS = '''
+TWO_PASS = """
 def eval_val_two_pass(args, base_model, device, val_tokens, stride):
     total_tokens = val_tokens.numel() - 1
     val_np = val_tokens.cpu().numpy()
@@ -417,7 +417,7 @@ def eval_val_two_pass(args, base_model, device, val_tokens, stride):
         total += float(-np.log(0.9 * np.exp(-nll) + 0.1 * p).sum())
     val_loss = total / total_tokens
     return val_loss, val_loss / math.log(2.0)
-'''
+"""
 
 
 def wrap(source: str, how: str = "lzma") -> str:

@@ -14,7 +14,14 @@ from bytejepa.model.initialization import initialize
 from bytejepa.model.transformer import ByteLM
 from bytejepa.presets import preset
 from bytejepa.review.behaviour import (
-    batch_order, byte_model_loss, dead_parameters, future_change, model_findings, normalised, round_trip, scored_once,
+    batch_order,
+    byte_model_loss,
+    dead_parameters,
+    future_change,
+    model_findings,
+    normalised,
+    round_trip,
+    scored_once,
 )  # fmt: skip
 from bytejepa.review.findings import Status
 from bytejepa.scoring.windows import Window, plan_windows
@@ -37,7 +44,9 @@ def test_a_sound_model_passes_everything(model: ByteLM) -> None:
 def test_an_injection_that_is_a_chunk_too_early_is_caught(model: ByteLM) -> None:
     def leaky(ids: torch.Tensor) -> torch.Tensor:
         logits = model.logits(ids).clone()
-        chunk = ids.unfold(1, 8, 8).float().mean(dim=2).repeat_interleave(8, dim=1)  # of the chunk itself, not the one before
+        chunk = (
+            ids.unfold(1, 8, 8).float().mean(dim=2).repeat_interleave(8, dim=1)
+        )  # of the chunk itself, not the one before
         logits[:, : chunk.size(1), 0] += chunk
         return logits
 
@@ -139,8 +148,8 @@ def test_the_model_is_left_as_it_was(model: ByteLM) -> None:
 
 
 def test_an_artifact_is_reviewed_from_the_file(model: ByteLM, tmp_path) -> None:
-    from bytejepa.artifact.store import store_weights
     from bytejepa.artifact.container import write_container
+    from bytejepa.artifact.store import store_weights
     from bytejepa.config import to_dict
     from bytejepa.review import Word, review
 

@@ -39,7 +39,10 @@ BROKEN = {
 def test_broken_submissions(name: str, tmp_path) -> None:
     folder, word, check = BROKEN[name]
     found = review(folder.write(tmp_path / "submission"))
-    assert found.verdict.word is word, (found.verdict, [(f.check, f.summary) for f in found.findings if f.status is not Status.PASS])
+    assert found.verdict.word is word, (
+        found.verdict,
+        [(f.check, f.summary) for f in found.findings if f.status is not Status.PASS],
+    )
     if word is not Word.CLEAN:
         assert found.finding(check).status is Status.FAIL
 
@@ -130,7 +133,12 @@ def test_unpacking_executes_nothing(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["exec(input())", "import lzma,base64\nexec(lzma.decompress(base64.b85decode('AAAA')))", "exec('1 +')", "import x\nexec(x.load())"],
+    [
+        "exec(input())",
+        "import lzma,base64\nexec(lzma.decompress(base64.b85decode('AAAA')))",
+        "exec('1 +')",
+        "import x\nexec(x.load())",
+    ],
 )
 def test_what_cannot_be_unpacked_says_so(source: str) -> None:
     assert unpack(source).closed

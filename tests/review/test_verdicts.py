@@ -10,7 +10,10 @@ from review.folders import Folder
 from review.scripts import HESSIANS, LEGAL_TTT, NGRAM, SLIDING, SLOT, TAIL_WINDOWS, TTT_ADAPT, TWO_PASS, script, wrap
 
 ADAPT = "if args.ttt_enabled:\n        ttt_adapt(args, base_model, device, val_tokens)"
-RANKED = LEGAL_TTT.replace("        base_model.eval()\n", "        rank, world_size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])\n        base_model.eval()\n")
+RANKED = LEGAL_TTT.replace(
+    "        base_model.eval()\n",
+    "        rank, world_size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])\n        base_model.eval()\n",
+)
 LEGAL = RANKED.replace("{train_start}", "chunk_start + ((chunk_seqs * rank) // world_size + bs) * seq_len")
 AHEAD = LEGAL_TTT.replace("{train_start}", "(ci + 1) * args.ttt_chunk + bs * seq_len")
 USE_LEGAL = "val_loss, val_bpb = eval_val_sliding_ttt(args, base_model, device, val_tokens, args.eval_stride)"
@@ -19,14 +22,14 @@ USE_NGRAM = "val_loss, val_bpb = eval_val_ngram(args, base_model, device, val_to
 USE_TWO_PASS = "val_loss, val_bpb = eval_val_two_pass(args, base_model, device, val_tokens, args.eval_stride)"
 VAL_HESSIANS = "hessians = collect_hessians(base_model, batches_of(val_tokens, 64, args.train_seq_len), device)"
 TRAIN_HESSIANS = "hessians = collect_hessians(base_model, [train_loader.next_batch(1024, args.train_seq_len) for _ in range(64)], device)"
-FALLBACK = '''
+FALLBACK = """
 try:
     import zstandard
     COMPRESSOR = "zstd"
 except ImportError:
     COMPRESSOR = "zlib"
 import zlib
-'''
+"""
 PACK = "zstandard.ZstdCompressor(level=22).compress(buffer.getvalue()) if COMPRESSOR == 'zstd' else zlib.compress(buffer.getvalue(), 9)"
 
 PRE_QUANT = script(functions=TTT_ADAPT, before_quantize=ADAPT, ttt="1")
@@ -35,7 +38,10 @@ SCORED_SLOT = script(functions=SLOT.replace("{mask}", "s:wlen"), final_eval=USE_
 HASHED = script(functions=NGRAM, final_eval=USE_NGRAM)
 VAL_CALIBRATION = script(functions=HESSIANS, before_quantize=VAL_HESSIANS)
 RESCORED = script(functions=TWO_PASS, final_eval=USE_TWO_PASS)
-SECOND_EPOCH = LEGAL.replace("    for ci in range(num_chunks):\n", "    for epoch, ci in [(e, c) for e in range(2) for c in range(num_chunks)]:\n")
+SECOND_EPOCH = LEGAL.replace(
+    "    for ci in range(num_chunks):\n",
+    "    for epoch, ci in [(e, c) for e in range(2) for c in range(num_chunks)]:\n",
+)
 
 ILLEGAL = {
     "pre_quant_training": PRE_QUANT,
@@ -67,17 +73,24 @@ ALIASED = {
 }  # fmt: skip
 DEAD = {
     "pre_quant_training": script(functions=TTT_ADAPT, before_quantize=ADAPT, ttt="0"),
-    "test_time_training": script(functions=TTT_ADAPT, before_eval="if False:\n        ttt_adapt(args, base_model, device, val_tokens)"),
+    "test_time_training": script(
+        functions=TTT_ADAPT, before_eval="if False:\n        ttt_adapt(args, base_model, device, val_tokens)"
+    ),
     "slot": script(
         functions=SLOT.replace("{mask}", "s:wlen"),
         final_eval=f"if int(os.environ.get('SLOT_STEPS', '0')) > 0:\n        {USE_SLOT}\n    else:\n        {SLIDING}",
     ),
     "ngram_target_key": script(functions=NGRAM),
-    "calibration": script(functions=HESSIANS, before_quantize=f"if os.getenv('GPTQ', 'off').lower() == 'val':\n        {VAL_HESSIANS}"),
-    "rescoring": script(functions=TWO_PASS + "\nDEBUG = not True\n", final_eval=f"{SLIDING}\n    if DEBUG and args.seed:\n        {USE_TWO_PASS}"),
+    "calibration": script(
+        functions=HESSIANS, before_quantize=f"if os.getenv('GPTQ', 'off').lower() == 'val':\n        {VAL_HESSIANS}"
+    ),
+    "rescoring": script(
+        functions=TWO_PASS + "\nDEBUG = not True\n",
+        final_eval=f"{SLIDING}\n    if DEBUG and args.seed:\n        {USE_TWO_PASS}",
+    ),
 }
 
-FLAT = '''
+FLAT = """
 import glob, math, lzma, io, torch, numpy as np
 import torch.nn as nn, torch.nn.functional as F
 read = lambda f: torch.from_numpy(np.fromfile(f, dtype=np.uint16).astype(np.int64))
@@ -97,8 +110,8 @@ with torch.no_grad():
         x, y = val[s : s + 64], val[s + 1 : s + 65]
         nats += F.cross_entropy(net(x[None])[0], y, reduction="sum").item()
 print("val_bpb", nats / math.log(2) / len(val))
-'''
-MINIFIED = '''
+"""
+MINIFIED = """
 import glob as G,math as M,lzma as Z,io,os,torch as T,numpy as N,torch.nn.functional as F
 from torch import nn
 class A:
@@ -119,7 +132,7 @@ def main():
 \t\tx=w[k*64:k*64+65];l=F.cross_entropy(m(x[None,:-1])[0],x[1:]);o.zero_grad();l.backward();o.step()
 \tz=Z.compress(m.h.weight.detach().numpy().tobytes());print(len(z),E(m,v,a.c))
 main()
-'''
+"""
 CLEAN = {
     "frame": Folder(),
     "flat": Folder(source=FLAT),
@@ -203,7 +216,9 @@ def test_the_log_says_that_a_feature_was_on(tmp_path) -> None:
 
 def test_a_helper_module_hides_nothing(tmp_path) -> None:
     helper = "import torch\n" + TTT_ADAPT
-    source = script(imports="from adapt import ttt_adapt as finish", before_quantize="finish(args, base_model, device, val_tokens)")
+    source = script(
+        imports="from adapt import ttt_adapt as finish", before_quantize="finish(args, base_model, device, val_tokens)"
+    )
     found = outcome(Folder(source=source, helpers={"adapt.py": helper}), tmp_path)
     assert found.finding("source.pre_quant_training").status is Status.FAIL
     assert found.finding("source.pre_quant_training").evidence[0].file == "adapt.py"
@@ -216,11 +231,16 @@ def test_training_on_the_next_chunk_is_flagged(tmp_path) -> None:
 
 
 def test_a_second_epoch_that_scores_again_is_flagged(tmp_path) -> None:
-    body = LEGAL.replace("    for ci in range(num_chunks):\n", "    for epoch in range(2):\n      for ci in range(num_chunks):\n")
+    body = LEGAL.replace(
+        "    for ci in range(num_chunks):\n", "    for epoch in range(2):\n      for ci in range(num_chunks):\n"
+    )
     head, _, tail = body.partition("      for ci in range(num_chunks):\n")
     loop, _, end = tail.partition("    val_loss = (loss_sum")
     indented = "".join("    " + line for line in loop.splitlines(keepends=True))
-    source = script(functions=head + "      for ci in range(num_chunks):\n" + indented + "    val_loss = (loss_sum" + end, final_eval=USE_LEGAL)
+    source = script(
+        functions=head + "      for ci in range(num_chunks):\n" + indented + "    val_loss = (loss_sum" + end,
+        final_eval=USE_LEGAL,
+    )
     found = outcome(Folder(source=source), tmp_path)
     assert found.verdict.word is Word.FLAG
     assert "again" in found.finding("source.test_time_training").summary
@@ -288,11 +308,18 @@ def test_the_compressor_fallback_is_noted_or_needs_the_author(tmp_path) -> None:
     assert noted.finding("source.compressor_fallback").status is Status.FAIL
     assert review(Folder(source=source, compressor="zlib").write(tmp_path / "b")).verdict.word is Word.AUTHOR
     firm = FALLBACK.replace('COMPRESSOR = "zlib"', "raise")
-    assert review(Folder(source=script(imports=firm, compress=PACK)).write(tmp_path / "c")).finding("source.compressor_fallback").status is Status.PASS
+    assert (
+        review(Folder(source=script(imports=firm, compress=PACK)).write(tmp_path / "c"))
+        .finding("source.compressor_fallback")
+        .status
+        is Status.PASS
+    )
 
 
 def test_a_class_switch_under_compile_is_noted(tmp_path) -> None:
-    source = script(class_flag="qat = False", class_read=" * (0.5 if GPT.qat else 1.0)", in_training="GPT.qat = step > 50")
+    source = script(
+        class_flag="qat = False", class_read=" * (0.5 if GPT.qat else 1.0)", in_training="GPT.qat = step > 50"
+    )
     found = outcome(Folder(source=source), tmp_path)
     assert found.finding("source.compiled_switch").status is Status.FAIL
     assert found.verdict.word is Word.CLEAN

@@ -37,7 +37,12 @@ class WindowLike(Protocol):
 
 def _finding(check: str, problem: str, good: str, evidence: Iterable[str] = ()) -> Finding:
     status = Status.FAIL if problem else Status.PASS
-    return Finding(check=f"behaviour.{check}", status=status, summary=problem or good, evidence=tuple(Evidence(text=t) for t in evidence))
+    return Finding(
+        check=f"behaviour.{check}",
+        status=status,
+        summary=problem or good,
+        evidence=tuple(Evidence(text=t) for t in evidence),
+    )
 
 
 def probe_ids(batch: int, length: int, vocabulary: int, seed: int = 0) -> Tensor:
@@ -91,12 +96,16 @@ def normalised(probabilities: Logits, *, length: int, vocabulary: int = 260) -> 
     return _finding("normalised", "; ".join(problems), f"probabilities over {vocabulary} ids sum to one")
 
 
-def scored_once(plan: Callable[[int, int, int], Iterable[WindowLike]], *, sizes: Sequence[tuple[int, int, int]] = ()) -> Finding:
+def scored_once(
+    plan: Callable[[int, int, int], Iterable[WindowLike]], *, sizes: Sequence[tuple[int, int, int]] = ()
+) -> Finding:
     """Judge by brute force whether a plan of windows prices every target exactly once.
 
     `plan(num_targets, window, stride)` yields windows; `sizes` are the triples tried, tails of every length by default.
     """
-    tried = sizes or [(n, w, s) for w, s in ((16, 16), (16, 4), (16, 5), (16, 1)) for n in (1, 3, 15, 16, 17, 31, 64, 79, 100)]
+    tried = sizes or [
+        (n, w, s) for w, s in ((16, 16), (16, 4), (16, 5), (16, 1)) for n in (1, 3, 15, 16, 17, 31, 64, 79, 100)
+    ]
     problems = []
     for num_targets, window, stride in tried:
         counts = [0] * (num_targets + 1)
@@ -106,7 +115,9 @@ def scored_once(plan: Callable[[int, int, int], Iterable[WindowLike]], *, sizes:
                 if 0 < target <= num_targets:
                     counts[target] += 1
                 else:
-                    problems.append(f"{num_targets} targets, window {window}, stride {stride}: target {target} does not exist")
+                    problems.append(
+                        f"{num_targets} targets, window {window}, stride {stride}: target {target} does not exist"
+                    )
         if twice := sum(count > 1 for count in counts[1:]):
             problems.append(f"{num_targets} targets, window {window}, stride {stride}: {twice} priced again")
         if never := counts[1:].count(0):
@@ -127,11 +138,22 @@ def batch_order(losses: Callable[[Tensor], Tensor], *, length: int, vocabulary: 
     turned = losses(ids.flip(0)).double().flip(0)
     alone = torch.cat([losses(row[None]).double() for row in ids])
     worst = max(float((whole - turned).abs().max()), float((whole - alone).abs().max()))
-    problem = f"the loss of a sequence moves by {worst:.3g} nats with the batch around it" if worst > TOLERANCE * length else ""
+    problem = (
+        f"the loss of a sequence moves by {worst:.3g} nats with the batch around it"
+        if worst > TOLERANCE * length
+        else ""
+    )
     return _finding("batch_order", problem, "losses do not depend on the batch around them")
 
 
-def round_trip(export: Callable[[], object], load: Callable[[object], Logits], reference: Logits, *, length: int, vocabulary: int = 260) -> Finding:
+def round_trip(
+    export: Callable[[], object],
+    load: Callable[[object], Logits],
+    reference: Logits,
+    *,
+    length: int,
+    vocabulary: int = 260,
+) -> Finding:
     """Judge whether a model that was exported and loaded again predicts what the stored weights say.
 
     `export()` stores and returns where; `load(where)` returns a model from there; `reference` is the model whose
@@ -141,11 +163,15 @@ def round_trip(export: Callable[[], object], load: Callable[[object], Logits], r
     with torch.no_grad():
         expected, loaded = reference(ids).float(), load(export()).__call__(ids).float()
     off = float((expected - loaded).abs().max())
-    problem = "" if off <= TOLERANCE else f"the loaded model's logits differ by {off:.3g} from those of the stored weights"
+    problem = (
+        "" if off <= TOLERANCE else f"the loaded model's logits differ by {off:.3g} from those of the stored weights"
+    )
     return _finding("round_trip", problem, "export, load and predict agree")
 
 
-def dead_parameters(model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor], *, length: int, vocabulary: int = 260) -> Finding:
+def dead_parameters(
+    model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor], *, length: int, vocabulary: int = 260
+) -> Finding:
     """Judge whether every parameter gets a gradient within a few steps; a copy of the model is trained, not the model.
 
     A note, not a rule: dead weight is allowed, it only costs bytes (the reference's BigramHash, spec section 7, item 1).
@@ -165,7 +191,14 @@ def dead_parameters(model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor
     evidence = tuple(Evidence(text=name) for name in dead[:12])
     if dead:
         summary = f"{len(dead)} tensors with {count:,} numbers never get a gradient"
-        return Finding(check="behaviour.dead_parameters", status=Status.FAIL, weight=Weight.NOTE, summary=summary, evidence=evidence, figures={"dead_numbers": count})
+        return Finding(
+            check="behaviour.dead_parameters",
+            status=Status.FAIL,
+            weight=Weight.NOTE,
+            summary=summary,
+            evidence=evidence,
+            figures={"dead_numbers": count},
+        )
     return Finding(check="behaviour.dead_parameters", status=Status.PASS, summary="every parameter gets a gradient")
 
 

@@ -60,7 +60,7 @@ def size_findings(submission: Submission) -> list[Finding]:
                 weight=Weight.RULE if worst > ARTIFACT_LIMIT_BYTES else Weight.NOTE,
                 summary="the cap is taken as 16 MiB; it is 16,000,000 bytes",
                 evidence=(Evidence(text=match[0]),),
-            )  # fmt: skip
+            )
         )
     return findings
 

@@ -1,5 +1,6 @@
 """Calls, as the abstract interpreter follows them: into functions and classes of the script, and methods of its values."""
 
+# ruff: noqa: ARG002 - the handlers of one table share one signature
 from __future__ import annotations
 
 import ast
@@ -171,9 +172,8 @@ class Calls(Library):
                 owner.payload = item
             owner.constant = UNKNOWN
         self.accumulate(node, incoming)
-        if not owner.models or owner.kind == "sequence":
-            if owner.kind != "optimizer":
-                absorb(owner, incoming)
+        if (not owner.models or owner.kind == "sequence") and owner.kind != "optimizer":
+            absorb(owner, incoming)
         return owner
 
     def _method_backward(self, owner: Value, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:

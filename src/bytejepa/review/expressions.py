@@ -401,9 +401,8 @@ class Expressions(Machine):
             and isinstance(owner.payload, list)
             and index.is_known
             and isinstance(index.constant, int)
-        ):
-            if -len(owner.payload) <= index.constant < len(owner.payload):
-                return owner.payload[index.constant]
+        ) and -len(owner.payload) <= index.constant < len(owner.payload):
+            return owner.payload[index.constant]
         if owner.kind == "sequence" and not (isinstance(node.slice, ast.Tuple)):
             item = self.element(owner)
             if item.kind != "data" or item.origin:

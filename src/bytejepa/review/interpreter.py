@@ -7,6 +7,7 @@ twice, so that what one iteration leaves behind reaches the next. The outcome is
 `rules` judges. Torch-free.
 """
 
+# ruff: noqa: ARG002 - the handlers of one table share one signature
 from __future__ import annotations
 
 import ast

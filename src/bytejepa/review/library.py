@@ -1,5 +1,6 @@
 """What library functions do to the values that the abstract interpreter follows: PyTorch, NumPy, the standard library."""
 
+# ruff: noqa: ARG002 - the handlers of one table share one signature
 from __future__ import annotations
 
 import ast

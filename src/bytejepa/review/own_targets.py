@@ -22,7 +22,9 @@ def review_artifact(path: Path) -> Review:
     except BytejepaError as problem:
         return _unreadable(path, "artifact", problem)
     findings = [
-        Finding(check="artifact.container", status=Status.PASS, summary=f"checksum right, sha256 {container.sha256[:16]}..."),
+        Finding(
+            check="artifact.container", status=Status.PASS, summary=f"checksum right, sha256 {container.sha256[:16]}..."
+        ),
         _budget(path),
         *_behaviour(path),
     ]
@@ -44,7 +46,11 @@ def review_run(path: Path) -> Review:
     findings += [_budget(artifact) for artifact in sorted(path.rglob("*.bjm"))]
     findings += _behaviour(path)
     values = [line["val_bpb_average"] for line in metrics if line.get("val_bpb_average") is not None]
-    facts: dict[str, Any] = {"mean_bpb": values[-1] if values else None, "num_seeds": 1, "seeds": [config.training.seed]}
+    facts: dict[str, Any] = {
+        "mean_bpb": values[-1] if values else None,
+        "num_seeds": 1,
+        "seeds": [config.training.seed],
+    }
     if metrics:
         facts |= {"steps": [metrics[-1].get("step")], "train_s": [metrics[-1].get("elapsed_s")]}
     return _review(path, "run", findings, facts)
@@ -52,16 +58,28 @@ def review_run(path: Path) -> Review:
 
 def _facts(metadata: dict[str, Any]) -> dict[str, Any]:
     scores = [value for key, value in metadata.items() if key.endswith("bpb") and isinstance(value, float)]
-    return {"mean_bpb": statistics.fmean(scores[-1:]) if scores else None, "num_seeds": 1, "seeds": [metadata.get("seed")]}
+    return {
+        "mean_bpb": statistics.fmean(scores[-1:]) if scores else None,
+        "num_seeds": 1,
+        "seeds": [metadata.get("seed")],
+    }
 
 
 def _review(path: Path, kind: str, findings: list[Finding], facts: dict[str, Any]) -> Review:
     name = path.resolve().name
-    return Review(target=name, kind=kind, title=name, verdict=judge(findings, _CLEAN), findings=tuple(findings), facts=facts)
+    return Review(
+        target=name, kind=kind, title=name, verdict=judge(findings, _CLEAN), findings=tuple(findings), facts=facts
+    )
 
 
 def _unreadable(path: Path, kind: str, problem: Exception) -> Review:
-    finding = Finding(check=f"{kind}.container", status=Status.FAIL, weight=Weight.AUTHOR, summary=str(problem), evidence=(Evidence(file=path.name),))
+    finding = Finding(
+        check=f"{kind}.container",
+        status=Status.FAIL,
+        weight=Weight.AUTHOR,
+        summary=str(problem),
+        evidence=(Evidence(file=path.name),),
+    )
     return _review(path, kind, [finding], {})
 
 
@@ -70,7 +88,12 @@ def _budget(path: Path) -> Finding:
 
     weights, code = path.stat().st_size, code_bytes()[1]
     total = weights + code
-    figures = {"weights_bytes": weights, "code_bytes": code, "largest_total_bytes": total, "limit_bytes": ARTIFACT_LIMIT_BYTES}
+    figures = {
+        "weights_bytes": weights,
+        "code_bytes": code,
+        "largest_total_bytes": total,
+        "limit_bytes": ARTIFACT_LIMIT_BYTES,
+    }
     over = total - ARTIFACT_LIMIT_BYTES
     summary = f"{weights:,} bytes of weights + {code:,} of zipped package = {total:,}, {abs(over):,} {'over' if over > 0 else 'under'} the cap"
     return Finding(check="budget.bytes", status=Status.FAIL if over > 0 else Status.PASS, summary=summary,
@@ -84,7 +107,14 @@ def _behaviour(path: Path) -> list[Finding]:
     try:
         model = bytejepa.load(path)
     except BytejepaError as problem:
-        return [Finding(check="behaviour.load", status=Status.FAIL, weight=Weight.AUTHOR, summary=f"no model can be built: {problem}")]
+        return [
+            Finding(
+                check="behaviour.load",
+                status=Status.FAIL,
+                weight=Weight.AUTHOR,
+                summary=f"no model can be built: {problem}",
+            )
+        ]
     return model_findings(model.eval())
 
 
@@ -106,5 +136,9 @@ def _metrics(metrics: list[dict[str, float]]) -> Finding:
         return Finding(check=check, status=Status.UNKNOWN, weight=Weight.AUTHOR, summary="metrics.jsonl is empty")
     steps = [line["step"] for line in metrics if "step" in line]
     if steps != sorted(steps):
-        return Finding(check=check, status=Status.FAIL, weight=Weight.AUTHOR, summary="the steps in metrics.jsonl do not rise")
-    return Finding(check=check, status=Status.PASS, summary=f"{len(metrics)} lines up to step {steps[-1] if steps else 0}")
+        return Finding(
+            check=check, status=Status.FAIL, weight=Weight.AUTHOR, summary="the steps in metrics.jsonl do not rise"
+        )
+    return Finding(
+        check=check, status=Status.PASS, summary=f"{len(metrics)} lines up to step {steps[-1] if steps else 0}"
+    )

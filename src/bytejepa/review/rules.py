@@ -139,7 +139,7 @@ def _training(facts: Facts, illegal: list[tuple[Event, Event, str]]) -> list[Fin
                 Finding(check=check, status=Status.PASS, summary=f"no {what} that a score could profit from")
             )
             continue
-        step, score, how = cases[0]
+        step, _score, how = cases[0]
         summary = f"{what} {_HOW[how]} (in {step.stack[-1]})"
         evidence = facts.evidence([case[0] for case in cases], "step") + facts.evidence(
             [case[1] for case in cases], "score"
