@@ -29,8 +29,8 @@ from bytejepa.artifact.container import (
     write_container,
 )
 from bytejepa.artifact.packing import CODECS, StoredTensor
-from bytejepa.model.quantization import QuantizedMatrix, dequantize, quantize_rows
 from bytejepa.errors import ArtifactError
+from bytejepa.model.quantization import QuantizedMatrix, dequantize, quantize_rows
 
 torch.set_num_threads(1)
 

@@ -24,8 +24,8 @@ from bytejepa.artifact.packing import (
     store_tensors,
     unpack,
 )
-from bytejepa.model.quantization import ClipRule, QuantizedMatrix, dequantize, quantize_rows
 from bytejepa.errors import ArtifactError
+from bytejepa.model.quantization import ClipRule, QuantizedMatrix, dequantize, quantize_rows
 
 torch.set_num_threads(1)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from bytejepa.errors import ArtifactError
 from bytejepa.model.quantization import (
     CLIP_MAX,
     CLIP_MEAN_SQUARED_ERROR,
@@ -24,7 +25,6 @@ from bytejepa.model.quantization import (
     row_scales,
     to_float16,
 )
-from bytejepa.errors import ArtifactError
 
 torch.set_num_threads(1)
 

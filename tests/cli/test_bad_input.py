@@ -93,7 +93,6 @@ def test_validation_shards_are_looked_at_before_training(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.xfail(reason="the trainer does not check validation ids: training/trainer.py, _validation_ids")
 def test_validation_ids_are_checked_before_training(refuses: Refuses, shards: Path, tmp_path: Path) -> None:
     words = damaged(shards, "val", "ids over 259")
     assert words in refuses(DATA, "train", *MINIMAL, "--data", shards, "--out", tmp_path / "run")

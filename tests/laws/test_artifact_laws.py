@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bytejepa.artifact.container import container_from_bytes, container_to_bytes
 from bytejepa.artifact.packing import CODECS, StoredTensor, pack, restore, unpack
+from bytejepa.errors import ArtifactError
 from bytejepa.model.quantization import (
     CLIP_MAX,
     CLIP_MEAN_SQUARED_ERROR,
@@ -20,7 +21,6 @@ from bytejepa.model.quantization import (
     fake_quantize_rows,
     quantize_rows,
 )
-from bytejepa.errors import ArtifactError
 
 torch.set_num_threads(1)
 

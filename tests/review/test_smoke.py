@@ -58,7 +58,7 @@ def test_a_script_that_cannot_be_imported_needs_its_author(tmp_path) -> None:
     ],
 )
 def test_the_bounds_hold(source: str, tmp_path) -> None:
-    result = smoke(tmp_path, source, wall_s=8.0 if "while" in source else 60.0)
+    result = smoke(tmp_path, source, wall_s=3.0 if "while" in source else 60.0)
     assert result["stage"] == "prepared", result
     assert result["error"]
     assert "network namespace" in result["isolation"]

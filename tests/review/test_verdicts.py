@@ -306,7 +306,10 @@ def test_the_compressor_fallback_is_noted_or_needs_the_author(tmp_path) -> None:
     noted = review(Folder(source=source, compressor="zstd").write(tmp_path / "a"))
     assert noted.verdict.word is Word.CLEAN
     assert noted.finding("source.compressor_fallback").status is Status.FAIL
-    assert review(Folder(source=source, compressor="zlib").write(tmp_path / "b")).verdict.word is Word.AUTHOR
+    silent = Folder(source=source).write(tmp_path / "b")
+    for log in silent.glob("*.log"):
+        log.write_text(log.read_text().replace("int6+lzma", "int6"))
+    assert review(silent).verdict.word is Word.AUTHOR
     firm = FALLBACK.replace('COMPRESSOR = "zlib"', "raise")
     assert (
         review(Folder(source=script(imports=firm, compress=PACK)).write(tmp_path / "c"))

@@ -189,6 +189,23 @@ class Attention(nn.Module):
         q, k = normalize_and_rotate(qk, cosines, sines, gain).split((H, G), dim=2)
         return q, k, v
 
+    def project_tail(
+        self,
+        x: Float[Tensor, "B T D"],
+        cosines: Float[Tensor, "T half"],
+        sines: Float[Tensor, "T half"],
+        *,
+        first_query: int,
+        norm_scale: float,
+    ) -> tuple[Float[Tensor, "B N H E"], Float[Tensor, "B T G E"], Float[Tensor, "B T G E"]]:
+        """Return what `project` does, with queries of the positions from `first_query` on only."""
+        H, G, E = self.num_heads, self.num_kv_heads, self.head_dim
+        tail = F.linear(x[:, first_query:], (self.query.weight * norm_scale).to(x.dtype)).unflatten(-1, (H, E))
+        q = normalize_and_rotate(tail, cosines[first_query:], sines[first_query:], self.query_gain)
+        weight = torch.cat((self.key.weight, self.value.weight))
+        k, v = F.linear(x, (weight * norm_scale).to(x.dtype)).unflatten(-1, (2 * G, E)).split((G, G), dim=2)
+        return q, normalize_and_rotate(k, cosines, sines, self.query_gain.new_ones(G)), v
+
     def merge(
         self,
         y: Float[Tensor, "B T H E"],

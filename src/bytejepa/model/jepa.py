@@ -168,7 +168,8 @@ def effective_rank(target: Float[Tensor, "B C Z"]) -> Tensor:
     Source: Roy and Vetterli, "The effective rank" (2007), on the covariance's spectrum.
     """
     samples = target.float().flatten(0, 1)
-    samples = samples - samples.mean(0)
+    # a diverging run must get as far as saying so: the decomposition refuses what is not finite
+    samples = torch.nan_to_num(samples - samples.mean(0))
     spectrum = torch.linalg.svdvals(samples).square()
     share = spectrum / spectrum.sum().clamp_min(1e-12)
     return torch.exp(torch.special.entr(share).sum())

@@ -152,9 +152,9 @@ class ByteLM(nn.Module):
             if skips and self.skip_weights is not None:
                 x = torch.addcmul(x, self.skip_weights[layer - self.num_encoder_layers].to(x.dtype), skips.pop())
             if scored_tail is not None and layer == len(self.blocks) - 1:
-                return self._last_block_tail(
-                    block, x, x0, cosines, sines, masks[windows[layer]], self._kept_tail(length, scored_tail)
-                )
+                document_ids = None if starts is None else starts.cumsum(1, dtype=torch.int32)
+                mask = attention_mask(length, windows[layer], document_ids, x.device)
+                return self._last_block_tail(block, x, x0, cosines, sines, mask, self._kept_tail(length, scored_tail))
             x = block(x, x0, cosines, sines, backend=backend, mask=masks[windows[layer]])
         return x
 
@@ -184,20 +184,21 @@ class ByteLM(nn.Module):
         return length - first
 
     def _last_block_tail(
-        self, block: nn.Module, x: Tensor, x0: Tensor, cosines: Tensor, sines: Tensor, mask: Mask, kept: int
+        self, block: nn.Module, x: Tensor, x0: Tensor, cosines: Tensor, sines: Tensor, mask: Tensor | None, kept: int
     ) -> Tensor:
         assert isinstance(block, Block)
-        length = x.size(1)
         x = block.mix(x, x0)
-        q, k, v = block.attention.project(rms_norm(x), cosines, sines, norm_scale=block.norm_scale)
+        first = x.size(1) - kept
+        q, k, v = block.attention.project_tail(
+            rms_norm(x), cosines, sines, first_query=first, norm_scale=block.norm_scale
+        )
         if mask is None:
-            position = torch.arange(length, device=x.device)
-            mask = (position[length - kept :, None] >= position)[None, None]
-        elif isinstance(mask, Tensor):
-            mask = mask[:, :, length - kept :]
-        y = masked_attention(q[:, length - kept :], k, v, mask)
-        x = x[:, length - kept :]
-        x = block.attention.merge(y, v[:, length - kept :], x, block.attention_scale)
+            position = torch.arange(x.size(1), device=x.device)
+            mask = (position[first:, None] >= position)[None, None]
+        else:
+            mask = mask[:, :, first:]
+        y = masked_attention(q, k, v, mask)
+        x = block.attention.merge(y, v[:, first:], x[:, first:], block.attention_scale)
         return block.mlp(rms_norm(x), x, norm_scale=block.norm_scale, scale=block.mlp_scale)
 
     def _inject_tail(self, x: Tensor, length: int, scored_tail: int, starts: Tensor | None) -> Tensor:

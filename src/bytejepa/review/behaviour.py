@@ -161,7 +161,7 @@ def round_trip(
     """
     ids = probe_ids(1, length, vocabulary)
     with torch.no_grad():
-        expected, loaded = reference(ids).float(), load(export()).__call__(ids).float()
+        expected, loaded = reference(ids).float(), load(export())(ids).float()
     off = float((expected - loaded).abs().max())
     problem = (
         "" if off <= TOLERANCE else f"the loaded model's logits differ by {off:.3g} from those of the stored weights"
@@ -181,7 +181,7 @@ def dead_parameters(
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
     for step in range(GRADIENT_STEPS):
         optimizer.zero_grad(set_to_none=True)
-        loss(student, probe_ids(2, length, vocabulary, seed=step)).backward()  # type: ignore[no-untyped-call]
+        loss(student, probe_ids(2, length, vocabulary, seed=step)).backward()
         for name, parameter in student.named_parameters():
             if parameter.grad is not None:
                 largest[name] = max(largest[name], float(parameter.grad.abs().max()))

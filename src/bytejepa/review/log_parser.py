@@ -114,7 +114,10 @@ def parse_log(text: str, file: str) -> TrainingLog:
     found: dict[str, Any] = dict.fromkeys(
         ("seed", "steps", "planned", "train_s", "step_ms", "code", "model", "total", "line", "parameters")
     )
-    compressor, scores, settings, counts = "", [], {}, {}
+    compressor = ""
+    scores: list[ScoreLine] = []
+    settings: dict[str, Any] = {}
+    counts: dict[str, int] = {}
     for number, raw in enumerate(text.splitlines(), start=1):
         line = raw.strip()[:2000]
         if not line or line.startswith("#"):
@@ -129,18 +132,17 @@ def parse_log(text: str, file: str) -> TrainingLog:
             found["step_ms"] = float(match[1])
         if match := _SIZE.match(line):
             compressor = _sizes(match, number, found) or compressor
-        if (match := _SEED.search(line)) and found["seed"] is None:
+        if found["seed"] is None and not re.search(r"[(\[{]", line) and (match := _SEED.search(line)):
             found["seed"] = int(match[1])
         if match := _PARAMETERS.search(line):
             found["parameters"] = _integer(match[1])
         for name, pattern in _COUNTS.items():
             if match := pattern.search(line):
                 counts[name] = _integer(next(group for group in match.groups() if group))
-        settings |= _settings(line)
+        if found["steps"] is None:  # what is printed during training differs from seed to seed
+            settings |= _settings(line)
     seed_in_name = re.search(r"seed[_-]?(\d+)|_s(\d+)\b", file)
-    seed = found["seed"] if found["seed"] is not None else settings.pop("seed", None)
-    if seed is None and seed_in_name:
-        seed = int(seed_in_name[1] or seed_in_name[2])
+    seed = int(seed_in_name[1] or seed_in_name[2]) if seed_in_name else found["seed"]
     return TrainingLog(
         file=file, seed=seed, scores=tuple(scores), steps=found["steps"], planned_steps=found["planned"], train_s=found["train_s"],
         step_ms=found["step_ms"], code_bytes=found["code"], model_bytes=found["model"], total_bytes=found["total"],

@@ -278,7 +278,11 @@ def coverage_findings(facts: Facts) -> list[Finding]:
         findings.append(
             Finding(check="source.coverage", status=Status.PASS, summary="no cut of the validation split in the source")
         )
-    late = [e for e in facts.of("forward") if e.value.has(TRAINING) and _in_evaluation(facts, e)]
+    late = [
+        e
+        for e in facts.of("forward")
+        if e.value.has(TRAINING) and VALIDATION not in e.value.labels and _in_evaluation(facts, e)
+    ]
     if late:
         findings.append(Finding(check="source.training_data_at_evaluation", status=Status.FAIL,
                                 summary="training data is used after the artifact was loaded", evidence=facts.evidence(late)))  # fmt: skip

@@ -53,7 +53,7 @@ def block_the_outside() -> None:
 class StandIn(types.ModuleType):
     """A module in which every name exists: attention falls back to PyTorch's own, decorators change nothing."""
 
-    __path__: list[str] = []
+    __path__: list[str] = []  # noqa: RUF012 - what makes it a package
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -89,9 +89,10 @@ def install_stand_ins() -> list[str]:
 
     torch.set_num_threads(1)
     if not torch.cuda.is_available():
-        torch.cuda.synchronize = torch.cuda.empty_cache = torch.cuda.set_device = lambda *_, **__: None
-        torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
-        torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
+        for name in ("synchronize", "empty_cache", "set_device"):
+            setattr(torch.cuda, name, lambda *_, **__: None)
+        torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+        torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
         torch.compile = lambda model=None, **_: model if model is not None else (lambda f: f)  # type: ignore[assignment]
         replaced.append("cuda")
     return replaced

@@ -72,7 +72,7 @@ def compressor_findings(facts: Facts, logs_name_compressor: str) -> list[Finding
             if name is None or not _falls_back(node, module):
                 continue
             evidence = (Evidence(file=module.file, line=node.lineno, text=module.line(node.lineno + 1)),)
-            if logs_name_compressor and logs_name_compressor in ("zstd", "zstandard", "brotli", "lzma"):
+            if logs_name_compressor:
                 return [Finding(check=check, status=Status.FAIL, weight=Weight.NOTE, evidence=evidence,
                                 summary=f"without {name} the script silently uses another compressor; the logs show {logs_name_compressor}")]  # fmt: skip
             return [Finding(check=check, status=Status.FAIL, weight=Weight.AUTHOR, evidence=evidence,
@@ -85,7 +85,7 @@ def _reached(facts: Facts, module: Module, kind: type[ast.AST]) -> Iterator[ast.
 
 
 def _imports(body: list[ast.stmt]) -> list[str]:
-    names = []
+    names: list[str] = []
     for node in body:
         if isinstance(node, ast.Import):
             names.extend(item.name.partition(".")[0] for item in node.names)

@@ -171,8 +171,9 @@ class _Literals:
 
     @staticmethod
     def _sum(left: Any, right: Any) -> Any:
-        if isinstance(left, str | bytes | list | int) and type(left) is type(right):
-            return left + right
+        for kind in (str, bytes, list, int):
+            if isinstance(left, kind) and isinstance(right, kind):
+                return left + right  # type: ignore[operator]
         raise Closed("a sum of different types")
 
     def _call(self, node: ast.Call, depth: int) -> Any:

@@ -82,8 +82,13 @@ class RunFolder:
             raise CheckpointError(f"{self.config_path}: damaged: {problem}") from None
 
     def read_manifest(self) -> dict[str, Any]:
-        """Return the run's manifest, empty if there is none."""
-        return json.loads(self.manifest_path.read_text(encoding="utf-8")) if self.manifest_path.is_file() else {}
+        """Return the run's manifest, empty if there is none. Raises: CheckpointError if it is damaged."""
+        if not self.manifest_path.is_file():
+            return {}
+        try:
+            return json.loads(self.manifest_path.read_text(encoding="utf-8"))
+        except ValueError as problem:
+            raise CheckpointError(f"{self.manifest_path}: damaged: {problem}") from None
 
     def read_metrics(self) -> list[dict[str, float]]:
         """Return the lines of metrics.jsonl; a last line cut off by a kill is left out."""

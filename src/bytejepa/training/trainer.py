@@ -97,7 +97,7 @@ class Trainer:
 
     def _validation_ids(self, data: Path) -> npt.NDArray[np.uint16] | None:
         try:
-            stream = IdStream.open(data, "val")
+            stream = IdStream.open(data, "val", check=True)
         except DataError:
             if self.config.training.validate_every_steps is not None:
                 raise

@@ -1,0 +1,268 @@
+"""Training: what stops it, what leaves no trace, and that each option of the recipe takes effect."""
+
+import json
+
+import pytest
+import torch
+
+from bytejepa.bits import bits_from_nats
+from bytejepa.config import RunConfig, replace
+from bytejepa.errors import CheckpointError, ConfigError
+from bytejepa.model.initialization import initialize
+from bytejepa.model.quantization import CLIP_MAX, dequantize, quantize_rows
+from bytejepa.model.transformer import ByteLM
+from bytejepa.training import checkpoint
+from bytejepa.training.averaging import WeightAverage
+from bytejepa.training.clock import Clock
+from bytejepa.training.distributed import Ranks
+from bytejepa.training.gradient_step import GradientStep, averaged_weights
+from bytejepa.training.muon import Muon, orthogonalize
+from bytejepa.training.runlog import METRICS, RunFolder
+from bytejepa.training.runs import train
+
+
+def weights(run, part="model"):
+    folder = RunFolder(run).checkpoints_path
+    return checkpoint.read(folder, checkpoint.steps_on_disk(folder)[0]).part(part)
+
+
+def quiet(config: RunConfig, **sections) -> RunConfig:
+    sections["training"] = {"validate_every_steps": None, "validation_bytes": 200, **sections.get("training", {})}
+    return replace(config, **sections)
+
+
+def test_it_learns(minimal_config, embedded_shards, tmp_path) -> None:
+    config = quiet(minimal_config, schedule={"steps": 40}, training={"log_every_steps": 1})
+    result = train(config, embedded_shards, tmp_path / "run")
+    losses = [line["train_bpb"] for line in RunFolder(tmp_path / "run").read_metrics() if "train_bpb" in line]
+    assert losses[0] == pytest.approx(8.0, abs=0.1)
+    assert sum(losses[-5:]) / 5 < 5.5
+    assert result.steps == 40
+    assert result.num_bytes == 40 * config.data.batch_bytes
+
+
+def test_the_log_declares_every_key_and_the_folder_says_where_it_ran(minimal_run) -> None:
+    folder = RunFolder(minimal_run)
+    assert folder.read_metrics()
+    for line in folder.read_metrics():
+        assert set(line) <= set(METRICS)
+        if "train_bpb" in line:
+            assert line["train_bpb"] == pytest.approx(bits_from_nats(line["train_loss_nats"]))
+    manifest = json.loads(folder.manifest_path.read_text())
+    assert {"fingerprint", "versions", "platform", "data", "attention", "git_commit"} <= set(manifest)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        ({"steps": 5, "max_bytes": 10**9}, 5),
+        ({"steps": None, "max_bytes": 3 * 256}, 3),
+        ({"steps": 100, "max_bytes": 700}, 3),
+    ],
+)
+def test_it_stops_at_whichever_bound_comes_first(schedule, steps, minimal_config, embedded_shards, tmp_path) -> None:
+    result = train(quiet(minimal_config, schedule=schedule), embedded_shards, tmp_path / "run")
+    assert result.steps == steps
+
+
+def test_a_wallclock_cap_ends_the_run_with_the_learning_rate_near_zero(
+    minimal_config, embedded_shards, tmp_path
+) -> None:
+    config = quiet(minimal_config, schedule={"steps": None, "max_wallclock_s": 1.0}, training={"log_every_steps": 1})
+    result = train(config, embedded_shards, tmp_path / "run")
+    last = [line for line in RunFolder(tmp_path / "run").read_metrics() if "learning_rate_scale" in line][-1]
+    assert 1.0 <= result.elapsed_s < 3.0
+    assert last["learning_rate_scale"] == pytest.approx((1 - last["progress"]) / config.schedule.warmdown_fraction)
+    assert last["learning_rate_scale"] < 0.3
+
+
+def test_warmup_steps_leave_no_trace(minimal_config, embedded_shards, tmp_path) -> None:
+    for name, steps in (("cold", 0), ("warm", 3)):
+        train(quiet(minimal_config, training={"warmup_steps": steps}), embedded_shards, tmp_path / name)
+    for part in ("model", "average", "optimizer"):
+        assert checkpoint.same_tensors(weights(tmp_path / "cold", part), weights(tmp_path / "warm", part))
+    cold, warm = (RunFolder(tmp_path / name).read_metrics() for name in ("cold", "warm"))
+    assert [line.get("train_loss_nats") for line in cold] == [line.get("train_loss_nats") for line in warm]
+
+
+def test_seeds_differ_and_repeat(minimal_config, embedded_shards, tmp_path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(quiet(minimal_config, training={"seed": seed}), embedded_shards, tmp_path / name)
+    assert checkpoint.same_tensors(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not checkpoint.same_tensors(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_micro_batches_give_the_gradient_of_the_whole(minimal_config) -> None:
+    config = replace(minimal_config, jepa={"sigreg_group_sequences": 1})
+    ids = torch.randint(4, 260, (4, 65), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for micro in (None, 64, 128):
+        chosen = replace(config, data={"micro_batch_bytes": micro})
+        model = initialize(ByteLM(chosen), 3)
+        losses = GradientStep(model, chosen, compile=False)(ids[:, :-1], ids[:, 1:], jepa_lambda=0.1)
+        gradients.append([losses.ce, losses.sigreg, *(p.grad for p in model.parameters())])
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_sequences_grow_during_the_run(minimal_config, embedded_shards, tmp_path) -> None:
+    config = quiet(
+        minimal_config, data={"sequence_bytes": 32, "sequence_growth": ((0.5, 64),)}, training={"log_every_steps": 1}
+    )
+    train(config, embedded_shards, tmp_path / "run")
+    lines = [line for line in RunFolder(tmp_path / "run").read_metrics() if "sequence_bytes" in line]
+    assert [line["sequence_bytes"] for line in lines] == [32, 32, 32, 64, 64, 64]
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(
+    minimal_config, embedded_shards, tmp_path
+) -> None:
+    config = quiet(
+        minimal_config,
+        optimizer={"scalar_lr": 1e38, "embedding_lr": 1e38, "gradient_clip": None},
+        training={"checkpoint_every_s": 0.0},
+    )
+    with pytest.raises(CheckpointError, match=r"step \d+: the loss is .* training stopped, .*checkpoint"):
+        train(config, embedded_shards, tmp_path / "run")
+    for step in checkpoint.steps_on_disk(RunFolder(tmp_path / "run").checkpoints_path):
+        saved = checkpoint.read(RunFolder(tmp_path / "run").checkpoints_path, step)
+        assert saved.position.step == step
+
+
+def test_an_existing_run_is_refused_and_replaced_only_by_force(minimal_config, embedded_shards, tmp_path) -> None:
+    config = quiet(minimal_config, schedule={"steps": 2})
+    train(config, embedded_shards, tmp_path / "run")
+    with pytest.raises(CheckpointError, match="not empty"):
+        train(config, embedded_shards, tmp_path / "run")
+    train(config, embedded_shards, tmp_path / "run", force=True)
+
+
+def test_bfloat16_on_a_cpu_is_refused(minimal_config, embedded_shards, tmp_path) -> None:
+    config = replace(minimal_config, training={"precision": "bfloat16", "device": "cpu"})
+    with pytest.raises(ConfigError, match="bfloat16 needs a CUDA device"):
+        train(config, embedded_shards, tmp_path / "run")
+
+
+def test_checkpoints_keep_the_newest_few(minimal_config, embedded_shards, tmp_path) -> None:
+    config = quiet(minimal_config, training={"checkpoint_every_s": 0.0, "keep_checkpoints": 2})
+    train(config, embedded_shards, tmp_path / "run")
+    assert checkpoint.steps_on_disk(RunFolder(tmp_path / "run").checkpoints_path) == [6, 5]
+
+
+def test_ema_and_swa_are_what_they_say() -> None:
+    model = torch.nn.Linear(3, 2, bias=False)
+    from bytejepa.config import TrainingConfig
+
+    ema = WeightAverage(model, TrainingConfig(ema_decay=0.9, ema_warmup=False))
+    swa = WeightAverage(model, TrainingConfig(ema_decay=None, swa_start=0.5, swa_every_steps=2))
+    expected, samples = model.weight.detach().clone(), []
+    for step in range(1, 11):
+        with torch.no_grad():
+            model.weight += step
+        expected = 0.9 * expected + 0.1 * model.weight.detach()
+        at = step / 10
+        if at >= 0.5 and step % 2 == 0:
+            samples.append(model.weight.detach().clone())
+        ema.update(step=step, progress=at)
+        swa.update(step=step, progress=at)
+    torch.testing.assert_close(ema.average[0], expected)
+    torch.testing.assert_close(swa.average[0], torch.stack(samples).mean(0))
+    before = model.weight.detach().clone()
+    with averaged_weights(model, swa.average):
+        torch.testing.assert_close(model.weight.detach(), swa.average[0])
+    assert torch.equal(model.weight, before)
+
+
+def quantized_loss(config: RunConfig, *, compile: bool) -> tuple[float, float, float]:  # noqa: A002 - torch's word
+    model = initialize(ByteLM(config), 0)
+    ids = torch.randint(4, 260, (2, 65), generator=torch.Generator().manual_seed(0))
+    step = GradientStep(model, config, compile=compile)
+    plain = float(step(ids[:, :-1], ids[:, 1:], jepa_lambda=0.0, quantized=False).ce)
+    through = float(step(ids[:, :-1], ids[:, 1:], jepa_lambda=0.0, quantized=True).ce)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("blocks.") and parameter.ndim == 2 and not name.endswith("residual_mix"):
+                rounded = quantize_rows(parameter, bits=config.artifact.matrix_bits, clip=CLIP_MAX)
+                parameter.copy_(dequantize(rounded))
+        return plain, through, float(model.losses(ids[:, :-1], ids[:, 1:]).ce)
+
+
+def test_quantization_aware_training_sees_the_quantized_weights(minimal_config) -> None:
+    plain, through, quantized = quantized_loss(replace(minimal_config, artifact={"matrix_bits": 2}), compile=False)
+    assert through == pytest.approx(quantized, abs=1e-6)
+    assert abs(through - plain) > 1e-5
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_quantization_aware_training_takes_effect_when_compiled(minimal_config) -> None:
+    plain, through, quantized = quantized_loss(replace(minimal_config, artifact={"matrix_bits": 2}), compile=True)
+    assert through == pytest.approx(quantized, abs=1e-5)
+    assert abs(through - plain) > 1e-5
+
+
+def test_late_quantization_begins_where_it_says(minimal_config, embedded_shards, tmp_path) -> None:
+    for name, start in (("never", None), ("late", 0.5)):
+        config = quiet(minimal_config, artifact={"matrix_bits": 2}, training={"qat_start": start, "log_every_steps": 1})
+        train(config, embedded_shards, tmp_path / name)
+    never, late = (
+        [line["train_loss_nats"] for line in RunFolder(tmp_path / name).read_metrics() if "train_loss_nats" in line]
+        for name in ("never", "late")
+    )
+    assert never[:3] == late[:3]
+    assert never[3] != late[3]
+
+
+def test_orthogonalize_brings_singular_values_near_one_whatever_the_shape() -> None:
+    random = torch.Generator().manual_seed(0)
+    for shape in ((5, 32, 32), (3, 16, 48), (3, 48, 16), (24, 8)):
+        result = orthogonalize(torch.randn(shape, generator=random))
+        singular = torch.linalg.svdvals(result)
+        assert singular.min() > 0.3
+        assert singular.max() < 1.4
+
+
+def test_batched_muon_is_muon_matrix_by_matrix() -> None:
+    random = torch.Generator().manual_seed(1)
+    shapes = [(16, 16), (16, 16), (32, 16), (16, 32), (8, 16)]
+    initial = [torch.randn(shape, generator=random) for shape in shapes]
+    settings = {"learning_rate": 0.1, "weight_decay": 0.1, "newton_schulz_steps": 5, "ranks": Ranks()}
+    together = [torch.nn.Parameter(w.clone()) for w in initial]
+    apart = [torch.nn.Parameter(w.clone()) for w in initial]
+    batched = Muon([(str(i), p) for i, p in enumerate(together)], **settings)
+    single = [Muon([(str(i), p)], **settings) for i, p in enumerate(apart)]
+    for _ in range(3):
+        for p, q in zip(together, apart, strict=True):
+            p.grad = torch.randn(p.shape, generator=random)
+            q.grad = p.grad.clone()
+        batched.step(learning_rate_scale=1.0, momentum=0.9, clip=torch.tensor(1.0))
+        for muon in single:
+            muon.step(learning_rate_scale=1.0, momentum=0.9, clip=torch.tensor(1.0))
+    for p, q in zip(together, apart, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_the_clock_replays_its_log_and_drops_a_line_that_was_cut_off(tmp_path) -> None:
+    log = tmp_path / "clock.log"
+    log.write_text("0.0\n1.5\n2.2")
+    clock = Clock(log)
+    assert [clock.read(0), clock.read(1)] == [0.0, 1.5]
+    live = clock.read(2)
+    assert 1.5 <= live < 2.0
+    clock.pause()
+    clock.close()
+    assert log.read_text().splitlines()[:2] == ["0.0", "1.5"]
+    assert Clock(log).read(2) == live
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_training_takes_the_same_steps(minimal_config, embedded_shards, tmp_path) -> None:
+    for mode in ("off", "on"):
+        train(quiet(minimal_config, training={"compile": mode, "log_every_steps": 1}), embedded_shards, tmp_path / mode)
+    eager, compiled = (
+        [line["train_loss_nats"] for line in RunFolder(tmp_path / mode).read_metrics() if "train_loss_nats" in line]
+        for mode in ("off", "on")
+    )
+    assert compiled == pytest.approx(eager, abs=1e-3)
