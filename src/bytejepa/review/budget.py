@@ -146,22 +146,47 @@ def time_findings(submission: Submission) -> list[Finding]:
     findings = []
     train = [(log.train_s, log.file) for log in submission.logs if log.train_s is not None]
     if not train:
-        findings.append(Finding(check="budget.train_seconds", status=Status.UNKNOWN, weight=Weight.NOTE if submission.is_non_record else Weight.AUTHOR,
-                                summary="no log says how long training took"))  # fmt: skip
+        findings.append(
+            Finding(
+                check="budget.train_seconds",
+                status=Status.UNKNOWN,
+                weight=Weight.NOTE if submission.is_non_record else Weight.AUTHOR,
+                summary="no log says how long training took",
+            )
+        )
     else:
         worst = max(seconds for seconds, _ in train)
         over = tuple(
             Evidence(file=f, text=f"{s:.1f} s of training") for s, f in train if s > TIME_LIMIT_S + STEP_TOLERANCE_S
         )
-        findings.append(Finding(check="budget.train_seconds", status=Status.FAIL if over else Status.PASS, weight=weight, evidence=over,
-                                summary=f"training took {'up to ' if len(train) > 1 else ''}{worst:.1f} s of 600 s", figures={"train_s": worst}))  # fmt: skip
+        findings.append(
+            Finding(
+                check="budget.train_seconds",
+                status=Status.FAIL if over else Status.PASS,
+                weight=weight,
+                evidence=over,
+                summary=f"training took {'up to ' if len(train) > 1 else ''}{worst:.1f} s of 600 s",
+                figures={"train_s": worst},
+            )
+        )
     seconds = [(_evaluation_seconds(log), log) for log in submission.logs if _evaluation_seconds(log) is not None]
     if seconds:
         worst = max(value for value, _ in seconds if value is not None)
-        over = tuple(Evidence(file=log.file, line=log.final.line if log.final else None, text=f"{value:.1f} s of evaluation")
-                     for value, log in seconds if value is not None and value > TIME_LIMIT_S)  # fmt: skip
-        findings.append(Finding(check="budget.evaluation_seconds", status=Status.FAIL if over else Status.PASS, weight=weight, evidence=over,
-                                summary=f"the reported evaluation took {worst:.1f} s of 600 s", figures={"evaluation_s": worst}))  # fmt: skip
+        over = tuple(
+            Evidence(file=log.file, line=log.final.line if log.final else None, text=f"{value:.1f} s of evaluation")
+            for value, log in seconds
+            if value is not None and value > TIME_LIMIT_S
+        )
+        findings.append(
+            Finding(
+                check="budget.evaluation_seconds",
+                status=Status.FAIL if over else Status.PASS,
+                weight=weight,
+                evidence=over,
+                summary=f"the reported evaluation took {worst:.1f} s of 600 s",
+                figures={"evaluation_s": worst},
+            )
+        )
     else:
         findings.append(
             Finding(
@@ -191,10 +216,16 @@ def _evaluation_seconds(log: TrainingLog) -> float | None:
 
 def folder_findings(submission: Submission) -> list[Finding]:
     """Judge whether everything that a submission needs is there."""
-    missing = [name for name, there in (
-        ("README.md", bool(submission.readme)), ("submission.json", not submission.claims_problem.startswith("there is no")),
-        ("train_gpt.py", submission.script is not None), ("a training log", bool(submission.logs)),
-    ) if not there]  # fmt: skip
+    missing = [
+        name
+        for name, there in (
+            ("README.md", bool(submission.readme)),
+            ("submission.json", not submission.claims_problem.startswith("there is no")),
+            ("train_gpt.py", submission.script is not None),
+            ("a training log", bool(submission.logs)),
+        )
+        if not there
+    ]
     if missing:
         return [
             Finding(
@@ -205,12 +236,26 @@ def folder_findings(submission: Submission) -> list[Finding]:
             )
         ]
     if submission.claims_problem:
-        return [Finding(check="folder.complete", status=Status.FAIL, weight=Weight.AUTHOR, summary=submission.claims_problem,
-                        evidence=(Evidence(file="submission.json"),))]  # fmt: skip
+        return [
+            Finding(
+                check="folder.complete",
+                status=Status.FAIL,
+                weight=Weight.AUTHOR,
+                summary=submission.claims_problem,
+                evidence=(Evidence(file="submission.json"),),
+            )
+        ]
     empty = [log.file for log in submission.logs if not log.scores]
     if len(empty) == len(submission.logs):
-        return [Finding(check="folder.complete", status=Status.FAIL, weight=Weight.AUTHOR, summary="no log reports a val_bpb",
-                        evidence=tuple(Evidence(file=file) for file in empty))]  # fmt: skip
+        return [
+            Finding(
+                check="folder.complete",
+                status=Status.FAIL,
+                weight=Weight.AUTHOR,
+                summary="no log reports a val_bpb",
+                evidence=tuple(Evidence(file=file) for file in empty),
+            )
+        ]
     return [
         Finding(
             check="folder.complete",

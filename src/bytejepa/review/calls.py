@@ -27,9 +27,28 @@ SELF_METHODS = {
     "to", "cuda", "cpu", "eval", "train", "float", "half", "bfloat16", "double", "requires_grad_", "zero_", "share_memory_", "module",
 }  # fmt: skip
 TAKING_METHODS = {
-    "append", "extend", "add", "add_", "copy_", "fill_", "index_copy_", "index_add_", "scatter_", "scatter_add_", "appendleft", "insert",
-    "put_", "masked_scatter_", "sub_", "mul_", "index_put_", "setdefault", "update", "addmm_", "bitwise_xor_",
-}  # fmt: skip
+    "append",
+    "extend",
+    "add",
+    "add_",
+    "copy_",
+    "fill_",
+    "index_copy_",
+    "index_add_",
+    "scatter_",
+    "scatter_add_",
+    "appendleft",
+    "insert",
+    "put_",
+    "masked_scatter_",
+    "sub_",
+    "mul_",
+    "index_put_",
+    "setdefault",
+    "update",
+    "addmm_",
+    "bitwise_xor_",
+}
 FILLING_METHODS = {"scatter_add_", "index_add_", "scatter_", "index_put_", "put_", "scatter_reduce_"}
 MAX_ITEMS = 16
 """Items of a list that are kept apart; more of them add nothing new."""

@@ -31,8 +31,6 @@ from bytejepa.review.values import (
 )
 
 MAX_CONSTANT_LENGTH = 1_000_000
-SMALLEST_SUBSET = 65_536
-"""A constant upper bound from here on is a deliberate part of the split, not a warm-up batch."""
 
 OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -383,97 +381,6 @@ class Expressions(Machine):
     def turns_gradients_off(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
         """Return whether a decorator switches gradients off."""
         return any("no_grad" in (text := ast.unparse(d)) or "inference_mode" in text for d in node.decorator_list)
-
-    def _subscript(self, node: ast.Subscript) -> Value:
-        owner = self.evaluate(node.value)
-        if owner.kind == "member":
-            owner = combine(owner)
-        if isinstance(node.slice, ast.Slice):
-            return self._sliced(owner, node.slice, node)
-        index = self.evaluate(node.slice)
-        if owner.kind == "module" and owner.payload == "os.environ":
-            name = index.constant
-            return Value(constant=self.settings.get(name, UNKNOWN) if isinstance(name, str) else UNKNOWN)
-        if index.is_known and f"[{index.constant}]" in owner.attributes:
-            return owner.attributes[f"[{index.constant}]"]
-        if (
-            owner.kind == "sequence"
-            and isinstance(owner.payload, list)
-            and index.is_known
-            and isinstance(index.constant, int)
-        ) and -len(owner.payload) <= index.constant < len(owner.payload):
-            return owner.payload[index.constant]
-        if owner.kind == "sequence" and not (isinstance(node.slice, ast.Tuple)):
-            item = self.element(owner)
-            if item.kind != "data" or item.origin:
-                return within(item, index.loops)
-        result = combine(owner, index)
-        result.loops = owner.loops | index.loops
-        if isinstance(node.slice, ast.Tuple):
-            self._region(node.slice, result)
-        self._read(node, owner, index, result)
-        return result
-
-    def _region(self, index: ast.Tuple, result: Value) -> None:
-        """Label losses of which only the positions before some bound are taken."""
-        for part in index.elts:
-            if isinstance(part, ast.Slice) and part.upper is not None and self._is_start(part.lower):
-                result.labels |= {PREFIX}
-                result.bound_text = ast.unparse(part.upper)
-
-    @staticmethod
-    def _is_start(lower: ast.expr | None) -> bool:
-        return lower is None or (isinstance(lower, ast.Constant) and lower.value == 0)
-
-    def _read(self, node: ast.Subscript, owner: Value, index: Value, result: Value) -> None:
-        """Note a read of ids by position, or of a table by ids."""
-        if VALIDATION in owner.labels and FORWARD not in owner.labels and VALIDATION not in index.labels:
-            result.sites |= {self.place(node.slice, "site")}
-            if isinstance(node.slice, ast.BinOp) and isinstance(node.slice.op, ast.Add):
-                step = self.evaluate(node.slice.right)
-                if step.is_known and step.constant == 1:
-                    result.labels |= {TARGET}
-        if (
-            VALIDATION in index.labels
-            and (index.sites or HASHED in index.labels or TARGET in index.labels)
-            and owner.origin
-        ):
-            self.emit("lookup", node, index, other=owner)
-
-    def _sliced(self, owner: Value, bounds: ast.Slice, node: ast.Subscript) -> Value:
-        lower, upper = self.evaluate(bounds.lower), self.evaluate(bounds.upper)
-        result = combine(owner, lower, upper)
-        result.loops = owner.loops | lower.loops | upper.loops
-        result.labels -= {AHEAD, BEHIND} - owner.labels
-        if owner.is_known and lower.is_known and upper.is_known and isinstance(owner.constant, str | bytes | tuple):
-            try:
-                result.constant = owner.constant[lower.constant : upper.constant]
-            except TypeError:
-                result.constant = UNKNOWN
-        if owner.kind == "sequence":
-            result.kind, result.payload, result.origin = "sequence", self.element(owner), owner.origin
-        if FORWARD in owner.labels or VALIDATION not in owner.labels:
-            if bounds.upper is not None and self._is_start(bounds.lower) and FORWARD in owner.labels:
-                result.labels |= {PREFIX}
-                result.bound_text = ast.unparse(bounds.upper)
-            return result
-        result.sites |= {self.place(node.slice, "site")}
-        if AHEAD in lower.labels:
-            result.labels |= {AHEAD}
-        if BEHIND in lower.labels:
-            result.labels |= {BEHIND}
-        if self._starts_one_later(bounds.lower):
-            result.labels |= {TARGET}
-        if self._is_start(bounds.lower) and upper.is_known and isinstance(upper.constant, int):
-            if upper.constant >= SMALLEST_SUBSET and owner.kind == "data" and not owner.loops & set(self.loops):
-                result.labels |= {SUBSET}
-        return result
-
-    @staticmethod
-    def _starts_one_later(lower: ast.expr | None) -> bool:
-        if isinstance(lower, ast.BinOp) and isinstance(lower.op, ast.Add):
-            return any(isinstance(side, ast.Constant) and side.value == 1 for side in (lower.left, lower.right))
-        return isinstance(lower, ast.Constant) and lower.value == 1
 
     def assign(self, target: ast.expr, value: Value) -> None:
         """Bind a value to a name, an item, an attribute or several of them."""

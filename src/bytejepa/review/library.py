@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from bytejepa.review.expressions import Expressions
+from bytejepa.review.subscripts import Subscripts
 from bytejepa.review.values import (
     ARTIFACT,
     FORWARD,
@@ -67,7 +67,7 @@ TEXT_METHODS = {
 }
 
 
-class Library(Expressions):
+class Library(Subscripts):
     """Calls of functions that are not the script's own."""
 
     def call_library(self, name: str, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:

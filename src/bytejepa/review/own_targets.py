@@ -95,9 +95,14 @@ def _budget(path: Path) -> Finding:
         "limit_bytes": ARTIFACT_LIMIT_BYTES,
     }
     over = total - ARTIFACT_LIMIT_BYTES
-    summary = f"{weights:,} bytes of weights + {code:,} of zipped package = {total:,}, {abs(over):,} {'over' if over > 0 else 'under'} the cap"
-    return Finding(check="budget.bytes", status=Status.FAIL if over > 0 else Status.PASS, summary=summary,
-                   evidence=(Evidence(file=path.name, text=f"{weights:,} bytes"),), figures=figures)  # fmt: skip
+    summary = f"{weights:,} bytes of weights + {code:,} of zipped package = {total:,}, {-over:,} left"
+    return Finding(
+        check="budget.bytes",
+        status=Status.FAIL if over > 0 else Status.PASS,
+        summary=summary,
+        evidence=(Evidence(file=path.name, text=f"{weights:,} bytes"),),
+        figures=figures,
+    )
 
 
 def _behaviour(path: Path) -> list[Finding]:
@@ -125,8 +130,15 @@ def _manifest(config: Any, manifest: dict[str, Any]) -> Finding:
     if not manifest:
         return Finding(check=check, status=Status.UNKNOWN, weight=Weight.AUTHOR, summary="there is no manifest.json")
     if manifest.get("fingerprint") != fingerprint(config):
-        return Finding(check=check, status=Status.FAIL, summary="config.json is not the configuration that the manifest was written for",
-                       evidence=(Evidence(file="manifest.json", text=str(manifest.get("fingerprint"))), Evidence(file="config.json", text=fingerprint(config))))  # fmt: skip
+        return Finding(
+            check=check,
+            status=Status.FAIL,
+            summary="config.json is not the configuration that the manifest was written for",
+            evidence=(
+                Evidence(file="manifest.json", text=str(manifest.get("fingerprint"))),
+                Evidence(file="config.json", text=fingerprint(config)),
+            ),
+        )
     return Finding(check=check, status=Status.PASS, summary="the configuration has the fingerprint of the manifest")
 
 

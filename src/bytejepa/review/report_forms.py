@@ -92,7 +92,8 @@ def _head(review: Review) -> str:
         bpb += f" ({facts['num_seeds']}-seed mean, std {facts['deviation_bpb']:.5f})"
     seeds = ", ".join(str(seed) for seed in facts.get("seeds", []) if seed is not None) or "n/a"
     artifact = f"{facts['artifact_bytes']:,} B" if facts.get("artifact_bytes") else "n/a"
-    return f"**BPB:** {bpb} | **Seeds:** {seeds} | **Artifact:** {artifact} | **Compliance:** {review.verdict.word.value} — {review.verdict.reason}"
+    compliance = f"{review.verdict.word.value} — {review.verdict.reason}"
+    return f"**BPB:** {bpb} | **Seeds:** {seeds} | **Artifact:** {artifact} | **Compliance:** {compliance}"
 
 
 def _code(text: str) -> str:

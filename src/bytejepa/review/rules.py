@@ -125,9 +125,11 @@ _HOW = {
 
 def _training(facts: Facts, illegal: list[tuple[Event, Event, str]]) -> list[Finding]:
     before_packing = [
-        case for case in illegal
-        if case[2] == "before" and any(case[0].order < p.order and (p.order < case[1].order or case[0] is case[1]) for p in facts.packs)
-    ]  # fmt: skip
+        case
+        for case in illegal
+        if case[2] == "before"
+        and any(case[0].order < p.order and (p.order < case[1].order or case[0] is case[1]) for p in facts.packs)
+    ]
     others = [case for case in illegal if case not in before_packing]
     findings = []
     for check, cases, what in (
@@ -198,13 +200,23 @@ def calibration_findings(facts: Facts) -> list[Finding]:
     scored = facts.interpreter.scored | facts.interpreter.converted
     last_pack = max((event.order for event in facts.packs), default=-1)
     suspects = [
-        e for e in facts.of("forward")
-        if e.value.has(VALIDATION) and e.node not in scored and e.order < last_pack and not (e.value.forwards & scored)
+        e
+        for e in facts.of("forward")
+        if e.value.has(VALIDATION)
+        and e.node not in scored
+        and e.order < last_pack
+        and not (e.value.forwards & scored)
         and (e.hooked or any(_CALIBRATION_NAME.search(name) for name in e.stack))
-    ]  # fmt: skip
+    ]
     if suspects:
-        return [Finding(check=check, status=Status.FAIL, summary=f"quantisation is calibrated on validation data (in {suspects[0].stack[-1]})",
-                        evidence=facts.evidence(suspects))]  # fmt: skip
+        return [
+            Finding(
+                check=check,
+                status=Status.FAIL,
+                summary=f"quantisation is calibrated on validation data (in {suspects[0].stack[-1]})",
+                evidence=facts.evidence(suspects),
+            )
+        ]
     return [Finding(check=check, status=Status.PASS, summary="no calibration on validation data")]
 
 
@@ -213,23 +225,25 @@ def table_findings(facts: Facts) -> list[Finding]:
     filled = {e.other.origin for e in facts.of("fill") if e.other is not None}
     lookups = [e for e in facts.of("lookup") if e.other is not None and e.other.origin in filled]
     keyed = [e for e in lookups if e.value.has(TARGET, HASHED)]
-    ratios = [
-        e for e in facts.of("ratio")
-        if e.other is not None and e.other.sites < e.value.sites and e.other.sites
-    ]  # fmt: skip
+    ratios = [e for e in facts.of("ratio") if e.other is not None and e.other.sites < e.value.sites and e.other.sites]
     exact = [e for e in lookups if TARGET in e.value.labels and HASHED not in e.value.labels]
     findings = [_keyed(facts, keyed or (ratios if filled else []), exact)]
     early = [
-        (fill, read) for fill in facts.of("fill") for read in lookups
-        if fill.other is not None and read.other is not None and fill.other.origin == read.other.origin
+        (fill, read)
+        for fill in facts.of("fill")
+        for read in lookups
+        if fill.other is not None
+        and read.other is not None
+        and fill.other.origin == read.other.origin
         and relation(fill, read) in ("before", "again", "ahead")
-    ]  # fmt: skip
+    ]
     minima = facts.of("minimum")
     if early or minima:
         summary = (
             "a cache is filled from validation data before that data is scored with it (two-pass rescoring)"
-            if early else "the smaller of two losses is taken after the target is known"
-        )  # fmt: skip
+            if early
+            else "the smaller of two losses is taken after the target is known"
+        )
         evidence = facts.evidence([pair[0] for pair in early], "filled") + facts.evidence(
             [pair[1] for pair in early], "read"
         )
@@ -266,14 +280,32 @@ def _keyed(facts: Facts, hashed: list[Event], exact: list[Event]) -> Finding:
 def coverage_findings(facts: Facts) -> list[Finding]:
     """Judge whether the script scores all of the validation split, and whether scoring was recognised at all."""
     if not facts.scores:
-        return [Finding(check="source.scoring", status=Status.UNKNOWN, weight=Weight.RULING,
-                        summary="no scoring of validation data was recognised in the source, so nothing can be said about its order")]  # fmt: skip
-    findings = [Finding(check="source.scoring", status=Status.PASS, summary=f"{len(facts.scores)} scoring passes recognised",
-                        evidence=facts.evidence(facts.scores))]  # fmt: skip
+        return [
+            Finding(
+                check="source.scoring",
+                status=Status.UNKNOWN,
+                weight=Weight.RULING,
+                summary="no scoring of validation data was recognised in the source, so nothing can be said about its order",
+            )
+        ]
+    findings = [
+        Finding(
+            check="source.scoring",
+            status=Status.PASS,
+            summary=f"{len(facts.scores)} scoring passes recognised",
+            evidence=facts.evidence(facts.scores),
+        )
+    ]
     partial = [e for e in facts.scores if SUBSET in e.value.labels]
     if partial:
-        findings.append(Finding(check="source.coverage", status=Status.FAIL, summary="only the first part of the validation split is scored",
-                                evidence=facts.evidence(partial)))  # fmt: skip
+        findings.append(
+            Finding(
+                check="source.coverage",
+                status=Status.FAIL,
+                summary="only the first part of the validation split is scored",
+                evidence=facts.evidence(partial),
+            )
+        )
     else:
         findings.append(
             Finding(check="source.coverage", status=Status.PASS, summary="no cut of the validation split in the source")
@@ -284,8 +316,14 @@ def coverage_findings(facts: Facts) -> list[Finding]:
         if e.value.has(TRAINING) and VALIDATION not in e.value.labels and _in_evaluation(facts, e)
     ]
     if late:
-        findings.append(Finding(check="source.training_data_at_evaluation", status=Status.FAIL,
-                                summary="training data is used after the artifact was loaded", evidence=facts.evidence(late)))  # fmt: skip
+        findings.append(
+            Finding(
+                check="source.training_data_at_evaluation",
+                status=Status.FAIL,
+                summary="training data is used after the artifact was loaded",
+                evidence=facts.evidence(late),
+            )
+        )
     return findings
 
 

@@ -184,16 +184,29 @@ def _claims(submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]
             len(reported) < 3 and any("seed" in key for key in submission.claims) and abs(nearest - claimed) < 0.005
         )
         weight = Weight.NOTE if other_seeds else Weight.RULE
-        return Finding(check=check, status=Status.FAIL, weight=weight, summary=summary,
-                       evidence=(Evidence(file="submission.json", text=f"val_bpb {claimed}"), *(Evidence(file=log.file, line=f.line, text=f.text) for log, f in reported)))  # fmt: skip
+        return Finding(
+            check=check,
+            status=Status.FAIL,
+            weight=weight,
+            summary=summary,
+            evidence=(
+                Evidence(file="submission.json", text=f"val_bpb {claimed}"),
+                *(Evidence(file=log.file, line=f.line, text=f.text) for log, f in reported),
+            ),
+        )
     loss = submission.claims.get("val_loss")
     losses = [score.loss_nats for score in everything] + [statistics.fmean(final.loss_nats for _, final in reported)]
     if isinstance(loss, float) and min(abs(value - loss) for value in losses) > max(
         0.6 * 10.0 ** -len(str(loss).partition(".")[2]), 1.1e-4
     ):
         nearest = min(losses, key=lambda value: abs(value - loss))
-        return Finding(check=check, status=Status.FAIL, weight=Weight.AUTHOR, summary=f"submission.json claims a val_loss of {loss}; the logs have {nearest:.6f}",
-                       evidence=(Evidence(file="submission.json", text=f"val_loss {loss}"),))  # fmt: skip
+        return Finding(
+            check=check,
+            status=Status.FAIL,
+            weight=Weight.AUTHOR,
+            summary=f"submission.json claims a val_loss of {loss}; the logs have {nearest:.6f}",
+            evidence=(Evidence(file="submission.json", text=f"val_loss {loss}"),),
+        )
     return Finding(check=check, status=Status.PASS, summary=f"the claimed {claimed} bpb stands in the logs")
 
 
@@ -257,7 +270,7 @@ def _seeds(submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]]
         return Finding(
             check=check,
             status=Status.FAIL,
-            weight=Weight.AUTHOR,
+            weight=Weight.NOTE,
             summary=f"two logs are of the same seed: {known}",
             figures=figures,
         )
@@ -306,7 +319,7 @@ def _significance(submission: Submission, reported: list[tuple[TrainingLog, Scor
     )
     figures = {"baseline_bpb": baseline, "margin_bpb": margin, "p": p}
     better = p < RECORD_P
-    summary = f"{'better' if better else 'not shown to be better'} than {baseline} by the record margin of {margin:.4f} bpb (p = {p:.2g})"
+    summary = f"{'better' if better else 'not shown to be better'} than {baseline} by {margin:.4f} bpb (p = {p:.2g})"
     return Finding(
         check=check,
         status=Status.PASS if better else Status.UNKNOWN,

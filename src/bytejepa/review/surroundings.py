@@ -30,19 +30,37 @@ def network_findings(facts: Facts, files: set[str]) -> list[Finding]:
     other = [e for e in facts.of("process") if not _DOWNLOADS.search(e.detail) and not _HARMLESS.search(e.detail)]
     written = {e.detail for e in facts.of("write")}
     reads = [
-        e for e in facts.of("read")
-        if _DATA_FILE.search(e.detail) and e.detail not in written and not {VALIDATION, TRAINING} & e.value.labels
-        and "token" not in e.detail.lower() and e.detail.rpartition("/")[2] not in files and not _is_saved(facts, e.detail)
-    ]  # fmt: skip
+        e
+        for e in facts.of("read")
+        if _DATA_FILE.search(e.detail)
+        and e.detail not in written
+        and not {VALIDATION, TRAINING} & e.value.labels
+        and "token" not in e.detail.lower()
+        and e.detail.rpartition("/")[2] not in files
+        and not _is_saved(facts, e.detail)
+    ]
     at_evaluation = [e for e in (*fetches, *reads) if _during_evaluation(facts, e)]
     if at_evaluation:
         kind = "a file that the artifact does not contain" if at_evaluation[0].kind == "read" else "the network"
-        return [Finding(check="source.outside_access", status=Status.FAIL, summary=f"evaluation reaches for {kind}",
-                        evidence=facts.evidence(at_evaluation))]  # fmt: skip
+        return [
+            Finding(
+                check="source.outside_access",
+                status=Status.FAIL,
+                summary=f"evaluation reaches for {kind}",
+                evidence=facts.evidence(at_evaluation),
+            )
+        ]
     noticed = [*fetches, *reads, *other]
     if noticed:
-        return [Finding(check="source.outside_access", status=Status.UNKNOWN, weight=Weight.NOTE,
-                        summary="the script uses the network, other programs or other files before evaluation", evidence=facts.evidence(noticed))]  # fmt: skip
+        return [
+            Finding(
+                check="source.outside_access",
+                status=Status.UNKNOWN,
+                weight=Weight.NOTE,
+                summary="the script uses the network, other programs or other files before evaluation",
+                evidence=facts.evidence(noticed),
+            )
+        ]
     return [
         Finding(
             check="source.outside_access", status=Status.PASS, summary="no network and no foreign file at evaluation"
@@ -73,10 +91,24 @@ def compressor_findings(facts: Facts, logs_name_compressor: str) -> list[Finding
                 continue
             evidence = (Evidence(file=module.file, line=node.lineno, text=module.line(node.lineno + 1)),)
             if logs_name_compressor:
-                return [Finding(check=check, status=Status.FAIL, weight=Weight.NOTE, evidence=evidence,
-                                summary=f"without {name} the script silently uses another compressor; the logs show {logs_name_compressor}")]  # fmt: skip
-            return [Finding(check=check, status=Status.FAIL, weight=Weight.AUTHOR, evidence=evidence,
-                            summary=f"without {name} the script silently uses a weaker compressor, and no log shows which one ran")]  # fmt: skip
+                return [
+                    Finding(
+                        check=check,
+                        status=Status.FAIL,
+                        weight=Weight.NOTE,
+                        evidence=evidence,
+                        summary=f"without {name} the script silently uses another compressor; the logs show {logs_name_compressor}",
+                    )
+                ]
+            return [
+                Finding(
+                    check=check,
+                    status=Status.FAIL,
+                    weight=Weight.AUTHOR,
+                    evidence=evidence,
+                    summary=f"without {name} the script silently uses a weaker compressor, and no log shows which one ran",
+                )
+            ]
     return [Finding(check=check, status=Status.PASS, summary="no silent change of the compressor")]
 
 
@@ -114,8 +146,15 @@ def switch_findings(facts: Facts) -> list[Finding]:
         if len(event.stack) > 1 and facts.interpreter.compiled and _read_in_network(facts, attribute):
             found.append(event)
     if found:
-        return [Finding(check=check, status=Status.FAIL, weight=Weight.NOTE, evidence=facts.evidence(found),
-                        summary="a class attribute is switched at run time, which a compiled graph may never see: is the feature on at all?")]  # fmt: skip
+        return [
+            Finding(
+                check=check,
+                status=Status.FAIL,
+                weight=Weight.NOTE,
+                evidence=facts.evidence(found),
+                summary="a class attribute is switched at run time, which a compiled graph may never see: is the feature on at all?",
+            )
+        ]
     return [Finding(check=check, status=Status.PASS, summary="no class attribute switched under torch.compile")]
 
 

@@ -137,7 +137,8 @@ class _Literals:
         if isinstance(node, ast.Call) and self.dotted(node.func) == "getattr" and len(node.args) == 2:
             name = node.args[1]
             base = self.dotted(node.args[0])
-            return f"{base}.{name.value}" if base and isinstance(name, ast.Constant) else ""
+            known = isinstance(name, ast.Constant) and isinstance(name.value, str)
+            return f"{base}.{name.value!s}" if base and known and isinstance(name, ast.Constant) else ""
         return ""
 
     def value(self, node: ast.expr, depth: int = 0) -> Any:
@@ -197,7 +198,9 @@ class _Literals:
             return self.value(node.args[0], depth + 1)
         if name in ("bytes", "bytearray", "str") and node.args:
             inner = self.value(node.args[0], depth + 1)
-            return bytes(inner) if name != "str" and isinstance(inner, list | bytes) else str(inner)
+            if name != "str" and isinstance(inner, list | bytes):
+                return bytes(inner)
+            return inner.decode("utf-8") if isinstance(inner, bytes) else str(inner)
         raise Closed(f"{name or 'a call'} on line {node.lineno} cannot be followed without running it")
 
 
