@@ -13,6 +13,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -49,27 +50,34 @@ def check_attention(device: torch.device) -> dict[str, object]:
     big = [torch.randn(12, 4096, h, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for h in (8, 4, 4)]
     gradient = torch.randn_like(big[0])
     for name, reason in available_backends("cuda").items():
-        if reason is not None or name == "math":
+        if reason is not None or name in ("math", "blocked"):
             results[name] = reason or "not timed: it writes all scores"
             continue
-        call = torch.compile(causal_attention) if name == "flex" else causal_attention
         try:
-            mask = None
-            if name == "flex":
-                from bytejepa.model.flex_masks import block_mask
-
-                mask = block_mask(300, None, None, device)
-            out = call(q, k, v, backend=name, mask=mask)
+            out = attend(name, (q, k, v))
             error = ((out.double() - exact).norm() / exact.norm()).item()
-            mask = block_mask(4096, None, None, device) if name == "flex" else None
-            forward = statistics.median(time_step(lambda: call(*big, backend=name, mask=mask), device, steps=10))
-            both = statistics.median(
-                time_step(lambda: call(*big, backend=name, mask=mask).backward(gradient), device, steps=10)
-            )
-            results[name] = {"relative_error": error, "forward_ms": forward, "forward_backward_ms": both}
+            results[name] = {"relative_error": error, **attention_times(name, big, gradient)}
         except Exception as problem:  # what fails here is a finding, not the end of the run
             results[name] = f"failed: {type(problem).__name__}: {str(problem)[:200]}"
     return results
+
+
+def attend(backend: str, qkv: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return causal attention by one kernel; FlexAttention compiled and with its causal mask."""
+    if backend != "flex":
+        return causal_attention(*qkv, backend=backend)
+    from bytejepa.model.flex_masks import block_mask
+
+    mask = block_mask(qkv[0].size(1), None, None, qkv[0].device)
+    return torch.compile(causal_attention)(*qkv, backend=backend, mask=mask)
+
+
+def attention_times(backend: str, qkv: Sequence[torch.Tensor], gradient: torch.Tensor) -> dict[str, float]:
+    """Return median milliseconds of a forward pass, and of a forward and a backward pass."""
+    device = gradient.device
+    forward = time_step(lambda: attend(backend, qkv), device, steps=10)
+    both = time_step(lambda: attend(backend, qkv).backward(gradient), device, steps=10)
+    return {"forward_ms": statistics.median(forward), "forward_backward_ms": statistics.median(both)}
 
 
 def explicit_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -81,7 +89,9 @@ def explicit_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tor
     return torch.einsum("bhqk,bkhe->bqhe", scores.masked_fill(future, -torch.inf).softmax(-1), v)
 
 
-def measured(name: str, config: RunConfig, peak: float, *, compile: bool = True, steps: int = 20, **call: object) -> Speed:  # noqa: A002
+def measured(
+    name: str, config: RunConfig, peak: float, *, compile: bool = True, steps: int = 20, **call: object
+) -> Speed:
     """Return the speed of the fast path under `config`."""
     device = torch.device("cuda")
     step = TrainingStep(config, device, compile=compile)
@@ -175,7 +185,10 @@ def main() -> None:
         except Exception as problem:  # the other sections still count
             report[section] = f"failed: {type(problem).__name__}: {str(problem)[:500]}"
         synchronize(device)
-        print(f"{time.perf_counter() - begin:6.0f} s  {section} ({time.perf_counter() - started:.0f} s): {report[section]}", flush=True)
+        print(
+            f"{time.perf_counter() - begin:6.0f} s  {section} ({time.perf_counter() - started:.0f} s): {report[section]}",
+            flush=True,
+        )
         options.out.write_text(json.dumps(report, indent=1))
 
 

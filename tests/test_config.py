@@ -24,11 +24,9 @@ from bytejepa.config import (
     RunConfig,
     ScheduleConfig,
     TrainingConfig,
-    fingerprint,
-    from_dict,
     replace,
-    to_dict,
 )
+from bytejepa.config_json import fingerprint, from_dict, to_dict
 from bytejepa.errors import ConfigError
 from bytejepa.presets import PRESETS
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from bytejepa.config import to_dict
+from bytejepa.config_json import to_dict
 from bytejepa.errors import ConfigError
 from bytejepa.presets import PRESETS, default, pr832, pr832_no_jepa, preset, tiny
 

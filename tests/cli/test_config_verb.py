@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from bytejepa.config import RunConfig, fingerprint, from_dict, to_dict
+from bytejepa.config import RunConfig
+from bytejepa.config_json import fingerprint, from_dict, to_dict
 from bytejepa.presets import PRESETS, preset
 from conftest import MINIMAL
 

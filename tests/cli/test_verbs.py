@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import bytejepa
-from bytejepa.config import RunConfig, to_dict
+from bytejepa.config import RunConfig
+from bytejepa.config_json import to_dict
 from conftest import MINIMAL
 from reference_weights import golden, reference_state_dict
 

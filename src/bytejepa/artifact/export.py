@@ -18,7 +18,8 @@ from torch import Tensor
 from bytejepa.artifact.container import ContainerInfo, write_container
 from bytejepa.artifact.load import build, load, run_weights
 from bytejepa.artifact.store import code_bytes, store_weights
-from bytejepa.config import RunConfig, to_dict
+from bytejepa.config import RunConfig
+from bytejepa.config_json import to_dict
 from bytejepa.data.loader import IdStream
 from bytejepa.data.shards import check_ids
 from bytejepa.errors import ArtifactError, DataError

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bytejepa.artifact.container import read_container
-from bytejepa.config import RunConfig, from_dict
+from bytejepa.config import RunConfig
+from bytejepa.config_json import from_dict
 from bytejepa.errors import ArtifactError, CheckpointError, ConfigError
 from bytejepa.model.initialization import fill_sigreg_directions
 from bytejepa.model.transformer import ByteLM

@@ -156,7 +156,7 @@ def plain_train_step(
         optimizer.zero_grad()
     ce, prediction, regulariser = model.losses(inputs, targets)
     loss = ce + jepa_lambda * (prediction + recipe.sigreg_weight * regulariser)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
     for optimizer in optimizers:
         optimizer.step()

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from bytejepa.bits import bits_from_nats
-from bytejepa.config import to_dict
+from bytejepa.config_json import to_dict
 from bytejepa.errors import CheckpointError, Interrupted
 from bytejepa.training import checkpoint, schedule
 from bytejepa.training.checkpoint import CheckpointWriter

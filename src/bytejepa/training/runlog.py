@@ -13,7 +13,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from bytejepa.config import RunConfig, fingerprint, from_dict, to_dict
+from bytejepa.config import RunConfig
+from bytejepa.config_json import fingerprint, from_dict, to_dict
 from bytejepa.errors import CheckpointError, ConfigError, file_errors_as
 from bytejepa.files import write_atomically
 

@@ -1,0 +1,83 @@
+"""A configuration as JSON and back, strictly: what is stored with every run, checkpoint and artifact."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import typing
+from typing import Any
+
+from bytejepa.config import RunConfig
+from bytejepa.errors import ConfigError
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration as JSON-ready nested dictionaries."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: dict[str, Any], *, where: str = "configuration") -> RunConfig:
+    """Return the configuration that `to_dict` gave. Missing keys take the default.
+
+    Raises: ConfigError for an unknown key (with the nearest valid one), a wrong type or a value out of range.
+    """
+    import cattrs
+    from cattrs.errors import ClassValidationError
+
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected an object of sections, got {type(values).__name__}")
+    for key in values:
+        _refuse_unknown(key, RunConfig, where)
+    for name, section in typing.get_type_hints(RunConfig).items():
+        if not isinstance(values.get(name, {}), dict):
+            raise ConfigError(f"{where}: {name}: expected an object of settings, got {values[name]!r}")
+        for key in values.get(name, {}):
+            _refuse_unknown(key, section, f"{where}, section {name}")
+    converter = cattrs.Converter(forbid_extra_keys=True, prefer_attrib_converters=True)
+    for scalar in (int, float, bool):
+        converter.register_structure_hook(scalar, _strict_scalar)
+    try:
+        return converter.structure(values, RunConfig)
+    except ClassValidationError as problem:
+        setting, cause = _first_cause(problem)
+        if isinstance(cause, ConfigError):  # of a section's own check, which names the setting
+            raise ConfigError(f"{where}: {cause.message}", hint=cause.hint) from None
+        reason = str(cause).replace("not in literal typing.Literal", "is none of ")
+        raise ConfigError(f"{where}: {setting}: {reason}") from None
+    except ConfigError as problem:
+        raise ConfigError(f"{where}: {problem.message}", hint=problem.hint) from None
+
+
+def _strict_scalar(value: Any, expected: type) -> Any:
+    accepted = (int, float) if expected is float else (expected,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
+        raise TypeError(f"expected {expected.__name__}, got {value!r}")
+    return expected(value)  # 1 and 1.0 are one setting with one fingerprint
+
+
+def _first_cause(problem: BaseException, path: tuple[str, ...] = ()) -> tuple[str, BaseException]:
+    """Return (setting, exception) of the first leaf of what cattrs raised."""
+    from cattrs.errors import AttributeValidationNote
+
+    notes = (note for note in getattr(problem, "__notes__", ()) if isinstance(note, AttributeValidationNote))
+    path = (*path, *(note.name for note in notes))
+    if isinstance(problem, BaseExceptionGroup):
+        return _first_cause(problem.exceptions[0], path)
+    return ".".join(path), problem
+
+
+def _refuse_unknown(key: str, section: type, where: str) -> None:
+    names = [field.name for field in dataclasses.fields(section)]
+    if key not in names:
+        nearest = difflib.get_close_matches(str(key), names, n=1)
+        raise ConfigError(
+            f"{where}: unknown setting {key!r}",
+            hint=f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(names)}",
+        )
+
+
+def fingerprint(config: RunConfig) -> str:
+    """Return the sha256 of the sorted JSON of `config`, 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
