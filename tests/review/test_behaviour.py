@@ -150,7 +150,7 @@ def test_the_model_is_left_as_it_was(model: ByteLM) -> None:
 def test_an_artifact_is_reviewed_from_the_file(model: ByteLM, tmp_path) -> None:
     from bytejepa.artifact.container import write_container
     from bytejepa.artifact.store import store_weights
-    from bytejepa.config import to_dict
+    from bytejepa.config_json import to_dict
     from bytejepa.review import Word, review
 
     path = tmp_path / "model.bjm"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 
 from bytejepa.review.calls import Calls
+from bytejepa.review.expressions import within
 from bytejepa.review.machine import Frame
 from bytejepa.review.values import VALIDATION, Function, Scope, Value, absorb, combine, constant, merge
 
@@ -45,13 +46,15 @@ class Binding(Calls):
                 for number, item in enumerate(items):
                     known = parts is not None and len(parts) == len(items)
                     part = parts[number] if known and parts is not None else self.element(value)
-                    self.assign(item.value if isinstance(item, ast.Starred) else item, part)
+                    self.assign(item.value if isinstance(item, ast.Starred) else item, within(part, value.loops))
             case ast.Attribute(value=owner_node, attr=name):
                 owner = self.evaluate(owner_node)
                 if owner.kind == "class":
                     self.emit("switch", target, value, f"{ast.unparse(target)} = {value.constant!r}")
                 if owner.kind in ("instance", "class", "data"):
-                    owner.attributes[name] = value
+                    before = owner.attributes.get(name)
+                    undecided = bool(self.branches) and before is not None and before.kind == value.kind == "data"
+                    owner.attributes[name] = merge(before, value) if undecided else value
             case ast.Subscript(value=owner_node):
                 owner = self.evaluate(owner_node)
                 index = Value() if isinstance(target.slice, ast.Slice) else self.evaluate(target.slice)

@@ -102,7 +102,12 @@ class Interpreter(Binding):
             return
         before = self.evaluate(ast.Name(id=node.target.id) if isinstance(node.target, ast.Name) else node.target)
         result = self.operate(node.op, before, value)
-        if before.is_known or before.kind == "module":
+        if isinstance(node.target, ast.Attribute) and self.loops:
+            # a reader that moves on: what it gives next depends on the turn of the loop that asks
+            moved = combine(result)
+            moved.loops |= frozenset(self.loops[-1:])
+            self.assign(node.target, moved)
+        elif before.is_known or before.kind == "module":
             self.assign(node.target, result)
         else:  # a tensor changes in place, and whoever passed it in sees it
             absorb(before, result)

@@ -124,7 +124,7 @@ def _behaviour(path: Path) -> list[Finding]:
 
 
 def _manifest(config: Any, manifest: dict[str, Any]) -> Finding:
-    from bytejepa.config import fingerprint
+    from bytejepa.config_json import fingerprint
 
     check = "run.manifest"
     if not manifest:

@@ -99,11 +99,11 @@ def absorb(target: Value, *sources: Value) -> None:
 def combine(*sources: Value, with_models: bool = True) -> Value:
     """Return a new value computed from `sources`, its constant unknown.
 
-    Dependence on loops comes from the operands with validation ids where there are any: a learning rate that falls with
-    the epoch does not make the data of two epochs different.
+    Where a loss is among them, dependence on loops comes from it alone: a weight that falls with the epoch does not make
+    the data of two epochs different.
     """
     result = Value()
-    data = [source for source in sources if VALIDATION in source.labels] or list(sources)
+    data = [source for source in sources if source.has(VALIDATION, FORWARD)] or list(sources)
     for source in sources:
         result.labels |= source.labels & DATA_LABELS
         result.forwards |= source.forwards
