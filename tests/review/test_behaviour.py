@@ -166,3 +166,20 @@ def test_an_artifact_is_reviewed_from_the_file(model: ByteLM, tmp_path) -> None:
     path.write_bytes(bytes(damaged))
     assert review(path).verdict.word is Word.AUTHOR
     assert dataclasses.asdict(review(path))["kind"] == "artifact"
+
+
+def test_a_run_folder_is_reviewed_from_its_records(tmp_path) -> None:
+    from bytejepa.review import Word, review
+    from bytejepa.training.runlog import RunFolder, run_manifest
+
+    config = preset("tiny")
+    folder = RunFolder(tmp_path / "run")
+    folder.create(config, run_manifest(config, {}, {}))
+    folder.append_metrics({"step": 1, "elapsed_s": 1.0, "val_bpb_average": 2.5})
+    found = review(folder.path)
+    assert found.kind == "run"
+    assert found.facts["mean_bpb"] == 2.5
+    assert found.finding("run.manifest").status is Status.PASS
+    assert found.verdict.word is Word.AUTHOR  # it has no checkpoint to build a model from
+    folder.manifest_path.write_text('{"fingerprint": "other"}')
+    assert review(folder.path).finding("run.manifest").status is Status.FAIL
