@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/bytejepa demo --out demo --force
 
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # what continuous integration runs beside the tests
 check: .venv/installed

@@ -42,15 +42,17 @@ def at_gpu_share(config: RunConfig, **training: object) -> RunConfig:
     return replace(config, data=changed, training=training)
 
 
-def check_attention(device: torch.device) -> dict[str, object]:
+def check_attention(device: torch.device, rows: int = 12, length: int = 4096) -> dict[str, object]:
     """Return each kernel's error against an explicit softmax in float64 and its time at the reference's shape."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     results: dict[str, object] = {}
-    q, k, v = (torch.randn(2, 300, h, 64, device=device, dtype=torch.bfloat16) for h in (8, 4, 4))
+    q, k, v = (torch.randn(2, 300, h, 64, device=device, dtype=dtype) for h in (8, 4, 4))
     exact = explicit_attention(*(x.double() for x in (q, k, v)))
-    big = [torch.randn(12, 4096, h, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for h in (8, 4, 4)]
+    shapes = [(rows, length, heads, 64) for heads in (8, 4, 4)]
+    big = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
     gradient = torch.randn_like(big[0])
-    for name, reason in available_backends("cuda").items():
-        if reason is not None or name in ("math", "blocked"):
+    for name, reason in available_backends(device.type).items():
+        if reason is not None or name == "math":
             results[name] = reason or "not timed: it writes all scores"
             continue
         try:
@@ -90,47 +92,68 @@ def explicit_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tor
 
 
 def measured(
-    name: str, config: RunConfig, peak: float, *, compile: bool = True, steps: int = 20, **call: object
+    name: str,
+    config: RunConfig,
+    device: torch.device,
+    peak: float,
+    *,
+    compile: bool = True,  # noqa: A002 - torch's word
+    steps: int = 20,
+    **call: object,
 ) -> Speed:
     """Return the speed of the fast path under `config`."""
-    device = torch.device("cuda")
     step = TrainingStep(config, device, compile=compile)
     speed = measure(name, lambda: step(**call), config, device, peak=peak, steps=steps)
     if name == "ours":
         speed = dataclasses.replace(speed, parts_ms=measure_parts(step, steps=8))
     del step
     torch._dynamo.reset()
-    torch.cuda.empty_cache()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return speed
 
 
-def variants() -> dict[str, tuple[RunConfig, dict[str, object]]]:
+def full_size() -> tuple[RunConfig, RunConfig]:
+    """Return (default, the reference) at one GPU's share of the reference's batch."""
+    return at_gpu_share(preset("default"), bfloat16_embeddings=True), at_gpu_share(preset("pr832"))
+
+
+def rehearsal() -> tuple[RunConfig, RunConfig]:
+    """Return two small configurations with which a CPU can walk through the whole script."""
+    small = replace(
+        preset("tiny"),
+        model={"num_layers": 2, "model_dim": 32, "rotary_dims": 8, "xsa_last_layers": 1},
+        data={"sequence_bytes": 64, "batch_bytes": 256},
+        training={"compile": "off"},
+    )
+    return small, replace(small, jepa={"gradient": "detached"})
+
+
+def variants(ours: RunConfig, reference: RunConfig) -> dict[str, tuple[RunConfig, dict[str, object]]]:
     """Return what is measured: name -> (configuration, arguments of `measured`)."""
-    default, reference = preset("default"), preset("pr832")
-    ours = at_gpu_share(default, bfloat16_embeddings=True)
+    L = ours.model.num_layers
+    windows = tuple(0 if i % 4 == 3 else ours.data.sequence_bytes // 8 for i in range(L))
     return {
         "ours": (ours, {}),
-        "reference's settings": (at_gpu_share(reference), {}),
+        "reference's settings": (reference, {}),
         "loss read every step": (ours, {"wait": True}),
         "latent losses at weight zero": (ours, {"jepa_lambda": 0.0}),
         "without JEPA": (replace(ours, jepa={"enabled": False}), {}),
-        "float32 embeddings": (at_gpu_share(default), {}),
-        "flash attention 2": (at_gpu_share(default, bfloat16_embeddings=True, attention="flash"), {}),
-        "windows of 512 in 10 of 13 layers": (
-            replace(ours, model={"attention_windows": tuple(0 if i % 4 == 3 else 512 for i in range(13))}), {},
-        ),
+        "float32 embeddings": (replace(ours, training={"bfloat16_embeddings": False}), {}),
+        "plain flash attention": (replace(ours, training={"attention": "flash"}), {}),
+        "windows of T/8 in 3 of 4 layers": (replace(ours, model={"attention_windows": windows}), {}),
         "document masking": (replace(ours, model={"document_masking": True}), {}),
         "not compiled": (ours, {"compile": False, "steps": 8}),
-    }  # fmt: skip
+    }
 
 
-def check_agreement() -> dict[str, object]:
-    """Return the losses of 200 steps of a small model on the GPU (bfloat16) and on the CPU (float32), same data."""
+def check_agreement(steps: int = 200, devices: Sequence[str] = ("cpu", "cuda")) -> dict[str, object]:
+    """Return the losses of a small model trained on each device: bfloat16 on a GPU, float32 on a CPU, same data."""
     config = replace(
         preset("tiny"),
         model={"num_layers": 4, "num_heads": 2, "num_kv_heads": 1},
         data={"sequence_bytes": 256, "batch_bytes": 4096},
-        schedule={"steps": 200},
+        schedule={"steps": steps},
         training={"warmup_steps": 0, "validate_every_steps": None},
     )
     import tempfile
@@ -142,7 +165,7 @@ def check_agreement() -> dict[str, object]:
     results: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_embedded_shards(Path(folder) / "data")
-        for device in ("cpu", "cuda"):
+        for device in devices:
             run = Path(folder) / device
             result = train(replace(config, training={"device": device}), Path(folder) / "data", run)
             losses = [line["train_loss_nats"] for line in RunFolder(run).read_metrics() if "train_loss_nats" in line]
@@ -151,44 +174,45 @@ def check_agreement() -> dict[str, object]:
     return results
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Run every section that fits into the time given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--only", nargs="*", default=None, help="names of variants to measure")
-    options = parser.parse_args()
-    begin, device = time.perf_counter(), torch.device("cuda")
+    parser.add_argument("--rehearse", action="store_true", help="walk through all of it on a CPU, at a tiny size")
+    options = parser.parse_args(words)
+    begin = time.perf_counter()
+    device = torch.device("cpu" if options.rehearse else "cuda")
+    ours, reference = rehearsal() if options.rehearse else full_size()
     peak = matmul_peak_flop_per_s(device)
     report: dict[str, object] = {
-        "device": torch.cuda.get_device_name(),
+        "device": "cpu, rehearsal" if options.rehearse else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "python": platform.python_version(),
         "matmul_peak_tflop_per_s": peak / 1e12,
-        "bytes_a_step": GPU_SHARE_BYTES,
-        "flop_per_byte": flop_per_byte(preset("pr832")),
+        "bytes_a_step": ours.data.batch_bytes,
+        "flop_per_byte": flop_per_byte(ours),
     }
-    sections = {"attention": lambda: check_attention(device), "agreement": check_agreement}
-    chosen = {name: v for name, v in variants().items() if options.only is None or name in options.only}
-    for name, (config, arguments) in chosen.items():
-        sections[f"speed: {name}"] = lambda n=name, c=config, a=arguments: dataclasses.asdict(measured(n, c, peak, **a))
-    order = ["attention", *[s for s in sections if s.startswith("speed")], "agreement"]
-    for section in order if options.only is None else order[1:-1]:
+    sections = {"attention": lambda: check_attention(device, *((2, 256) if options.rehearse else ()))}
+    for name, (config, arguments) in variants(ours, reference).items():
+        if options.rehearse:
+            arguments |= {"compile": False, "steps": 2}
+        sections[f"speed: {name}"] = lambda n=name, c=config, a=arguments: dataclasses.asdict(
+            measured(n, c, device, peak, **a)
+        )
+    sections["agreement"] = lambda: check_agreement(3, ("cpu",)) if options.rehearse else check_agreement()
+    for section, run in sections.items():
         if time.perf_counter() - begin > 60 * options.minutes:
             report[section] = "not reached in the time given"
             continue
-        started = time.perf_counter()
         try:
-            report[section] = sections[section]()
+            report[section] = run()
         except Exception as problem:  # the other sections still count
             report[section] = f"failed: {type(problem).__name__}: {str(problem)[:500]}"
         synchronize(device)
-        print(
-            f"{time.perf_counter() - begin:6.0f} s  {section} ({time.perf_counter() - started:.0f} s): {report[section]}",
-            flush=True,
-        )
+        print(f"{time.perf_counter() - begin:6.0f} s  {section}: {report[section]}", flush=True)
         options.out.write_text(json.dumps(report, indent=1))
 
 

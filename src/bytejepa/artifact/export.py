@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from bytejepa.artifact.container import ContainerInfo, write_container
+from bytejepa.artifact.container import ContainerInfo, read_container, write_container
 from bytejepa.artifact.load import build, load, run_weights
 from bytejepa.artifact.store import code_bytes, store_weights
 from bytejepa.config import RunConfig
@@ -23,8 +23,10 @@ from bytejepa.config_json import to_dict
 from bytejepa.data.loader import IdStream
 from bytejepa.data.shards import check_ids
 from bytejepa.errors import ArtifactError, DataError
-from bytejepa.scoring.evaluate import Score, Scorer, score_ids
+from bytejepa.scoring.evaluate import Score, Scorer
+from bytejepa.training.distributed import Ranks
 from bytejepa.training.runlog import RunFolder
+from bytejepa.training.shared_scoring import score_on_ranks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,18 +90,24 @@ def export(
     stride: int | None = None,
     score: bool = True,
     force: bool = False,
+    ranks: Ranks | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> ExportResult:
     """Write the averaged weights of `run` as an artifact and score every stage on its validation split.
 
     `data`: where the shards are if they moved; `score_bytes`: leading ids scored (default: as while training);
     `stride`: ids scored a window (default: the window, non-overlapping). The artifact is scored after being read back.
+    With `ranks` the scoring is divided among them, on their devices; rank 0 writes.
     Raises: CheckpointError without a whole checkpoint, ArtifactError if `out` exists or cannot be written.
     """
     config, raw = run_weights(run, averaged=False)
     _, average = run_weights(run)
     ids = validation_ids(run, config, data, score_bytes) if score else None  # before seconds of compression
-    info = write_artifact(out, average, config, metadata={"run": run.name, **_provenance(run)}, force=force)
+    ranks = ranks or Ranks()
+    if ranks.is_main:
+        write_artifact(out, average, config, metadata={"run": run.name, **_provenance(run)}, force=force)
+    ranks.barrier()
+    info = read_container(out).info
     source_bytes, archive_bytes = code_bytes()
     scores: dict[str, Score] = {}
     if ids is not None:
@@ -110,9 +118,10 @@ def export(
         }
         for stage, make in models.items():
             window = min(config.evaluation.window_bytes, len(ids) - 1)
-            scores[stage] = score_ids(
-                Scorer(make()),
+            scores[stage] = score_on_ranks(
+                Scorer(make().to(ranks.device)),
                 ids,
+                ranks,
                 window=window,
                 stride=window if stride is None else min(stride, window),
                 batch_ids=config.evaluation.batch_bytes,

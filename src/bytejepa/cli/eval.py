@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,25 +98,20 @@ class Evaluate:
 
     def _score(self, model: Any, ids: Any, window: int, stride: int, batch_ids: int, ranks: Any, name: str) -> Score:
         from bytejepa.cli.terminal import progress_bar
-        from bytejepa.scoring.evaluate import Scorer, score_ids
+        from bytejepa.scoring.evaluate import Scorer
+        from bytejepa.training.shared_scoring import score_on_ranks
 
         scorer = Scorer(model, compile=ranks.device.type == "cuda")
         with progress_bar(name, total=len(ids) - 1) as (bar, task):
-            show: Callable[[int], None] = lambda done: bar.update(task, completed=done * ranks.world_size)  # noqa: E731
-            score = score_ids(
+            return score_on_ranks(
                 scorer,
                 ids,
+                ranks,
                 window=window,
                 stride=stride,
                 batch_ids=batch_ids,
-                share=(ranks.rank, ranks.world_size),
-                on_progress=show,
+                on_progress=lambda done: bar.update(task, completed=done),
             )
-        counted = [score.nats, score.nats_of_bos, score.num_bytes, score.num_targets]
-        nats, bos, num_bytes, targets = ranks.sum_on_hosts(counted)
-        return dataclasses.replace(
-            score, nats=nats, nats_of_bos=bos, num_bytes=int(num_bytes), num_targets=int(targets)
-        )
 
     def _record(self, scores: dict[str, Score], compressors: dict[str, int], num_bytes: int) -> dict[str, object]:
         described = {

@@ -37,7 +37,9 @@ class Export:
         """Export and print sizes and scores."""
         from bytejepa.artifact.export import export
         from bytejepa.cli.terminal import print_json, progress_bar
+        from bytejepa.training.distributed import join, leave
 
+        ranks = join("auto")
         with progress_bar("score", total=1) as (bar, task):
             result = export(
                 self.run,
@@ -47,10 +49,14 @@ class Export:
                 stride=self.stride,
                 score=not self.no_score,
                 force=self.force,
+                ranks=ranks,
                 on_progress=lambda stage, done, total: bar.update(
                     task, description=f"score {stage}", completed=done, total=total
                 ),
             )
+        leave()
+        if not ranks.is_main:
+            return 0
         if self.json:
             print_json(as_record(result))
         else:

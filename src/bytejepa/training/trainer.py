@@ -20,13 +20,14 @@ from bytejepa.model.attention import choose_backend
 from bytejepa.model.initialization import initialize
 from bytejepa.model.jepa import effective_rank, explained_variance
 from bytejepa.model.transformer import ByteLM
-from bytejepa.scoring.evaluate import Score, Scorer, score_ids
+from bytejepa.scoring.evaluate import Score, Scorer
 from bytejepa.training import schedule
 from bytejepa.training.averaging import WeightAverage
 from bytejepa.training.checkpoint import Position, as_parts
 from bytejepa.training.distributed import Ranks
 from bytejepa.training.gradient_step import GradientStep, StepLosses, averaged_weights
 from bytejepa.training.optimizers import Optimizers
+from bytejepa.training.shared_scoring import score_on_ranks
 
 
 @dataclasses.dataclass(slots=True)
@@ -221,13 +222,8 @@ class Trainer:
 
     def _score(self, ids: npt.NDArray[np.uint16]) -> Score:
         window = min(self.config.evaluation.window_bytes, len(ids) - 1)
-        share = (self.ranks.rank, self.ranks.world_size)
-        mine = score_ids(
-            self.scorer, ids, window=window, stride=window, batch_ids=self.config.evaluation.batch_bytes, share=share
-        )
-        counted = [mine.nats, mine.nats_of_bos, mine.num_bytes, mine.num_targets]
-        nats, bos, num_bytes, targets = self.ranks.sum_on_hosts(counted)
-        return dataclasses.replace(mine, nats=nats, nats_of_bos=bos, num_bytes=int(num_bytes), num_targets=int(targets))
+        batch_ids = self.config.evaluation.batch_bytes
+        return score_on_ranks(self.scorer, ids, self.ranks, window=window, stride=window, batch_ids=batch_ids)
 
     def synchronize(self) -> None:
         """Wait for the device."""
