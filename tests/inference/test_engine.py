@@ -48,6 +48,8 @@ def small_config(**changes: dict[str, Any]) -> RunConfig:
         tiny(),
         model={
             "num_layers": 5,
+            "num_heads": 4,
+            "num_kv_heads": 2,
             "model_dim": 32,
             "xsa_last_layers": 2,
             "bigram_rows": 61,
