@@ -4,13 +4,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test slow check clean
 
 demo: .venv/installed
 	$(BIN)/bytejepa demo --out demo --force
 
 test: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# minutes, not seconds: the demo, 50 kills, 4 ranks; and compiled code, in a process without the runtime shape checks
+slow: .venv/installed
+	$(BIN)/pytest -m compiled
+	$(BIN)/pytest -m "slow and not gpu"
 
 # what continuous integration runs beside the tests
 check: .venv/installed
