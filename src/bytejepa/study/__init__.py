@@ -1,0 +1,1 @@
+"""Studies: which difference made a difference. Plans, paired runs, statistics, results."""
