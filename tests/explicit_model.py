@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from bytejepa.config import RunConfig
+from bytejepa.config import ModelConfig, RunConfig
 from bytejepa.model.transformer import ByteLM
 
 BOS = 1
@@ -35,10 +35,15 @@ def _text_logits(config: RunConfig, w: dict[str, Tensor], ids: list[int]) -> Ten
     x = w["token_embedding.weight"][ids]
     if m.bigram_rows is not None:
         last = m.bigram_rows - 1
-        rows = [
-            last if t == 0 or starts[t] else ((36313 * ids[t]) ^ (27191 * ids[t - 1])) % last for t in range(T)
-        ]  # fmt: skip
+        rows = [last if t == 0 or starts[t] else _pair_row(m, ids[t - 1], ids[t]) for t in range(T)]
         x = x + w["bigram.scale"] * w["bigram.embedding.weight"][rows] @ w["bigram.projection.weight"].T
+    if m.ngram_orders:
+        rows_of_orders = [
+            [_ngram_row(m, ids, starts, t, n) + place * m.ngram_rows for place, n in enumerate(m.ngram_orders)]
+            for t in range(T)
+        ]
+        rows_side_by_side = w["ngrams.embedding.weight"][torch.tensor(rows_of_orders)].flatten(1)
+        x = x + w["ngrams.scale"] * rows_side_by_side @ w["ngrams.projection.weight"].T
     x0 = rms(x)
     if m.smear:
         gate = torch.sigmoid(w["smear.gate"])
@@ -55,6 +60,24 @@ def _text_logits(config: RunConfig, w: dict[str, Tensor], ids: list[int]) -> Ten
     if config.jepa.enabled and config.jepa.inject:
         x = _injected(config, w, x, starts)
     return m.logit_softcap * torch.tanh(rms(x) @ w["token_embedding.weight"].T / m.logit_softcap)
+
+
+def _pair_row(m: ModelConfig, previous: int, current: int) -> int:
+    if m.bigram_table == "exact":
+        return (previous - 4) * 256 + current - 4 if min(previous, current) >= 4 else 65_536
+    return ((36313 * current) ^ (27191 * previous)) % (m.bigram_rows - 1)
+
+
+def _ngram_row(m: ModelConfig, ids: list[int], starts: list[bool], t: int, n: int) -> int:
+    run = ids[t - n + 1 : t + 1] if t >= n - 1 else []
+    if not run or any(starts[t - n + 2 : t + 1]):
+        return m.ngram_rows - 1
+    number = 0
+    for value in reversed(run):
+        number = (number * 0x9E3779B97F4A7C15 + value) % 2**64
+    number = number * 0x9E3779B97F4A7C15 % 2**64
+    signed = number - 2**64 if number >= 2**63 else number
+    return (signed >> 32) % (m.ngram_rows - 1)
 
 
 def _block(config: RunConfig, w: dict[str, Tensor], layer: int, x: Tensor, x0: Tensor, starts: list[bool]) -> Tensor:

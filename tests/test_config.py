@@ -183,3 +183,18 @@ def test_stages_begin_at_zero() -> None:
 def test_training_settings_are_checked_too() -> None:
     with pytest.raises(ConfigError, match=r"training\.ema_decay: expected 0 to 1, got 1\.5"):
         TrainingConfig(ema_decay=1.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"bigram_table": "exact"}, "expected model.bigram_rows 65537, got 4096"),
+        ({"ngram_orders": ()}, "got none"),
+        ({"ngram_orders": (2, 3)}, "rising numbers from 3 to 16, got 2 3"),
+        ({"ngram_orders": (4, 3)}, "rising"),
+        ({"ngram_orders": (3, 17)}, "3 to 16"),
+    ],
+)
+def test_tables_of_runs_of_ids_are_checked(settings, match) -> None:
+    with pytest.raises(ConfigError, match=match):
+        replace(RunConfig(), model=settings)

@@ -9,7 +9,7 @@ from bytejepa import presets
 from bytejepa.config import OptimizerConfig, TrainingConfig
 from bytejepa.interop import pr832
 from bytejepa.model.jepa import sigreg
-from bytejepa.model.layers import BigramHash
+from bytejepa.model.ngram_embedding import BigramHash
 from bytejepa.model.transformer import ByteLM
 from bytejepa.training import schedule
 from bytejepa.training.averaging import WeightAverage

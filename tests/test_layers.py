@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from bytejepa.model import fused, layers
-from bytejepa.model.layers import BigramHash, RotaryTables, SmearGate, rotate, softcap
+from bytejepa.model.layers import RotaryTables, SmearGate, rotate, softcap
+from bytejepa.model.ngram_embedding import BigramHash, NgramHash
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -45,6 +46,30 @@ def test_bigram_row_is_of_the_last_two_ids() -> None:
 def test_bigram_hash_never_overflows() -> None:
     ids = torch.tensor([[259, 259, 0, 259]])
     assert BigramHash(4096, 1, 1).row_indices(ids).min() >= 0
+
+
+def test_exact_pairs_share_no_row() -> None:
+    bigram = BigramHash(65_537, 1, 1, "exact")
+    pairs = [(a, b) for a in (4, 5, 130, 259) for b in (4, 6, 259)]
+    rows = [bigram.row_indices(torch.tensor([pair]))[0, 1].item() for pair in pairs]
+    assert len(set(rows)) == len(pairs)
+    assert (min(rows), max(rows)) == (0, 65_535)
+    assert bigram.row_indices(torch.tensor([[1, 200]])).tolist() == [[65_536, 65_536]]
+
+
+def test_ngram_rows_depend_on_the_last_n_ids_and_on_nothing_else() -> None:
+    ngrams = NgramHash((3, 5), 1000, 2, 4)
+    ids = torch.arange(4, 16)[None]
+    rows = ngrams.row_indices(ids)[0]
+    assert rows[:2, 0].tolist() == [999, 999]
+    assert rows[:4, 1].tolist() == [1999] * 4
+    for place in range(12):
+        changed = ids.clone()
+        changed[0, place] += 100
+        moved = ngrams.row_indices(changed)[0] != rows
+        assert moved[:, 0].nonzero().flatten().tolist() == [t for t in range(2, 12) if place <= t < place + 3]
+        assert moved[:, 1].nonzero().flatten().tolist() == [t for t in range(4, 12) if place <= t < place + 5]
+    assert len(set(rows[2:, 0].tolist())) == 10, "a hash that mixes"
 
 
 def test_leaky_relu_squared() -> None:

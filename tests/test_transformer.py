@@ -36,6 +36,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "wide mlp": {"model": {"mlp_ratio": 3.5}},
     "one window": {"model": {"attention_windows": (6,)}},
     "windows by layer": {"model": {"attention_windows": (5, 0, 9)}},
+    "exact pairs": {"model": {"bigram_table": "exact", "bigram_rows": 65_537, "bigram_dim": 4}},
+    "n-grams": {"model": {"ngram_orders": (3, 5), "ngram_rows": 50, "ngram_dim": 6}},
+    "n-grams alone": {"model": {"ngram_orders": (4,), "ngram_rows": 50, "bigram_rows": None}},
+    "documents, n-grams, exact pairs": {
+        "model": {
+            "document_masking": True,
+            "ngram_orders": (3, 4),
+            "ngram_rows": 50,
+            "bigram_table": "exact",
+            "bigram_rows": 65_537,
+            "bigram_dim": 4,
+        }
+    },
     "documents": {"model": {"document_masking": True}},
     "documents and windows": {"model": {"document_masking": True, "attention_windows": (9, 5, 0)}},
     "documents, no jepa": {"model": {"document_masking": True}, "jepa": {"enabled": False}},
@@ -81,6 +94,7 @@ def test_logits_and_gradients_are_those_of_the_explicit_writing(option: str) -> 
     [
         "as it is", "documents", "documents and windows", "documents, no jepa", "windows by layer", "no jepa",
         "no injection", "chunks of one byte", "chunks of eight bytes", "one layer", "no skips", "beyond the rotary length",
+        "documents, n-grams, exact pairs",
     ],
 )  # fmt: skip
 def test_tail_logits_are_the_tail_of_logits(option: str) -> None:
@@ -123,7 +137,7 @@ def test_causality_around_every_chunk_border(option: str) -> None:
 
 @given(length=st.integers(4, 36), data=st.data())
 def test_text_before_a_bos_changes_nothing_after_it(length: int, data: st.DataObject) -> None:
-    model = model_of("documents")
+    model = model_of(data.draw(st.sampled_from(["documents", "documents, n-grams, exact pairs"])))
     begin = data.draw(st.integers(1, length - 1), label="where the second document begins")
     ids, other = random_ids(1, length, seed=1), random_ids(1, length, seed=2)
     ids[:, begin] = BOS

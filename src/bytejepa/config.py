@@ -34,6 +34,9 @@ def _in_full(value: float) -> str:
     return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:g}"
 
 
+EXACT_BIGRAM_ROWS = 256 * 256 + 1
+"""Rows of the exact table of byte pairs: one a pair, and one for what is not a pair of bytes."""
+
 PositiveInt = Annotated[int, Range(1)]
 NonNegativeInt = Annotated[int, Range(0)]
 NonNegative = Annotated[float, Range(0)]
@@ -101,10 +104,19 @@ class ModelConfig(_Section):
     """Mix each embedding with its predecessor's through a learned gate (SmearGate)."""
     bigram_rows: Annotated[int, Range(2, 1 << 20)] | None = 4096
     """Rows of the hashed table of byte pairs (BigramHash); None: no table."""
+    bigram_table: Literal["hash", "exact"] = "hash"
+    """`hash`: pairs share rows; `exact`: each of the 65,536 pairs has its own, and bigram_rows is 65,537."""
     bigram_dim: PositiveInt = 32
     """Width of a row of the bigram table, before its projection to model_dim."""
     bigram_projection_init: Literal["zero", "orthogonal"] = "orthogonal"
     """`zero`, with a table that starts at zero too, never gets a gradient (spec section 7, item 1)."""
+    ngram_orders: tuple[int, ...] | None = None
+    """Lengths n of the runs of last ids that have hashed tables besides the pairs' (NgramHash), 3 to 16 and rising;
+    None: none."""
+    ngram_rows: Annotated[int, Range(2, 1 << 22)] = 16_384
+    """Rows of each order's table."""
+    ngram_dim: PositiveInt = 32
+    """Width of a row of these tables; the rows of all orders are projected to model_dim together."""
     output_projection_init: Literal["zero", "scaled"] = "scaled"
     """Projections that end a branch: zero, or orthogonal with gain 1/sqrt(2 num_layers) (item 5)."""
     embedding_std: NonNegative = 0.005
@@ -135,10 +147,25 @@ class ModelConfig(_Section):
             raise ConfigError(
                 f"model.xsa_last_layers {self.xsa_last_layers} is more than model.num_layers {self.num_layers}"
             )
+        self._check_tables()
         windows = self.attention_windows
         if windows is not None and (len(windows) not in (1, self.num_layers) or min(windows) < 0):
             raise ConfigError(
                 f"model.attention_windows: expected 1 or {self.num_layers} numbers of 0 or more, got {' '.join(map(str, windows))}"
+            )
+
+    def _check_tables(self) -> None:
+        if self.bigram_table == "exact" and self.bigram_rows != EXACT_BIGRAM_ROWS:
+            raise ConfigError(
+                f"model.bigram_table exact: expected model.bigram_rows {EXACT_BIGRAM_ROWS}, got {self.bigram_rows}"
+            )
+        orders = self.ngram_orders
+        if orders is not None and (
+            not orders or not 3 <= min(orders) <= max(orders) <= 16 or sorted(set(orders)) != list(orders)
+        ):
+            raise ConfigError(
+                f"model.ngram_orders: expected rising numbers from 3 to 16, got {' '.join(map(str, orders)) or 'none'}",
+                hint="pairs are model.bigram_rows and model.bigram_table",
             )
 
     @property

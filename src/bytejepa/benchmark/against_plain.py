@@ -28,6 +28,8 @@ def plain_config(config: RunConfig) -> PlainConfig:
         for name, value in (
             ("model.attention_windows", model.attention_windows),
             ("model.document_masking", model.document_masking),
+            ("model.ngram_orders", model.ngram_orders),
+            ("model.bigram_table exact", model.bigram_table == "exact"),
             ("model.multi_token_heads", model.multi_token_heads),
         )
         if value

@@ -56,6 +56,8 @@ def matmul_parameters(config: RunConfig) -> float:
     count = model.num_layers * (2 * D * D + 2 * D * kv + 2 * D * model.mlp_dim) + VOCABULARY_SIZE * D
     if model.bigram_rows is not None:
         count += model.bigram_dim * D
+    if model.ngram_orders is not None:
+        count += len(model.ngram_orders) * model.ngram_dim * D
     per_chunk = 0
     if jepa.enabled:
         Z = jepa.latent_dim

@@ -199,13 +199,12 @@ class Engine:
     def _embed(self, state: EngineState, ids: Tensor, starts: Tensor | None) -> Tensor:
         model, first = self.model, state.position
         x = F.embedding(ids, self.head)
-        if model.bigram is not None:
-            if first:  # the predecessor's id comes from the window, its row is thrown away
-                with_previous = state.window_ids[:, first - 1 : first + ids.size(1)]
-                padded = None if starts is None else F.pad(starts, (1, 0))
-                x = x + model.bigram(with_previous, self.dtype, padded)[:, 1:]
-            else:
-                x = x + model.bigram(ids, self.dtype, starts)
+        for table in model.context_tables:
+            # what came before is read from the window, its own rows are thrown away
+            known = min(first, table.reach)
+            context = state.window_ids[:, first - known : first + ids.size(1)]
+            context_starts = None if starts is None else document_starts(context)
+            x = x + table(context, self.dtype, context_starts)[:, known:]
         x = self._rms_norm(x)
         if model.smear is None:
             return x

@@ -45,7 +45,7 @@ class EngineState:
     position: int
     """Ids in the window so far; the next id gets this position."""
     window_ids: Int[Tensor, "L W"]
-    """The ids in the window; BigramHash's predecessor is the last of them."""
+    """The ids in the window; what the tables of pairs and longer runs look back at are the last of them."""
     document_ids: Int[Tensor, "L W"] | None
     """Number of the document each position belongs to; None without document masking."""
     smear_previous: Float[Tensor, "L 1 D"]

@@ -6,8 +6,9 @@
 | smaller matrices of the blocks | torch's default for linear layers |
 | projections that end a branch | zero, or orthogonal with gain 1/sqrt(2 num_layers) |
 | token embedding | normal, standard deviation `embedding_std` |
-| bigram table | zero |
+| bigram and n-gram tables | zero |
 | bigram projection | zero (then the pair never learns), or orthogonal |
+| n-gram projection | orthogonal |
 | JEPA linears | torch's default |
 | JEPA start token | 0.02 normal |
 | JEPA injection, extra heads | zero |
@@ -61,12 +62,16 @@ def _initial_matrix(name: str, parameter: Tensor, config, random: torch.Generato
     value = torch.empty(parameter.shape)
     if name == "token_embedding.weight":
         return value.normal_(0, config.embedding_std, generator=random)
-    if name in ("bigram.embedding.weight", "jepa.injection.weight") or name.startswith("multi_token_heads"):
+    if name in ("bigram.embedding.weight", "ngrams.embedding.weight", "jepa.injection.weight") or name.startswith(
+        "multi_token_heads"
+    ):
         return value.zero_()
     if name == "bigram.projection.weight":
         return (
             value.zero_() if config.bigram_projection_init == "zero" else nn.init.orthogonal_(value, generator=random)
         )
+    if name == "ngrams.projection.weight":
+        return nn.init.orthogonal_(value, generator=random)
     if name.endswith(("attention.output.weight", "mlp.down.weight")):
         gain = 0.0 if config.output_projection_init == "zero" else 1 / math.sqrt(2 * config.num_layers)
         return nn.init.orthogonal_(value, gain=gain, generator=random)

@@ -62,33 +62,6 @@ class SmearGate(nn.Module):
         return torch.lerp(x, previous, gate.expand_as(x))
 
 
-class BigramHash(nn.Module):
-    """An embedding of the last two ids, through a hashed table of `rows` rows and a projection to the model width."""
-
-    def __init__(self, rows: int, dim: int, model_dim: int) -> None:
-        super().__init__()
-        self.rows = rows
-        self.embedding = nn.Embedding(rows, dim)
-        self.projection = Linear(dim, model_dim)
-        self.scale = nn.Parameter(torch.tensor(0.05))
-
-    def row_indices(
-        self, ids: Int[Tensor, "B T"], document_start: Bool[Tensor, "B T"] | None = None
-    ) -> Int[Tensor, "B T"]:
-        """Return the row of each position; the first position of a window (and of a document, if given) has the last row."""
-        ids = ids.int()  # products of ids under 260 stay below 2^24
-        mixed = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % (self.rows - 1)
-        rows = F.pad(mixed, (1, 0), value=self.rows - 1)
-        return rows if document_start is None else rows.masked_fill(document_start, self.rows - 1)
-
-    def forward(
-        self, ids: Int[Tensor, "B T"], dtype: torch.dtype, document_start: Bool[Tensor, "B T"] | None = None
-    ) -> Float[Tensor, "B T D"]:
-        """Return what is added to the token embedding, in `dtype`."""
-        rows = F.embedding(self.row_indices(ids, document_start), self.embedding.weight).to(dtype)
-        return self.projection(rows) * self.scale.to(dtype)
-
-
 class MLP(nn.Module):
     """proj(leaky_relu(fc(x), 0.5)^2)."""
 

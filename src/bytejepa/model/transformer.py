@@ -1,6 +1,6 @@
 """ByteLM: the whole network (spec sections 2 and 3).
 
-e  = token_embedding[ids] + bigram(ids);   x0 = smear(rms(e))
+e  = token_embedding[ids] + bigram(ids) + ngrams(ids);   x0 = smear(rms(e))
 x  = first half of the blocks, pushing each output;  second half, adding each popped output times its skip weight
 x  = x + JEPA's injection of the latent predicted for each chunk
 logits = softcap(rms(x) @ token_embedding^T)          the head is tied to the embedding
@@ -19,7 +19,8 @@ from bytejepa.config import AttentionBackend, RunConfig
 from bytejepa.data.vocabulary import VOCABULARY_SIZE
 from bytejepa.model.attention import Attention, Kernel, Mask, attention_mask, choose_backend, masked_attention
 from bytejepa.model.jepa import Jepa, Latents
-from bytejepa.model.layers import MLP, BigramHash, Linear, RotaryTables, SmearGate, document_starts, rms_norm, softcap
+from bytejepa.model.layers import MLP, Linear, RotaryTables, SmearGate, document_starts, rms_norm, softcap
+from bytejepa.model.ngram_embedding import BigramHash, NgramHash
 
 
 class Losses(NamedTuple):
@@ -98,7 +99,16 @@ class ByteLM(nn.Module):
         self.config = config
         model = config.model
         self.token_embedding = nn.Embedding(VOCABULARY_SIZE, model.model_dim)
-        self.bigram = BigramHash(model.bigram_rows, model.bigram_dim, model.model_dim) if model.bigram_rows else None
+        self.bigram = (
+            BigramHash(model.bigram_rows, model.bigram_dim, model.model_dim, model.bigram_table)
+            if model.bigram_rows
+            else None
+        )
+        self.ngrams = (
+            NgramHash(model.ngram_orders, model.ngram_rows, model.ngram_dim, model.model_dim)
+            if model.ngram_orders
+            else None
+        )
         self.smear = SmearGate(model.model_dim) if model.smear else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(model.num_layers))
         self.num_encoder_layers = model.num_layers // 2
@@ -113,6 +123,11 @@ class ByteLM(nn.Module):
         self.compute_dtype = torch.float32
         """Precision of activations and products; weights keep their own and are cast where they are used."""
 
+    @property
+    def context_tables(self) -> tuple[BigramHash | NgramHash, ...]:
+        """The tables whose rows are added to the token embedding."""
+        return tuple(table for table in (self.bigram, self.ngrams) if table is not None)
+
     def hidden(self, ids: Int[Tensor, "B T"], *, scored_tail: int | None = None) -> tuple[Tensor, Latents | None]:
         """Return the last residual before the final norm, (B, T, D), injection included, and JEPA's latents.
 
@@ -122,8 +137,8 @@ class ByteLM(nn.Module):
         model = self.config.model
         starts = document_starts(ids) if model.document_masking else None
         x = F.embedding(ids, self.token_embedding.weight).to(self.compute_dtype)
-        if self.bigram is not None:
-            x = x + self.bigram(ids, self.compute_dtype, starts)
+        for table in self.context_tables:
+            x = x + table(ids, self.compute_dtype, starts)
         x0 = rms_norm(x)
         if self.smear is not None:
             x0 = self.smear(x0, starts)

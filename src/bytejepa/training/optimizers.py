@@ -2,8 +2,8 @@
 
 | parameters | optimiser | learning rate | weight decay |
 |---|---|---|---|
-| matrices of the blocks, bigram projection | Muon | matrix_lr | muon_weight_decay |
-| token and bigram embeddings, extra heads | AdamW | embedding_lr | adam_weight_decay |
+| matrices of the blocks, bigram and n-gram projections | Muon | matrix_lr | muon_weight_decay |
+| token, bigram and n-gram embeddings, extra heads | AdamW | embedding_lr | adam_weight_decay |
 | vectors, scalars, mixes, gains, skip weights | AdamW | scalar_lr | adam_weight_decay |
 | JEPA module | AdamW | jepa_lr | 0 |
 """
