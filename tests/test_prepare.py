@@ -226,7 +226,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, num_workers: int) -> 
     wrong = sorted((out / ".prepare").glob("job_000001_*.bin"))[5]
     wrong.write_bytes(wrong.read_bytes()[:-2] + b"\0\0")  # changed since: it and what follows is made again
     result = prepare([packed], out, val_documents=5, shard_bytes=200_000, workers=num_workers)
-    assert result.num_shards_kept >= 6
+    assert result.num_shards_kept >= 5  # those of job 1 before the changed one; job 0 may not have got as far
     prepare([packed], tmp_path / "whole", val_documents=5, shard_bytes=200_000, workers=1)
     assert files_of(out) == files_of(tmp_path / "whole")
     kept = [(out / f"fineweb_train_{index:06d}.bin").stat().st_mtime_ns for index in range(4)]
