@@ -250,6 +250,9 @@ class DataConfig(_Section):
     """For `sequential`: readers among which a step's ids are divided (the reference: one a GPU, 8)."""
     sequence_growth: tuple[tuple[float, int], ...] | None = None
     """Pairs (progress, sequence_bytes) that replace sequence_bytes from that progress on; None: fixed."""
+    character_substitution: Fraction = 0.0
+    """Share of training sequences in which one byte value is replaced throughout by a random Unicode character, which
+    prepares a corpus of few symbols for others."""
 
     def __post_init__(self) -> None:
         _Section.__post_init__(self)

@@ -59,9 +59,19 @@ def tiny() -> RunConfig:
             "rotary_length_bytes": 512,
         },
         jepa={"latent_dim": 64, "hidden_dim": 64, "sigreg_directions": 64, "sigreg_group_sequences": 2},
-        data={"sequence_bytes": 512, "batch_bytes": 2048},
-        optimizer={"muon_momentum": 0.95, "muon_momentum_start": 0.85, "muon_momentum_warmup_steps": 100},
-        schedule={"steps": 1200, "max_wallclock_s": 240.0, "warmdown_fraction": 0.6},
+        data={
+            "sequence_bytes": 512,
+            "batch_bytes": 2048,
+            "sequence_growth": ((0.0, 64), (0.3, 128), (0.6, 256), (0.85, 512)),
+            "character_substitution": 0.04,
+        },
+        optimizer={
+            "matrix_lr": 0.018,
+            "muon_momentum": 0.95,
+            "muon_momentum_start": 0.85,
+            "muon_momentum_warmup_steps": 100,
+        },
+        schedule={"steps": 2000, "max_wallclock_s": 260.0, "warmdown_fraction": 0.6},
         training={"ema_decay": 0.99, "warmup_steps": 1, "validate_every_steps": 300, "validation_bytes": 65_536},
         evaluation={"window_bytes": 512, "stride_bytes": 128},
     )

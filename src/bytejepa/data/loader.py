@@ -21,6 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bytejepa.config import DataConfig
+from bytejepa.data.augmentation import substitute_character
 from bytejepa.data.shards import Split, check_ids, find_shards, open_shard
 from bytejepa.errors import DataError
 
@@ -60,13 +61,18 @@ class IdStream:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+def _random(purpose: str) -> np.random.Generator:
+    """Return a generator that is a function of `purpose`: no hidden state, nothing to save."""
+    key = hashlib.sha256(purpose.encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
+
+
 @functools.lru_cache(maxsize=4)
 def _epoch_order(
     seed: int, stage: int, epoch: int, num_sequences: int, max_phase: int
 ) -> tuple[int, npt.NDArray[np.int64]]:
     """Return (phase, order) of an epoch: sequence n begins at phase + T * order[n]."""
-    key = hashlib.sha256(f"{seed}:order:{stage}:{epoch}".encode()).digest()
-    random = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
+    random = _random(f"{seed}:order:{stage}:{epoch}")
     return int(random.integers(0, max_phase + 1)), random.permutation(num_sequences)
 
 
@@ -124,18 +130,30 @@ class Loader:
         starts = self.sequence_starts(stage, index)
         per_rank = len(starts) // self.world_size
         mine = starts[self.rank * per_rank : (self.rank + 1) * per_rank]
-        ids = np.stack([self.stream.read(start, length + 1) for start in mine]).astype(np.int64)
+        rows = [self.stream.read(start, length + 1) for start in mine]
+        if self.config.character_substitution:
+            rows = [self._augmented(row, stage, index, number) for number, row in enumerate(rows, self.rank * per_rank)]
+        ids = np.stack(rows).astype(np.int64)
         if ids.max(initial=0) >= 260:
             row, column = np.argwhere(ids >= 260)[0]
             raise DataError(
                 f"the training split holds id {ids[row, column]} at position {mine[row] + column}; byte260 ids are under 260",
                 hint="sp1024 shards are converted by `bytejepa prepare --kind sp1024`",
             )
-        rows = torch.from_numpy(ids)
-        inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        sequences = torch.from_numpy(ids)
+        inputs, targets = sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
         if self.device.type == "cuda":
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
         return inputs, targets
+
+    def _augmented(
+        self, row: npt.NDArray[np.uint16], stage: int, index: int, number: int
+    ) -> npt.NDArray[np.uint16]:
+        """Return row `number` of the whole batch, in its share of cases with a character substituted."""
+        random = _random(f"{self.seed}:substitution:{stage}:{index}:{number}")
+        if random.random() >= self.config.character_substitution:
+            return row
+        return substitute_character(row, random)
 
     def close(self) -> None:
         """Stop the thread."""
