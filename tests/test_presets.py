@@ -84,11 +84,11 @@ def test_tiny_has_the_structure_of_default() -> None:
 
 
 def test_presets_by_name() -> None:
-    assert set(PRESETS) == {"default", "pr832", "pr832-no-jepa", "tiny"}
+    assert set(PRESETS) == {"default", "pr832", "pr832-no-jepa", "tiny", "ablation", "ablation-pr832"}
     assert preset("pr832") == pr832()
     with pytest.raises(ConfigError, match=r"unknown preset 'tny'.*did you mean 'tiny'"):
         preset("tny")
-    with pytest.raises(ConfigError, match="presets: default, pr832, pr832-no-jepa, tiny"):
+    with pytest.raises(ConfigError, match="presets: default, pr832, pr832-no-jepa, tiny, ablation"):
         preset("zzz")
 
 

@@ -329,10 +329,12 @@ class ScheduleConfig(_Section):
     max_wallclock_s: Annotated[float, Range(0.001)] | None = None
     """Seconds of training, without compilation, warm-up, validation and checkpoints; None: no bound."""
     warmdown: Literal["progress", "mean_step_time"] = "progress"
-    """`progress`: linear to zero, reached exactly where training ends; `mean_step_time`: the reference's rule, linear
+    """`progress`: linear to warmdown_to, reached exactly where training ends; `mean_step_time`: the reference's rule, linear
     once the remaining wallclock is under warmdown_steps mean step times (spec section 7, item 4)."""
     warmdown_fraction: Fraction = 0.4
-    """For `progress`: last share of the run over which the learning rate falls to zero."""
+    """For `progress`: last share of the run over which the learning rate falls to warmdown_to."""
+    warmdown_to: Fraction = 0.0
+    """For `progress`: learning-rate scale at which the run ends (the reference's ended at 0.167: spec section 7, item 4)."""
     warmdown_steps: PositiveInt = 3000
     """For `mean_step_time`: length of the fall."""
     warmup_fraction: Fraction = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from typing import Any
 
 from bytejepa.config import RunConfig, replace
 from bytejepa.errors import ConfigError
@@ -77,11 +78,52 @@ def tiny() -> RunConfig:
     )
 
 
+def ablation() -> RunConfig:
+    """`default`'s structure at the size of the built-in ablation plans: a run takes seconds on one CPU core."""
+    return replace(tiny(), **_ABLATION_SIZE)
+
+
+def ablation_pr832() -> RunConfig:
+    """`pr832` at the size of `ablation`, ratios kept: for plans that mend the reference's defects one at a time.
+
+    Scaled with the size: the EMA's horizon (the same share of the run), the bound of small tensors (all block matrices
+    are above it, JEPA's square ones are not), momentum and its warm-up. The warm-down keeps its length (3,000 steps of
+    a run that would have taken 9,501) and stops where the reference's did, at 0.167 of the peak (spec section 7, item 4).
+    Sequences are shuffled, as FineWeb's documents are and those of a corpus in order of time are not.
+    """
+    size = {section: dict(settings) for section, settings in _ABLATION_SIZE.items()}
+    size["jepa"]["sigreg_group_sequences"] = 4
+    size["schedule"] |= {"warmdown": "progress", "warmdown_fraction": 0.28, "warmdown_to": 0.167}
+    size["data"]["order"] = "shuffled"
+    size["artifact"] = {"small_tensor_elements": 1024}
+    return replace(pr832(), **size)
+
+
+_ABLATION_SIZE: dict[str, dict[str, Any]] = {
+    "model": {
+        "num_layers": 4,
+        "model_dim": 64,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "xsa_last_layers": 1,
+        "rotary_dims": 8,
+        "rotary_length_bytes": 256,
+    },
+    "jepa": {"latent_dim": 32, "hidden_dim": 32, "sigreg_directions": 64, "sigreg_group_sequences": 4},
+    "data": {"sequence_bytes": 256, "batch_bytes": 1024},
+    "optimizer": {"muon_momentum": 0.95, "muon_momentum_start": 0.85, "muon_momentum_warmup_steps": 100},
+    "schedule": {"steps": 400, "max_wallclock_s": None, "warmdown_fraction": 0.4},
+    "training": {"ema_decay": 0.95, "warmup_steps": 0, "validate_every_steps": 100, "validation_bytes": 16_384},
+    "evaluation": {"window_bytes": 256, "stride_bytes": 128},
+}
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "default": default,
     "pr832": pr832,
     "pr832-no-jepa": pr832_no_jepa,
     "tiny": tiny,
+    "ablation": ablation,
+    "ablation-pr832": ablation_pr832,
 }
 
 

@@ -28,6 +28,7 @@ VERBS = {
     "import-pr832": ("import_pr832", "ImportPr832", "Turn the reference's own model file into an artifact."),
     "generate": ("generate", "Generate", "Write text with a model."),
     "surprise": ("surprise", "Surprise", "Show what every byte of a file costs."),
+    "ablate": ("ablate", "Ablate", "Run a study: what difference makes a difference, with statistics."),
     "bench": ("bench", "Bench", "Measure speed against a plain baseline."),
     "review": ("review", "Review", "Check a submission, run or artifact against rules and facts."),
 }

@@ -162,6 +162,14 @@ def explained_variance(latents: Latents) -> Tensor:
     return 1 - residual / target.var(0, unbiased=False).mean().clamp_min(1e-12)
 
 
+def latent_std(target: Float[Tensor, "B C Z"]) -> Tensor:
+    """Return the root of the mean variance of the latents' dimensions: 1 for a standard normal, 0 if all latents are one.
+
+    Explained variance and effective rank are blind to scale; this is what falls in a collapse (spec section 7, item 12).
+    """
+    return target.float().flatten(0, 1).var(0, unbiased=False).mean().sqrt()
+
+
 def effective_rank(target: Float[Tensor, "B C Z"]) -> Tensor:
     """Return exp(entropy of the normalised eigenvalues of the latents' covariance): 1 (collapsed) to Z (isotropic).
 

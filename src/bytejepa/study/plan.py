@@ -145,7 +145,6 @@ class Plan:
         return {
             "schedule": {"steps": budget.steps, "max_bytes": budget.bytes, "max_wallclock_s": budget.seconds},
             "evaluation": {"window_bytes": evaluation.window_bytes, "stride_bytes": evaluation.stride_bytes},
-            "training": {"validation_bytes": evaluation.validation_bytes},
         }
 
     def expected_learning_rate_end(self, variant: Variant) -> float:
@@ -183,7 +182,7 @@ class Plan:
 
 _KEPT_EQUAL = (
     *(("data", name) for name in ("sequence_bytes", "batch_bytes", "order", "num_streams", "sequence_growth")),
-    *(("training", name) for name in ("device", "precision", "compile", "attention", "validation_bytes")),
+    *(("training", name) for name in ("device", "precision", "compile", "attention")),
     *(("evaluation", name) for name in ("window_bytes", "stride_bytes")),
     *(("schedule", name) for name in ("steps", "max_bytes", "max_wallclock_s")),
 )
@@ -238,6 +237,17 @@ def plan_from_dict(values: Any, *, where: str = "plan") -> Plan:
     fields["seeds"] = tuple(seeds)
     fields["overrides"] = _nested(fields.get("overrides", {}), where)
     return Plan(**fields)
+
+
+def override(plan: Plan, *, steps: int | None = None, seeds: tuple[int, ...] | None = None) -> Plan:
+    """Return `plan` with a budget of `steps`, or other seeds. Raises: ConfigError for an impossible one."""
+    if seeds is not None and any(seed < 0 for seed in seeds):
+        raise ConfigError(f"seeds: expected whole numbers of 0 or more, got {list(seeds)}")
+    return dataclasses.replace(
+        plan,
+        budget=plan.budget if steps is None else Budget(steps=steps),
+        seeds=plan.seeds if seeds is None else seeds,
+    )
 
 
 def _variant(values: Any, where: str) -> Variant:

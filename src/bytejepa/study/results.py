@@ -135,11 +135,16 @@ class StudyResult:
 def write_study(folder: Path, study: StudyResult) -> Path:
     """Write study.json into `folder`, atomically, and return its path. Raises: CheckpointError."""
     path = folder / FILE_NAME
-    content = {"format": FORMAT, "format_version": FORMAT_VERSION, "is_complete": study.is_complete}
-    content |= dataclasses.asdict(study)
+    content = study_record(study)
     with file_errors_as(CheckpointError, "write", path):
         write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
     return path
+
+
+def study_record(study: StudyResult) -> dict[str, Any]:
+    """Return what study.json holds."""
+    head = {"format": FORMAT, "format_version": FORMAT_VERSION, "is_complete": study.is_complete}
+    return {**head, **dataclasses.asdict(study)}
 
 
 def read_study(path: Path) -> StudyResult:

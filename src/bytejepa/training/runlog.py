@@ -33,6 +33,7 @@ METRICS: dict[str, str] = {
     "jepa_sigreg": "distance of the latents' distribution from a standard normal",
     "jepa_explained_variance": "share of the latents' variance that the predictor explains, at most 1",
     "jepa_effective_rank": "exp of the spectral entropy of the latents' covariance, 1 to latent_dim",
+    "jepa_latent_std": "root mean variance of the latents' dimensions: 1 for a standard normal, 0 collapsed",
     "sequence_bytes": "context of the step's sequences, ids",
     "val_bpb": "bits per byte of the live weights on the validation split, non-overlapping windows",
     "val_bpb_average": "the same of the averaged weights (EMA or SWA)",

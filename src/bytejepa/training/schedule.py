@@ -23,7 +23,7 @@ def progress(schedule: ScheduleConfig, *, step: int, num_bytes: int, elapsed_s: 
 def learning_rate_scale(schedule: ScheduleConfig, *, progress: float, step: int, elapsed_s: float) -> float:
     """Return the factor on every learning rate for the step that begins now.
 
-    `progress`: rises over warmup_fraction, is 1, and falls linearly over warmdown_fraction to 0 at progress 1.
+    `progress`: rises over warmup_fraction, is 1, and falls linearly over warmdown_fraction to warmdown_to at progress 1.
     `mean_step_time`: the reference's rule, see `mean_step_time_scale`.
     """
     if schedule.warmdown == "mean_step_time":
@@ -33,7 +33,8 @@ def learning_rate_scale(schedule: ScheduleConfig, *, progress: float, step: int,
         # half a step in, so that the first step of a short run is not lost to a factor of zero
         scale = max(progress / schedule.warmup_fraction, 1e-3)
     if schedule.warmdown_fraction and progress > 1 - schedule.warmdown_fraction:
-        scale = min(scale, (1 - progress) / schedule.warmdown_fraction)
+        share = (1 - progress) / schedule.warmdown_fraction
+        scale = min(scale, schedule.warmdown_to + (1 - schedule.warmdown_to) * share)
     return scale
 
 

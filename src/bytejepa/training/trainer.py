@@ -18,7 +18,7 @@ from bytejepa.data.loader import IdStream, Loader
 from bytejepa.errors import ConfigError, DataError
 from bytejepa.model.attention import choose_backend
 from bytejepa.model.initialization import initialize
-from bytejepa.model.jepa import effective_rank, explained_variance
+from bytejepa.model.jepa import effective_rank, explained_variance, latent_std
 from bytejepa.model.transformer import ByteLM
 from bytejepa.scoring.evaluate import Score, Scorer
 from bytejepa.training import schedule
@@ -192,6 +192,7 @@ class Trainer:
             "jepa_lambda": jepa_lambda,
             "jepa_explained_variance": self.ranks.mean(explained_variance(losses.latents)),
             "jepa_effective_rank": self.ranks.mean(effective_rank(losses.latents.target)),
+            "jepa_latent_std": self.ranks.mean(latent_std(losses.latents.target)),
         }
         if jepa_lambda > 0:
             metrics["jepa_prediction_loss"] = self.ranks.mean(losses.jepa_prediction)

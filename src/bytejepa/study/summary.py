@@ -1,0 +1,79 @@
+"""From finished runs to one line a variant: means, paired differences to the baseline, verdicts. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bytejepa.study.plan import Plan, Variant
+from bytejepa.study.results import RunResult, VariantSummary
+from bytejepa.study.statistics import PairedDifference, holm, mean_or_none, paired_difference, sample_std, verdict
+
+
+def summarise(plan: Plan, runs: Sequence[RunResult]) -> tuple[tuple[VariantSummary, ...], tuple[str, ...]]:
+    """Return (a summary of every variant that has a finished run, in the plan's order; notes for the reader)."""
+    by_variant = {variant.name: [run for run in runs if run.variant == variant.name] for variant in plan.variants}
+    baseline = {run.seed: run.bpb for run in by_variant[plan.baseline]}
+    differences = {
+        name: paired_difference({run.seed: run.bpb for run in found}, baseline)
+        for name, found in by_variant.items()
+        if name != plan.baseline
+    }
+    p_values = {name: d.p_value for name, d in differences.items() if d is not None and d.p_value is not None}
+    corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    summaries = tuple(
+        _summary(variant, by_variant[variant.name], differences.get(variant.name), corrected.get(variant.name))
+        for variant in plan.variants
+        if by_variant[variant.name]
+    )
+    return summaries, _notes(plan, by_variant, len(p_values))
+
+
+def _summary(
+    variant: Variant, runs: Sequence[RunResult], difference: PairedDifference | None, p_corrected: float | None
+) -> VariantSummary:
+    bpb = [run.bpb for run in runs]
+    return VariantSummary(
+        variant=variant.name,
+        tests=variant.tests,
+        num_seeds=len(runs),
+        mean_bpb=_mean(bpb),
+        std_bpb=sample_std(bpb),
+        mean_train_s=_mean([run.train_s for run in runs]),
+        mean_artifact_bytes=_mean([float(run.artifact_bytes) for run in runs]),
+        mean_quantization_loss_bpb=_mean([run.quantization_loss_bpb for run in runs]),
+        mean_explained_variance=mean_or_none([run.explained_variance for run in runs]),
+        mean_effective_rank=mean_or_none([run.effective_rank for run in runs]),
+        mean_latent_std=mean_or_none([run.latent_std for run in runs]),
+        difference_bpb=None if difference is None else difference.mean,
+        interval_low_bpb=None if difference is None else difference.low,
+        interval_high_bpb=None if difference is None else difference.high,
+        p_value=None if difference is None else difference.p_value,
+        p_corrected=p_corrected,
+        verdict=None if difference is None else verdict(difference.mean, p_corrected),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    mean = mean_or_none(values)
+    assert mean is not None, "a variant without runs has no summary"
+    return mean
+
+
+def _notes(plan: Plan, by_variant: dict[str, list[RunResult]], num_compared: int) -> tuple[str, ...]:
+    notes = []
+    missing = sum(len(plan.seeds) - len(found) for found in by_variant.values())
+    if missing:
+        notes.append(f"{missing} of {len(plan.seeds) * len(plan.variants)} runs are not finished.")
+    if len(plan.seeds) < 2:
+        notes.append("One seed: there is no measure of the noise, so no interval, no p value and no verdict.")
+    elif len(plan.seeds) < 3:
+        notes.append("Two seeds: one degree of freedom, so intervals are very wide; three or more are usual.")
+    if num_compared > 1:
+        notes.append(f"p values are corrected for {num_compared} variants compared with one baseline (Holm).")
+    shared: dict[str, list[str]] = {}
+    for found in by_variant.values():
+        for run in found:
+            shared.setdefault(run.fingerprint, []).append(run.variant)
+    same = sorted({" and ".join(names) for names in shared.values() if len(names) > 1})
+    notes += [f"{names} are one configuration: the same runs." for names in same]
+    return tuple(notes)
