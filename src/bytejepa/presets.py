@@ -92,7 +92,6 @@ def ablation_pr832() -> RunConfig:
     Sequences are shuffled, as FineWeb's documents are and those of a corpus in order of time are not.
     """
     size = {section: dict(settings) for section, settings in _ABLATION_SIZE.items()}
-    size["jepa"]["sigreg_group_sequences"] = 4
     size["schedule"] |= {"warmdown": "progress", "warmdown_fraction": 0.28, "warmdown_to": 0.167}
     size["data"]["order"] = "shuffled"
     size["artifact"] = {"small_tensor_elements": 1024}
@@ -109,7 +108,7 @@ _ABLATION_SIZE: dict[str, dict[str, Any]] = {
         "rotary_dims": 8,
         "rotary_length_bytes": 256,
     },
-    "jepa": {"latent_dim": 32, "hidden_dim": 32, "sigreg_directions": 64, "sigreg_group_sequences": 4},
+    "jepa": {"latent_dim": 32, "hidden_dim": 32, "sigreg_directions": 64, "sigreg_group_sequences": None},
     "data": {"sequence_bytes": 256, "batch_bytes": 1024},
     "optimizer": {"muon_momentum": 0.95, "muon_momentum_start": 0.85, "muon_momentum_warmup_steps": 100},
     "schedule": {"steps": 400, "max_wallclock_s": None, "warmdown_fraction": 0.4},
