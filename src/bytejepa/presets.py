@@ -80,7 +80,7 @@ def tiny() -> RunConfig:
 
 def ablation() -> RunConfig:
     """`default`'s structure at the size of the built-in ablation plans: a run takes seconds on one CPU core."""
-    return replace(tiny(), **_ABLATION_SIZE)
+    return replace(default(), **_ABLATION_SIZE)
 
 
 def ablation_pr832() -> RunConfig:

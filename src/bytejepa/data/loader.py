@@ -146,9 +146,7 @@ class Loader:
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
         return inputs, targets
 
-    def _augmented(
-        self, row: npt.NDArray[np.uint16], stage: int, index: int, number: int
-    ) -> npt.NDArray[np.uint16]:
+    def _augmented(self, row: npt.NDArray[np.uint16], stage: int, index: int, number: int) -> npt.NDArray[np.uint16]:
         """Return row `number` of the whole batch, in its share of cases with a character substituted."""
         random = _random(f"{self.seed}:substitution:{stage}:{index}:{number}")
         if random.random() >= self.config.character_substitution:
