@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import brotli
 import numpy as np
 import torch
 import zstandard
@@ -323,11 +322,15 @@ def zstd_decompress(data: bytes, num_bytes: int) -> bytes | None:
 
 
 def _brotli_compress(raw: bytes) -> bytes:
+    import brotli  # here, so that a submission's script that packs with zstd alone does without it
+
     return brotli.compress(raw, quality=BROTLI_QUALITY, lgwin=BROTLI_WINDOW_BITS)
 
 
 def _brotli_decompress(data: bytes, num_bytes: int) -> bytes | None:
     """Return one brotli stream's content; its format states no size, so decode in pieces and stop once past it."""
+    import brotli
+
     decompressor = brotli.Decompressor()
     content = bytearray()
     feed = data
