@@ -17,6 +17,7 @@ import torch
 
 if TYPE_CHECKING:
     from bytejepa.config import RunConfig
+    from bytejepa.submission.folder import SubmissionResult
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("unit", max_examples=30, deadline=None, database=None, derandomize=True)
@@ -101,6 +102,35 @@ def minimal_artifact(tmp_path_factory: pytest.TempPathFactory, minimal_run: Path
     path = tmp_path_factory.mktemp("artifact") / "model.bjm"
     export(minimal_run, path, score=False)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards of a few kilobytes; read-only."""
+    from submission.seeds_of_one_run import write_tiny_shards
+
+    return write_tiny_shards(tmp_path_factory.mktemp("tiny") / "shards")
+
+
+@pytest.fixture(scope="session")
+def seed_runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> list[Path]:
+    """Finished runs of three seeds; read-only."""
+    from submission.seeds_of_one_run import finished_run
+
+    place = tmp_path_factory.mktemp("seeds")
+    return [finished_run(place / f"seed{seed}", tiny_shards, seed) for seed in (2025, 42, 7)]
+
+
+@pytest.fixture(scope="session", params=["readable", "packed"])
+def submission(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, seed_runs: list[Path]
+) -> "SubmissionResult":
+    """A submission of `seed_runs` in both forms; read-only."""
+    from bytejepa.submission.folder import Author, make_submission
+
+    out = tmp_path_factory.mktemp("submission") / request.param
+    author = Author(author="A. Name", github_id="aname", name="Small bytes", blurb="Tiny.")
+    return make_submission(seed_runs, out, author, packed=request.param == "packed")
 
 
 class Outcome(NamedTuple):

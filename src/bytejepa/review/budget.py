@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import io
 import lzma
 import re
+import tokenize
 
 from bytejepa.bits import ARTIFACT_LIMIT_BYTES
 from bytejepa.review.findings import Evidence, Finding, Status, Weight
 from bytejepa.review.log_parser import TrainingLog
 from bytejepa.review.submission import Submission
+from bytejepa.review.wrappers import unpack
 
 TIME_LIMIT_S = 600.0
 STEP_TOLERANCE_S = 1.0
@@ -48,10 +51,7 @@ def size_findings(submission: Submission) -> list[Finding]:
         totals.append((claimed, Evidence(file="submission.json", text=f"{claimed:,} bytes claimed")))
     findings.append(_cap(totals))
     findings.append(_code(submission, code))
-    text = (
-        submission.script.read_text(encoding="utf-8", errors="replace") if submission.script else ""
-    ) + submission.readme
-    if match := _MEBIBYTES.search(text):
+    if match := _MEBIBYTES.search(_code_without_comments(submission) + submission.readme):
         worst = max((total for total, _ in totals), default=0)
         findings.append(
             Finding(
@@ -63,6 +63,24 @@ def size_findings(submission: Submission) -> list[Finding]:
             )
         )
     return findings
+
+
+def _code_without_comments(submission: Submission) -> str:
+    """Return the script's text as it runs: a comment may speak of 16 MiB of something else."""
+    if submission.script is None:
+        return ""
+    source = submission.script.read_text(encoding="utf-8", errors="replace")
+    try:
+        source = unpack(source).source
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = [token for token in tokens if token.type == tokenize.COMMENT]
+    except (SyntaxError, ValueError, RecursionError, tokenize.TokenError):
+        return source
+    lines = source.split("\n")
+    for token in comments:
+        row, column = token.start
+        lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(lines)
 
 
 def _total_of(log: TrainingLog, code: int | None) -> int | None:

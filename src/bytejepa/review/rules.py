@@ -91,10 +91,12 @@ def _same_model(facts: Facts, step: Event, score: Event) -> bool:
     trained = step.other.models if step.other is not None else frozenset()
     if not trained or not score.value.models or trained & score.value.models:
         return True
-    # another model, but one that was filled later may hold the trained weights
+    # another model, but one that was filled later, or came out of what was packed later, may hold the trained weights
+    between = [e for e in (*facts.of("restore"), *facts.packs) if step.order < e.order < score.order]
     return any(
-        e.order > step.order and e.order < score.order and e.value.models & score.value.models
-        for e in facts.of("restore")
+        e.value.models & (score.value.models if e.kind == "restore" else trained)
+        or (e.kind == "pack" and not e.value.models)
+        for e in between
     )
 
 

@@ -45,6 +45,15 @@ def vocabulary_of(submission: Submission) -> int | None:
     return int(match[1]) if match else None
 
 
+def claims_fineweb(submission: Submission) -> bool:
+    """Return whether the scores are meant to be of FineWeb: as submission.json's `dataset` says, or as any text does."""
+    stated = submission.claims.get("dataset")
+    if isinstance(stated, str) and stated:
+        return "fineweb" in stated.lower()
+    script = submission.script.read_text(encoding="utf-8", errors="replace") if submission.script else ""
+    return "fineweb" in (submission.readme + " ".join(map(str, submission.claims.values())) + script).lower()
+
+
 def score_findings(submission: Submission) -> list[Finding]:
     """Judge the figures of the logs and of submission.json against each other and against the validation split."""
     finals = [(log, log.final) for log in submission.logs]
@@ -113,17 +122,12 @@ def _recomputed(submission: Submission, reported: list[tuple[TrainingLog, ScoreL
 
 def _coverage(submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]]) -> Finding:
     check = "scores.coverage"
-    text = (
-        submission.readme
-        + " ".join(map(str, submission.claims.values()))
-        + str(submission.script and submission.script.read_text(errors="replace"))
-    )
-    if "fineweb" not in text.lower():
+    if not claims_fineweb(submission):
         return Finding(
             check=check,
             status=Status.UNKNOWN,
             weight=Weight.NOTE,
-            summary="FineWeb is not claimed; coverage is not judged",
+            summary="FineWeb is not claimed: no score of the challenge, and coverage is not judged",
         )
     evidence = []
     for log, _ in reported:

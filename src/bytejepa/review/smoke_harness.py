@@ -104,12 +104,14 @@ def settings_of(module: Any) -> Any:
         kind = getattr(module, name, None)
         if inspect.isclass(kind):
             return kind()
-    return getattr(module, "args", None)
+    return next((getattr(module, name) for name in ("CONFIG", "config", "args", "h") if hasattr(module, name)), None)
 
 
 def read(settings: Any, *names: str) -> Any:
-    """Return the first setting that exists under one of `names`."""
-    return next((getattr(settings, name) for name in names if hasattr(settings, name)), None)
+    """Return the first setting that exists under one of `names`, in the settings or in a section of theirs."""
+    sections = [getattr(settings, name) for name in getattr(settings, "__dataclass_fields__", ())]
+    owners = (settings, *sections)
+    return next((getattr(owner, name) for name in names for owner in owners if hasattr(owner, name)), None)
 
 
 def build(module: Any, settings: Any) -> Any:

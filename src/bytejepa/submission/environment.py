@@ -6,7 +6,6 @@ be honoured is refused, or named in a note; nothing is silently ignored.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -24,6 +24,11 @@ def train_line(config: RunConfig, *, step: int, loss_nats: float, elapsed_s: flo
     return f"step:{step}/{config.schedule.steps or 0} train_loss:{loss_nats:.4f} {_time(step, elapsed_s)}"
 
 
+def end_line(config: RunConfig, *, step: int, elapsed_s: float) -> str:
+    """Return the line that ends the training."""
+    return f"step:{step}/{config.schedule.steps or 0} training ended {_time(step, elapsed_s)}"
+
+
 def validation_line(config: RunConfig, score: Score, *, step: int, elapsed_s: float) -> str:
     """Return the line of a validation while training."""
     return f"step:{step}/{config.schedule.steps or 0} {_score(score, 4)} {_time(step, elapsed_s)}"
@@ -39,9 +44,9 @@ def size_lines(config: RunConfig, *, weights_bytes: int, code_bytes: int) -> lis
     ]
 
 
-def counts_line(score: Score) -> str:
+def counts_line(score: Score, num_documents: int) -> str:
     """Return the line that says how much text was scored."""
-    return f"val_bytes:{score.num_bytes} val_documents:{score.num_targets - score.num_bytes + 1} targets:{score.num_targets}"
+    return f"val_bytes:{score.num_bytes} val_documents:{num_documents} targets:{score.num_targets}"
 
 
 def final_line(config: RunConfig, score: Score, *, kind: str, evaluation_s: float) -> str:
@@ -76,4 +81,3 @@ def _time(step: int, elapsed_s: float) -> str:
 def parameters_line(num_parameters: int) -> str:
     """Return the line that counts the parameters."""
     return f"model_params:{num_parameters}"
-

@@ -267,7 +267,9 @@ class _References(ast.NodeVisitor):
 
     visit_ListComp = visit_SetComp = visit_GeneratorExp = visit_DictComp = _comprehension  # noqa: N815
 
-    def _inside(self, bound: set[str], body: list[ast.AST] | list[ast.stmt] | list[ast.expr], *, is_class: bool = False) -> None:  # fmt: skip
+    def _inside(
+        self, bound: set[str], body: list[ast.AST] | list[ast.stmt] | list[ast.expr], *, is_class: bool = False
+    ) -> None:
         self.scopes.append((bound, is_class))
         for part in body:
             self.visit(part)

@@ -24,6 +24,7 @@ from bytejepa.artifact.export import write_artifact
 from bytejepa.artifact.load import build
 from bytejepa.config import RunConfig
 from bytejepa.data.loader import IdStream
+from bytejepa.data.vocabulary import BOS
 from bytejepa.errors import BytejepaError, CheckpointError
 from bytejepa.scoring.evaluate import Score, Scorer
 from bytejepa.submission import log_lines
@@ -154,7 +155,7 @@ def pack_and_score(trainer: Trainer, data: Path, log: Log, *, code_bytes: int) -
         begin = time.perf_counter()
         result = score(scorer, ids, trainer, stride=stride)
         log.write(log_lines.final_line(config, result, kind=kind, evaluation_s=time.perf_counter() - begin))
-    log.write(log_lines.counts_line(result))
+    log.write(log_lines.counts_line(result, int((ids == BOS).sum())))
     return result
 
 

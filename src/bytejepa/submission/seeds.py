@@ -1,0 +1,212 @@
+"""Finished runs as seeds of one submission: checked against each other, packed, scored, and their logs."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from bytejepa.artifact.export import leading_ids, write_artifact
+from bytejepa.artifact.load import build, run_weights
+from bytejepa.config import RunConfig, replace
+from bytejepa.config_json import to_dict
+from bytejepa.data.loader import IdStream
+from bytejepa.data.vocabulary import BOS
+from bytejepa.errors import ArtifactError, CheckpointError, DataError
+from bytejepa.scoring.evaluate import Score, Scorer
+from bytejepa.submission import log_lines
+from bytejepa.submission.program import packed_scorer
+from bytejepa.training import checkpoint, schedule
+from bytejepa.training.distributed import Ranks
+from bytejepa.training.runlog import RunFolder
+from bytejepa.training.shared_scoring import score_on_ranks
+
+OnProgress = Callable[[str, int, int], None]
+"""Told (what is scored, targets done, targets)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FinishedRun:
+    """A run whose schedule has ended."""
+
+    folder: Path
+    config: RunConfig
+    steps: int
+    train_s: float
+    num_bytes: int
+    """Ids read."""
+    machine: dict[str, object]
+    """Its manifest."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SeedResult:
+    """A run, packed and scored."""
+
+    run: FinishedRun
+    num_parameters: int
+    weights_bytes: int
+    average: Score
+    """Of the averaged weights before packing, windows that do not overlap."""
+    roundtrip: Score
+    """Of the artifact, read back, windows that do not overlap."""
+    sliding: Score
+    """Of the artifact in sliding windows: the score that is submitted."""
+    roundtrip_s: float
+    sliding_s: float
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.run.config.training.seed
+
+
+def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
+    """Return the runs in `folders`. Raises: CheckpointError unless all are finished and differ in the seed alone."""
+    runs = [_read_run(folder) for folder in folders]
+    first = to_dict(replace(runs[0].config, training={"seed": 0}))
+    for run in runs[1:]:
+        other = to_dict(replace(run.config, training={"seed": 0}))
+        different = [f"{s}.{name}" for s in first for name in first[s] if first[s][name] != other[s][name]]
+        if different:
+            raise CheckpointError(
+                f"{run.folder} ran with another configuration than {runs[0].folder}: {', '.join(different[:4])}",
+                hint="the seeds of a submission differ in the seed alone",
+            )
+    seeds = [run.config.training.seed for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise CheckpointError(f"two runs have the same seed: {', '.join(map(str, seeds))}")
+    data = {str(run.machine.get("data", {}).get("sha256_of_ends")) for run in runs}  # type: ignore[attr-defined]
+    if len(data) > 1:
+        raise CheckpointError("the runs were trained on different data", hint="use runs on the same shards")
+    return runs
+
+
+def _read_run(folder: Path) -> FinishedRun:
+    run = RunFolder(folder)
+    config = run.read_config()
+    newest = checkpoint.read_newest(run.checkpoints_path)
+    metrics = run.read_metrics()
+    if newest is None or not metrics:
+        raise CheckpointError(f"{folder} has no checkpoint yet", hint=f"go on with `bytejepa train --resume {folder}`")
+    at, elapsed_s = newest.position, max(line["elapsed_s"] for line in metrics)
+    progress = schedule.progress(config.schedule, step=at.step, num_bytes=at.num_bytes, elapsed_s=elapsed_s)
+    if progress < 1 and metrics[-1]["progress"] < 1:
+        raise CheckpointError(
+            f"{folder} stopped at {progress:.0%} of its schedule", hint=f"`bytejepa train --resume {folder}`"
+        )
+    return FinishedRun(
+        folder=folder,
+        config=config,
+        steps=at.step,
+        train_s=elapsed_s,
+        num_bytes=at.num_bytes,
+        machine=run.read_manifest(),
+    )
+
+
+def validation_ids(run: FinishedRun, data: Path | None, limit: int | None) -> npt.NDArray[np.uint16]:
+    """Return the first `limit` ids (None: all) of the validation split. Raises: DataError if there is none."""
+    recorded = run.machine.get("data", {}).get("path")  # type: ignore[attr-defined]
+    if data is None and recorded is None:
+        raise DataError(f"{run.folder} does not say where its shards are", hint="name them with --data")
+    place = data or Path(str(recorded))
+    stream = IdStream.open(place, "val")
+    return leading_ids(stream, limit or stream.num_ids, place)
+
+
+def pack_and_score(
+    run: FinishedRun,
+    ids: npt.NDArray[np.uint16],
+    artifact: Path,
+    code_bytes: int,
+    ranks: Ranks,
+    on_progress: OnProgress | None = None,
+) -> SeedResult:
+    """Write the run's artifact to `artifact` and score averaged weights, round trip and sliding windows.
+
+    With several ranks the scoring is divided among them; rank 0 writes.
+    Raises: ArtifactError if weights and code are over the budget.
+    """
+    config, average = run_weights(run.folder)
+    if ranks.is_main:
+        write_artifact(artifact, average, config, force=True)
+    ranks.barrier()
+    weights_bytes, limit_bytes = artifact.stat().st_size, config.artifact.limit_bytes
+    if weights_bytes + code_bytes > limit_bytes:  # before minutes of scoring
+        raise ArtifactError(
+            f"{run.folder}: weights of {weights_bytes:,} bytes and code of {code_bytes:,} are over the budget of {limit_bytes:,}",
+            hint="--packed makes the code smaller; a smaller model or fewer bits the weights",
+        )
+    seconds: dict[str, float] = {}
+
+    def score(what: str, scorer: Scorer, stride: int | None) -> Score:
+        evaluation = config.evaluation
+        window = min(evaluation.window_bytes, len(ids) - 1)
+        begin = time.perf_counter()
+        result = score_on_ranks(
+            scorer,
+            ids,
+            ranks,
+            window=window,
+            stride=window if stride is None else min(stride, window),
+            batch_ids=evaluation.batch_bytes,
+            on_progress=_telling(on_progress, f"seed {config.training.seed}, {what}", len(ids) - 1),
+        )
+        seconds[what] = time.perf_counter() - begin
+        return result
+
+    averaged = Scorer(build(config, average, source=str(run.folder)).to(ranks.device))
+    packed = packed_scorer(artifact, config, ranks)
+    return SeedResult(
+        run=run,
+        num_parameters=sum(parameter.numel() for parameter in packed.model.parameters()),
+        weights_bytes=weights_bytes,
+        average=score("averaged weights", averaged, None),
+        roundtrip=score("round trip", packed, None),
+        sliding=score("sliding windows", packed, config.evaluation.stride_bytes),
+        roundtrip_s=seconds["round trip"],
+        sliding_s=seconds["sliding windows"],
+    )
+
+
+def _telling(on_progress: OnProgress | None, what: str, total: int) -> Callable[[int], None] | None:
+    return None if on_progress is None else lambda done: on_progress(what, done, total)
+
+
+def log_of(result: SeedResult, *, code_bytes: int, num_documents: int) -> str:
+    """Return a seed's log in the challenge's form: settings, steps as recorded, sizes, scores."""
+    config, run = result.run.config, result.run
+    lines = [
+        f"written by bytejepa submission from the metrics of the run {run.folder.name}",
+        *log_lines.settings_lines(config),
+        f"world_size: {run.machine.get('world_size', 1)}",
+        f"device: {run.machine.get('device', 'unknown')}",
+        log_lines.parameters_line(result.num_parameters),
+    ]
+    for metrics in RunFolder(run.folder).read_metrics():
+        step, elapsed_s = int(metrics["step"]), metrics["elapsed_s"]
+        if "train_loss_nats" in metrics:
+            loss = metrics["train_loss_nats"]
+            lines.append(log_lines.train_line(config, step=step, loss_nats=loss, elapsed_s=elapsed_s))
+        if "val_bpb" in metrics:
+            average = metrics["val_bpb_average"]
+            lines.append(f"step:{step} validation of the run val_bpb:{metrics['val_bpb']:.4f} averaged:{average:.4f}")
+    lines += [
+        log_lines.end_line(config, step=run.steps, elapsed_s=run.train_s),
+        log_lines.average_line(result.average),
+        *log_lines.size_lines(config, weights_bytes=result.weights_bytes, code_bytes=code_bytes),
+        log_lines.final_line(config, result.roundtrip, kind="roundtrip", evaluation_s=result.roundtrip_s),
+        log_lines.final_line(config, result.sliding, kind="sliding_window", evaluation_s=result.sliding_s),
+        log_lines.counts_line(result.sliding, num_documents),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def documents_in(ids: npt.NDArray[np.uint16]) -> int:
+    """Return how many documents begin in `ids`."""
+    return int((ids == BOS).sum())

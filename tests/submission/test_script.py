@@ -1,0 +1,155 @@
+"""The generated script: it stands alone, repeats the package's run, and counts its own bytes."""
+
+import ast
+import base64
+import lzma
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bytejepa import presets
+from bytejepa.errors import ConfigError
+from bytejepa.review.log_parser import parse_log
+from bytejepa.submission.bundle import bundle
+from bytejepa.submission.program import main
+from bytejepa.submission.script import PERMITTED, packed_script, readable_script
+from submission.seeds_of_one_run import seed_config
+
+ALONE = """
+import runpy, sys
+
+class OnlyWhatIsPermitted:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"bytejepa", "jaxtyping", "safetensors", "cattrs", "tyro", "rich", "filelock", "psutil",
+                                      "scipy", "matplotlib", "jinja2", "brotli"}:
+            raise ImportError(f"{name} is not there")
+
+sys.meta_path.insert(0, OnlyWhatIsPermitted())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start(script: Path, place: Path, *launcher: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in `place` where nothing but torch, numpy and zstandard can be imported."""
+    alone = place / "alone.py"
+    alone.write_text(ALONE)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
+    words = [sys.executable, *launcher, str(alone), str(script)]
+    return subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False, timeout=240)
+
+
+def logged(done: subprocess.CompletedProcess[str]):
+    assert done.returncode == 0, done.stderr[-3000:]
+    return parse_log(done.stdout, "train.log")
+
+
+def bpb_of(log, label: str) -> float:
+    return next(score.bpb for score in log.scores if label in score.label)
+
+
+@pytest.mark.parametrize("submission", ["readable"], indirect=True)
+def test_alone_it_repeats_the_run_and_its_score(submission, tiny_shards, tmp_path) -> None:
+    script = submission.path / "train_gpt.py"
+    log = logged(start(script, tmp_path, DATA_PATH=str(tiny_shards), RUN_ID="again"))
+    first = submission.seeds[0]
+    assert log.seed == first.seed == 2025
+    assert bpb_of(log, "sliding_window") == pytest.approx(first.sliding.bpb, abs=1e-6)
+    assert bpb_of(log, "roundtrip") == pytest.approx(first.roundtrip.bpb, abs=1e-6)
+    assert bpb_of(log, "pre_quant") == pytest.approx(first.average.bpb, abs=1e-6)
+    assert log.code_bytes == script.stat().st_size == submission.code_bytes
+    assert log.model_bytes == first.weights_bytes == (tmp_path / "final_model.bjm").stat().st_size
+    assert log.total_bytes == log.code_bytes + log.model_bytes
+    assert log.steps == log.planned_steps == 6
+    assert log.counts == {"bytes": first.sliding.num_bytes, "documents": 2}
+    assert parse_log((tmp_path / "logs" / "again.txt").read_text(), "again.txt").scores == log.scores
+
+
+@pytest.mark.parametrize("submission", ["packed"], indirect=True)
+def test_two_ranks_under_torchrun_score_the_same(submission, tiny_shards, tmp_path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    done = start(submission.path / "train_gpt.py", tmp_path, *launcher, DATA_PATH=str(tiny_shards))
+    log = logged(done)
+    assert bpb_of(log, "sliding_window") == pytest.approx(submission.seeds[0].sliding.bpb, abs=1e-4)
+    assert done.stdout.count("final_int6_sliding_window_exact") == 1, "rank 0 alone writes"
+    assert log.counts["bytes"] == submission.seeds[0].sliding.num_bytes
+    assert log.code_bytes == (submission.path / "train_gpt.py").stat().st_size == submission.code_bytes
+
+
+@pytest.mark.parametrize("submission", ["readable"], indirect=True)
+def test_environment_variables_change_the_run(submission, tiny_shards, tmp_path) -> None:
+    variables = {"ITERATIONS": "2", "NUM_LAYERS": "1", "SEED": "5", "WARMDOWN_ITERS": "3", "TRAIN_LOG_EVERY": "1"}
+    log_text = start(submission.path / "train_gpt.py", tmp_path, DATA_PATH=str(tiny_shards), **variables).stdout
+    log = parse_log(log_text, "train.log")
+    assert (log.steps, log.planned_steps, log.seed, log.settings["num_layers"]) == (2, 2, 5, 1)
+    assert log.parameters is not None
+    assert log.parameters < submission.seeds[0].num_parameters
+    assert "note: WARMDOWN_ITERS has no effect" in log_text
+
+
+def test_what_goes_wrong_is_one_line_and_an_exit_code(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATA_PATH", "nowhere")
+    assert main(seed_config(1), Path(__file__)) == 3
+    assert re.fullmatch(r"test_script\.py: the data folder nowhere does not exist[^\n]*\n", capsys.readouterr().err)
+
+
+def test_every_name_is_defined_once(tmp_path) -> None:
+    path = tmp_path / "train_gpt.py"
+    path.write_text(readable_script(presets.pr832()))
+    words = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--isolated",
+        "--select=F821,F811,E9,F823",
+        "--ignore=F722",
+        str(path),
+    ]
+    checked = subprocess.run(words, capture_output=True, text=True, check=False)
+    # axes in annotations (`Float[Tensor, "B T"]`) are names to ruff and nothing to Python
+    axes = r"F821 Undefined name `([A-Z]|heads|half)`"
+    problems = [line for line in checked.stdout.splitlines() if re.match(r"(F8\d\d|E9)", line)]
+    assert not [line for line in problems if not re.match(axes, line)], checked.stdout
+
+
+def test_the_configuration_is_the_scripts_default() -> None:
+    config = seed_config(3)
+    tree = ast.parse(readable_script(config))
+    source = next(
+        ast.unparse(s.value) for s in tree.body if isinstance(s, ast.Assign) and ast.unparse(s.targets[0]) == "CONFIG"
+    )
+    names = {kind.__name__: kind for kind in (type(config), *(type(getattr(config, n)) for n in config.__slots__))}
+    assert eval(source, names) == config  # our own text
+
+
+def test_packing_hides_nothing() -> None:
+    source = readable_script(seed_config(3))
+    packed = packed_script(source)
+    assert lzma.decompress(base64.b85decode(re.search(r'b85decode\("([^"]+)"\)', packed)[1])).decode() == source
+    assert len(packed) < 0.4 * len(source)
+
+
+def test_only_what_is_needed_is_taken_over() -> None:
+    source = readable_script(seed_config(3))
+    assert "class ByteLM(nn.Module)" in source
+    assert "class ShardWriter" not in source
+    assert "import safetensors" not in source
+    assert "bytejepa.review" not in source
+
+
+def test_a_name_that_a_local_variable_hides_is_qualified() -> None:
+    made = bundle(("bytejepa.submission.program", "main"), permitted=PERMITTED)
+    assert made.names["bytejepa.training.schedule", "progress"] == "progress_of_schedule"
+    assert len(set(made.names.values())) == len(made.names)
+
+
+def test_a_package_that_is_not_permitted_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"bytejepa\.training\.checkpoint needs the package safetensors"):
+        bundle(("bytejepa.training.checkpoint", "CheckpointWriter"), permitted=PERMITTED)
