@@ -48,6 +48,8 @@ def words_of(command: str) -> list[str]:
         words += [*SMALL, "--force"]
     if " bench " in command:
         words += [*SMALL, "--steps=1"]
+    if " submission " in command:
+        words += ["--score-bytes=2000"]
     launcher = [sys.executable, "-m", "torch.distributed.run"] if words[0] == "torchrun" else None
     return [*launcher, *words[1:]] if launcher else [sys.executable, "-m", *words]
 
