@@ -46,16 +46,30 @@ def _text_logits(config: RunConfig, w: dict[str, Tensor], ids: list[int]) -> Ten
         x = x + w["ngrams.scale"] * rows_side_by_side @ w["ngrams.projection.weight"].T
     x0 = rms(x)
     if m.smear:
-        gate = torch.sigmoid(w["smear.gate"])
-        before = [torch.zeros_like(x0[0]) if t == 0 or starts[t] else x0[t - 1] for t in range(T)]
+        opening = w["smear.gate"].expand(T, -1)
+        stops = starts
+        if m.smear_gate == "input":
+            opening = opening + (x0[:, :12] * w["smear.input_weight"]).sum(1, keepdim=True)
+            stops = [value == BOS for value in ids]
+        gate = torch.sigmoid(opening)
+        before = [torch.zeros_like(x0[0]) if t == 0 or stops[t] else x0[t - 1] for t in range(T)]
         x0 = (1 - gate) * x0 + gate * torch.stack(before)
     x, stack = x0, []
-    encoders = m.num_layers // 2
-    for layer in range(m.num_layers):
-        if layer >= encoders and stack and m.skip_connections:
-            x = x + w["skip_weights"][layer - encoders] * stack.pop()
-        x = _block(config, w, layer, x, x0, starts)
-        if layer < encoders:
+    order = list(range(m.num_layers))
+    if m.recurrent_layers:
+        first, last = m.recurrent_layers
+        order = order[: last + 1] + order[first : last + 1] + order[last + 1 :]
+    encoders = len(order) // 2
+    for place, layer in enumerate(order):
+        if place >= encoders and stack and m.skip_connections:
+            skip = w["skip_weights"][place - encoders] * stack.pop()
+            if m.skip_gates:
+                kept = torch.sigmoid(w["skip_gates"][place - encoders])
+                x = kept * x + (1 - kept) * skip
+            else:
+                x = x + skip
+        x = _block(config, w, layer, x, x0, ids, starts)
+        if place < encoders:
             stack.append(x)
     if config.jepa.enabled and config.jepa.inject:
         x = _injected(config, w, x, starts)
@@ -80,18 +94,24 @@ def _ngram_row(m: ModelConfig, ids: list[int], starts: list[bool], t: int, n: in
     return (signed >> 32) % (m.ngram_rows - 1)
 
 
-def _block(config: RunConfig, w: dict[str, Tensor], layer: int, x: Tensor, x0: Tensor, starts: list[bool]) -> Tensor:
+def _block(
+    config: RunConfig, w: dict[str, Tensor], layer: int, x: Tensor, x0: Tensor, ids: list[int], starts: list[bool]
+) -> Tensor:
     m, name = config.model, f"blocks.{layer}"
     scale = 1 / math.sqrt(layer + 1) if m.depth_scaled_norm else 1.0
     if m.residual_mix:
         x = w[f"{name}.residual_mix"][0] * x + w[f"{name}.residual_mix"][1] * x0
-    x = x + w[f"{name}.attention_scale"] * _attention(config, w, layer, scale * rms(x), starts)
-    up = scale * rms(x) @ w[f"{name}.mlp.up.weight"].T
+    before = rms(x)
+    x = x + w[f"{name}.attention_scale"] * _attention(config, w, layer, scale * before, before, ids, starts)
+    mlp_input = before if layer >= m.num_layers - m.parallel_last_layers else rms(x)
+    up = scale * mlp_input @ w[f"{name}.mlp.up.weight"].T
     hidden = torch.where(up > 0, up, 0.5 * up) ** 2
     return x + w[f"{name}.mlp_scale"] * (hidden @ w[f"{name}.mlp.down.weight"].T)
 
 
-def _attention(config: RunConfig, w: dict[str, Tensor], layer: int, x: Tensor, starts: list[bool]) -> Tensor:
+def _attention(
+    config: RunConfig, w: dict[str, Tensor], layer: int, x: Tensor, unscaled: Tensor, ids: list[int], starts: list[bool]
+) -> Tensor:
     m, name, T = config.model, f"blocks.{layer}.attention", x.size(0)
     E, per_group = m.head_dim, m.num_heads // m.num_kv_heads
     window = m.window_of_layer[layer] or T
@@ -105,8 +125,13 @@ def _attention(config: RunConfig, w: dict[str, Tensor], layer: int, x: Tensor, s
         q = _rotated(config, rms(x @ w[f"{name}.query.weight"][h * E : (h + 1) * E].T)) * w[f"{name}.query_gain"][h]
         k = _rotated(config, rms(x @ w[f"{name}.key.weight"][g * E : (g + 1) * E].T))
         v = x @ w[f"{name}.value.weight"][g * E : (g + 1) * E].T
+        if layer >= m.num_layers - m.value_embedding_last_layers:
+            v = v + w[f"{name}.value_embedding.weight"][ids][:, g * E : (g + 1) * E]
         share = torch.exp(q @ k.T / math.sqrt(E)) * visible
         y = share @ v / share.sum(1, keepdim=True)
+        if m.attention_gate_dims:
+            opening = unscaled[:, : m.attention_gate_dims] @ w[f"{name}.gate.weight"][h]
+            y = y * 2 * torch.sigmoid(opening)[:, None]
         if layer >= m.num_layers - m.xsa_last_layers:
             own = v / v.norm(dim=1, keepdim=True)
             y = y - (y * own).sum(1, keepdim=True) * own

@@ -193,8 +193,15 @@ def test_training_settings_are_checked_too() -> None:
         ({"ngram_orders": (2, 3)}, "rising numbers from 3 to 16, got 2 3"),
         ({"ngram_orders": (4, 3)}, "rising"),
         ({"ngram_orders": (3, 17)}, "3 to 16"),
+        ({"parallel_last_layers": 14}, "parallel_last_layers 14 is more than model.num_layers 13"),
+        ({"value_embedding_last_layers": 14}, "more than model.num_layers"),
+        ({"skip_gates": True, "skip_connections": False}, "skip_gates needs"),
+        ({"smear_gate": "input", "smear": False}, "smear_gate input needs"),
+        ({"attention_gate_dims": 513}, "more than model.model_dim 512"),
+        ({"recurrent_layers": (3, 13)}, "from 0 to 12, got 3 13"),
+        ({"recurrent_layers": (4, 3)}, "rising"),
     ],
 )
-def test_tables_of_runs_of_ids_are_checked(settings, match) -> None:
+def test_contradicting_techniques_are_refused(settings, match) -> None:
     with pytest.raises(ConfigError, match=match):
         replace(RunConfig(), model=settings)

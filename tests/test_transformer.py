@@ -1,5 +1,6 @@
 """The whole model: every option against the explicit writing of it, causality, documents, pruning, losses."""
 
+import dataclasses
 from typing import Any
 
 import hypothesis.strategies as st
@@ -8,13 +9,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 
+from bytejepa.artifact.store import scheme_of
+from bytejepa.benchmark.speed import matmul_parameters
 from bytejepa.config import replace
 from bytejepa.model.initialization import initialize
 from bytejepa.model.transformer import ByteLM
 from bytejepa.training.distributed import Ranks
-from bytejepa.training.optimizers import Optimizers
+from bytejepa.training.optimizers import Optimizers, role_of
 from explicit_model import explicit_logits, explicit_weights
 from small_models import BOS, random_ids, small_config, small_model
+
+EVERY_TECHNIQUE = {
+    "document_masking": True, "smear_gate": "input", "skip_gates": True, "parallel_last_layers": 1,
+    "attention_gate_dims": 12, "value_embedding_last_layers": 1, "recurrent_layers": (1, 2), "ngram_orders": (3, 4),
+    "ngram_rows": 50, "xsa_last_layers": 3,
+}  # fmt: skip
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -49,6 +58,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
             "bigram_dim": 4,
         }
     },
+    "input smear": {"model": {"smear_gate": "input"}},
+    "gated skips": {"model": {"skip_gates": True, "num_layers": 4}},
+    "parallel": {"model": {"parallel_last_layers": 2}},
+    "gated heads": {"model": {"attention_gate_dims": 5}},
+    "value embeddings": {"model": {"value_embedding_last_layers": 2}},
+    "recurrence": {"model": {"recurrent_layers": (1, 1)}},
+    "recurrence to the end": {"model": {"recurrent_layers": (0, 2)}},
+    "documents and every technique": {"model": EVERY_TECHNIQUE},
     "documents": {"model": {"document_masking": True}},
     "documents and windows": {"model": {"document_masking": True, "attention_windows": (9, 5, 0)}},
     "documents, no jepa": {"model": {"document_masking": True}, "jepa": {"enabled": False}},
@@ -94,7 +111,8 @@ def test_logits_and_gradients_are_those_of_the_explicit_writing(option: str) -> 
     [
         "as it is", "documents", "documents and windows", "documents, no jepa", "windows by layer", "no jepa",
         "no injection", "chunks of one byte", "chunks of eight bytes", "one layer", "no skips", "beyond the rotary length",
-        "documents, n-grams, exact pairs",
+        "documents, n-grams, exact pairs", "input smear", "gated skips", "parallel", "gated heads", "value embeddings",
+        "recurrence", "recurrence to the end", "documents and every technique",
     ],
 )  # fmt: skip
 def test_tail_logits_are_the_tail_of_logits(option: str) -> None:
@@ -137,7 +155,9 @@ def test_causality_around_every_chunk_border(option: str) -> None:
 
 @given(length=st.integers(4, 36), data=st.data())
 def test_text_before_a_bos_changes_nothing_after_it(length: int, data: st.DataObject) -> None:
-    model = model_of(data.draw(st.sampled_from(["documents", "documents, n-grams, exact pairs"])))
+    model = model_of(
+        data.draw(st.sampled_from(["documents", "documents, n-grams, exact pairs", "documents and every technique"]))
+    )
     begin = data.draw(st.integers(1, length - 1), label="where the second document begins")
     ids, other = random_ids(1, length, seed=1), random_ids(1, length, seed=2)
     ids[:, begin] = BOS
@@ -237,6 +257,46 @@ def test_extra_heads_leave_the_logits_alone() -> None:
     ids = random_ids(2, 20)
     assert torch.equal(plain.logits(ids), more.logits(ids))
     assert plain.losses(ids, ids).multi_token.item() == 0
+
+
+def test_every_technique_learns_from_its_initial_value() -> None:
+    model = initialize(ByteLM(small_config(model=EVERY_TECHNIQUE)), 0)
+    optimizers = Optimizers(model, model.config.optimizer, Ranks())
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    for step in range(3):
+        ids = random_ids(2, 25, seed=step, documents=True)
+        optimizers.zero_grad()
+        model.losses(ids[:, :-1], ids[:, 1:]).ce.backward()
+        optimizers.step(learning_rate_scale=1.0, momentum=0.9)
+    techniques = ("ngrams", "skip_gates", "smear.input_weight", "attention.gate", "value_embedding")
+    of_techniques = [name for name in before if any(part in name for part in techniques)]
+    assert len(of_techniques) == 3 + 1 + 1 + 3 + 1
+    for name, value in model.named_parameters():
+        moved = (value != before[name]).any().item()
+        assert moved or not name.startswith(tuple(of_techniques)), name
+
+
+def test_what_trains_and_stores_the_parameters_of_the_techniques() -> None:
+    model = ByteLM(small_config(model=EVERY_TECHNIQUE))
+    parameters = dict(model.named_parameters())
+    artifact = dataclasses.replace(model.config.artifact, small_tensor_elements=0)
+    for name, role, scheme in (
+        ("ngrams.embedding.weight", "embedding", "int8_rows"),
+        ("ngrams.projection.weight", "matrix", "int8_rows"),
+        ("skip_gates", "scalar", "float16"),
+        ("smear.input_weight", "scalar", "float16"),
+        ("blocks.0.attention.gate.weight", "scalar", "int6_rows"),
+        ("blocks.2.attention.value_embedding.weight", "embedding", "int8_rows"),
+    ):
+        assert role_of(name, parameters[name]) == role, name
+        assert scheme_of(name, parameters[name], artifact) == scheme, name
+
+
+def test_a_recurrent_block_counts_twice() -> None:
+    once, twice = small_config(), small_config(model={"recurrent_layers": (1, 2)})
+    assert twice.model.layer_order == (0, 1, 2, 1, 2)
+    per_layer = (matmul_parameters(once) - matmul_parameters(small_config(model={"num_layers": 2}))) * 2
+    assert matmul_parameters(twice) - matmul_parameters(once) == per_layer
 
 
 @pytest.mark.parametrize(("preset_like", "learns"), [("default", True), ("pr832", False)])

@@ -100,8 +100,21 @@ class ModelConfig(_Section):
     """Mix the first layer's input back into every block with learned weights."""
     skip_connections: bool = True
     """Learned U-Net skips from the first half of the blocks to the second."""
+    skip_gates: bool = False
+    """Interpolate between skip and residual by a learned sigmoid gate a dimension instead of adding the skip."""
+    parallel_last_layers: NonNegativeInt = 0
+    """Last blocks whose MLP reads the normalised input that their attention reads (parallel residuals)."""
+    recurrent_layers: tuple[int, int] | None = None
+    """First and last block, counted from 0, of a run of blocks that is passed twice (depth recurrence); None: no such run."""
+    attention_gate_dims: PositiveInt | None = None
+    """Leading dimensions of a block's normalised input from which each head's output is gated; None: no gates."""
+    value_embedding_last_layers: NonNegativeInt = 0
+    """Last blocks whose values have a learned embedding of the current id added."""
     smear: bool = True
     """Mix each embedding with its predecessor's through a learned gate (SmearGate)."""
+    smear_gate: Literal["constant", "input"] = "constant"
+    """`constant`: one gate a dimension; `input`: it also moves with the current embedding, and takes nothing across a
+    BOS even without document masking."""
     bigram_rows: Annotated[int, Range(2, 1 << 20)] | None = 4096
     """Rows of the hashed table of byte pairs (BigramHash); None: no table."""
     bigram_table: Literal["hash", "exact"] = "hash"
@@ -148,6 +161,7 @@ class ModelConfig(_Section):
                 f"model.xsa_last_layers {self.xsa_last_layers} is more than model.num_layers {self.num_layers}"
             )
         self._check_tables()
+        self._check_techniques()
         windows = self.attention_windows
         if windows is not None and (len(windows) not in (1, self.num_layers) or min(windows) < 0):
             raise ConfigError(
@@ -167,6 +181,39 @@ class ModelConfig(_Section):
                 f"model.ngram_orders: expected rising numbers from 3 to 16, got {' '.join(map(str, orders)) or 'none'}",
                 hint="pairs are model.bigram_rows and model.bigram_table",
             )
+
+    def _check_techniques(self) -> None:
+        for name in ("parallel_last_layers", "value_embedding_last_layers"):
+            if getattr(self, name) > self.num_layers:
+                raise ConfigError(f"model.{name} {getattr(self, name)} is more than model.num_layers {self.num_layers}")
+        if self.skip_gates and not self.skip_connections:
+            raise ConfigError("model.skip_gates needs model.skip_connections")
+        if self.smear_gate == "input" and not self.smear:
+            raise ConfigError("model.smear_gate input needs model.smear")
+        if self.attention_gate_dims is not None and self.attention_gate_dims > self.model_dim:
+            raise ConfigError(
+                f"model.attention_gate_dims {self.attention_gate_dims} is more than model.model_dim {self.model_dim}"
+            )
+        if self.recurrent_layers is not None:
+            first, last = self.recurrent_layers
+            if not 0 <= first <= last < self.num_layers:
+                raise ConfigError(
+                    f"model.recurrent_layers: expected two rising numbers from 0 to {self.num_layers - 1}, got {first} {last}"
+                )
+
+    @property
+    def layer_order(self) -> tuple[int, ...]:
+        """The blocks in the order in which they are passed; a recurrent one is there twice."""
+        layers = tuple(range(self.num_layers))
+        if self.recurrent_layers is None:
+            return layers
+        first, last = self.recurrent_layers
+        return layers[: last + 1] + layers[first:]
+
+    @property
+    def smear_stops_at_bos(self) -> bool:
+        """Whether the smear takes nothing across a BOS."""
+        return self.document_masking or self.smear_gate == "input"
 
     @property
     def head_dim(self) -> int:
@@ -308,6 +355,10 @@ class OptimizerConfig(_Section):
     """Steps over which the momentum rises linearly."""
     newton_schulz_steps: Annotated[int, Range(1, 20)] = 5
     """Iterations of the orthogonalisation."""
+    newton_schulz_coefficients: Literal["quintic", "polar_express"] = "quintic"
+    """`quintic`: Muon's own, the same in every iteration; `polar_express`: one set an iteration, closer to orthogonal."""
+    muon_row_normalization: bool = False
+    """Give every row of an update unit length before it is orthogonalised (MuonEq-R)."""
     adam_beta1: Fraction = 0.9
     """Decay of AdamW's first moment."""
     adam_beta2: Fraction = 0.95

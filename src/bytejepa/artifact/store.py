@@ -11,16 +11,17 @@ from torch import Tensor
 import bytejepa
 from bytejepa.artifact.packing import StoredTensor, store_tensors
 from bytejepa.config import ArtifactConfig, RunConfig
+from bytejepa.model.initialization import is_vector
 from bytejepa.model.quantization import CLIP_MAX, CLIP_MEAN_SQUARED_ERROR, reference_int6, reference_int8
 
 
 def scheme_of(name: str, tensor: Tensor, config: ArtifactConfig) -> str:
     """Return the storage scheme of a parameter: float16 for small tensors and (stacked) vectors, rows of few bits for
     matrices."""
-    is_vector = tensor.ndim != 2 or name.endswith(("residual_mix", "skip_weights"))
-    if is_vector or tensor.numel() <= config.small_tensor_elements:
+    if is_vector(name, tensor) or tensor.ndim > 2 or tensor.numel() <= config.small_tensor_elements:
         return "float16"
-    bits = config.matrix_bits if name.startswith("blocks.") else config.other_bits
+    is_block_matrix = name.startswith("blocks.") and not name.endswith("embedding.weight")
+    bits = config.matrix_bits if is_block_matrix else config.other_bits
     return f"int{bits}_rows"
 
 

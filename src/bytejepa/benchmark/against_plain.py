@@ -30,6 +30,12 @@ def plain_config(config: RunConfig) -> PlainConfig:
             ("model.document_masking", model.document_masking),
             ("model.ngram_orders", model.ngram_orders),
             ("model.bigram_table exact", model.bigram_table == "exact"),
+            ("model.smear_gate input", model.smear_gate == "input"),
+            ("model.skip_gates", model.skip_gates),
+            ("model.parallel_last_layers", model.parallel_last_layers),
+            ("model.recurrent_layers", model.recurrent_layers),
+            ("model.attention_gate_dims", model.attention_gate_dims),
+            ("model.value_embedding_last_layers", model.value_embedding_last_layers),
             ("model.multi_token_heads", model.multi_token_heads),
         )
         if value

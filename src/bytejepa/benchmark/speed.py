@@ -53,7 +53,9 @@ def matmul_parameters(config: RunConfig) -> float:
     """Return the number of weights that enter a matrix product for each byte; JEPA's count once a chunk."""
     model, jepa = config.model, config.jepa
     D, kv = model.model_dim, model.num_kv_heads * model.head_dim
-    count = model.num_layers * (2 * D * D + 2 * D * kv + 2 * D * model.mlp_dim) + VOCABULARY_SIZE * D
+    gate = (model.attention_gate_dims or 0) * model.num_heads
+    passes = len(model.layer_order)
+    count = passes * (2 * D * D + 2 * D * kv + 2 * D * model.mlp_dim + gate) + VOCABULARY_SIZE * D
     if model.bigram_rows is not None:
         count += model.bigram_dim * D
     if model.ngram_orders is not None:
@@ -72,8 +74,8 @@ def flop_per_byte(config: RunConfig) -> float:
     """
     T = config.data.sequence_bytes
     attended = 0.0
-    for window in config.model.window_of_layer:
-        w = min(window or T, T)
+    for layer in config.model.layer_order:
+        w = min(config.model.window_of_layer[layer] or T, T)
         attended += 2 * (w * (w + 1) / 2 + (T - w) * w) / T  # pairs of a sequence, doubled, a byte
     return 6 * matmul_parameters(config) + 6 * config.model.model_dim * attended
 
@@ -249,4 +251,4 @@ def attention_ms(step: TrainingStep, *, steps: int) -> float:
         causal_attention(q, k, v, backend=backend).backward(gradient)
         synchronize(device)
 
-    return model.num_layers * statistics.median(time_step(once, device, steps=steps, warmup=2))
+    return len(model.layer_order) * statistics.median(time_step(once, device, steps=steps, warmup=2))

@@ -183,13 +183,15 @@ class Engine:
         x = x0 = self._embed(state, ids, starts)
         masks: dict[int | None, Tensor | None] = {}
         skips: list[Tensor] = []
-        for layer, (weights, cache) in enumerate(zip(self.blocks, state.blocks, strict=True)):
+        for place, (weights, cache) in enumerate(zip(self.blocks, state.blocks, strict=True)):
             if weights.window not in masks:
                 masks[weights.window] = self._mask(state, first, last, weights.window)
-            if weights.skip is not None:
+            if weights.skip is not None and weights.skip_gate is not None:
+                x = torch.lerp(weights.skip * skips.pop(), x, weights.skip_gate.expand_as(x))
+            elif weights.skip is not None:
                 x = torch.addcmul(x, weights.skip, skips.pop())
-            x = self._block(weights, cache, x, x0, first, masks[weights.window])
-            if layer < self.model.num_encoder_layers:
+            x = self._block(weights, cache, x, x0, ids, first, masks[weights.window])
+            if place < self.model.num_encoder_layers:
                 skips.append(x)
         if self.injector is not None and state.jepa is not None:
             x = self._inject(state, x, starts)
@@ -210,20 +212,29 @@ class Engine:
             return x
         extended = torch.cat((state.smear_previous, x), dim=1)
         state.smear_previous.copy_(x[:, -1:])
-        padded = None if starts is None else F.pad(starts, (1, 0))
+        padded = F.pad(document_starts(ids), (1, 0)) if model.config.model.smear_stops_at_bos else None
         return model.smear(extended, padded)[:, 1:]
 
     def _block(
-        self, weights: BlockWeights, cache: AttentionCache, x: Tensor, x0: Tensor, first: int, mask: Tensor | None
+        self,
+        weights: BlockWeights,
+        cache: AttentionCache,
+        x: Tensor,
+        x0: Tensor,
+        ids: Tensor,
+        first: int,
+        mask: Tensor | None,
     ) -> Tensor:
         if weights.mix is not None:
             x = torch.addcmul(weights.mix[0] * x, weights.mix[1], x0)
-        x = torch.addcmul(x, weights.attention_scale, self._attention(weights, cache, self._rms_norm(x), first, mask))
-        hidden = F.leaky_relu_(F.linear(self._rms_norm(x), weights.up), 0.5).square_()
+        normalized = self._rms_norm(x)
+        x = torch.addcmul(x, weights.attention_scale, self._attention(weights, cache, normalized, ids, first, mask))
+        hidden = F.linear(normalized if weights.is_parallel else self._rms_norm(x), weights.up)
+        hidden = F.leaky_relu_(hidden, 0.5).square_()
         return torch.addcmul(x, weights.mlp_scale, F.linear(hidden, weights.down))
 
     def _attention(
-        self, weights: BlockWeights, cache: AttentionCache, x: Tensor, first: int, mask: Tensor | None
+        self, weights: BlockWeights, cache: AttentionCache, x: Tensor, ids: Tensor, first: int, mask: Tensor | None
     ) -> Tensor:
         H, G = weights.num_heads, weights.num_kv_heads
         last = first + x.size(1)
@@ -236,10 +247,15 @@ class Engine:
         b.mul_(cos).addcmul_(a, sin, value=-1)
         a.copy_(turned)
         v = heads[:, :, H + G :]
+        if weights.value_embedding is not None:
+            v = v + weights.value_embedding[ids]
         cache.keys[:, :, first:last] = qk[:, :, H:].transpose(1, 2)
         cache.values[:, :, first:last] = v.transpose(1, 2)
         oldest = 0 if weights.window is None else max(0, first - weights.window + 1)
         y = _grouped_attention(qk[:, :, :H], cache.keys[:, :, oldest:last], cache.values[:, :, oldest:last], mask)
+        if weights.gate is not None:
+            gates = 2 * torch.sigmoid(F.linear(x[..., : weights.gate.size(1)], weights.gate))
+            y = y * gates.unflatten(-1, (G, H // G))[..., None]
         if weights.drop_own_value:
             direction = F.normalize(v, dim=-1)[:, :, :, None]
             y = y - (y * direction).sum(-1, keepdim=True) * direction

@@ -155,10 +155,22 @@ def masked_attention(
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normalised queries and keys, partial rotary code, query gain and optional XSA."""
+    """Grouped-query attention with normalised queries and keys, partial rotary code and query gain.
+
+    Optional: XSA (`drop_own_value`), a gate on each head's output that reads the first `gate_dims` dimensions of the
+    input, and an embedding of the current id, one of `num_value_embeddings`, added to the values.
+    """
 
     def __init__(
-        self, model_dim: int, num_heads: int, num_kv_heads: int, *, query_gain: float, drop_own_value: bool
+        self,
+        model_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        *,
+        query_gain: float,
+        drop_own_value: bool,
+        gate_dims: int | None = None,
+        num_value_embeddings: int | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
@@ -170,10 +182,13 @@ class Attention(nn.Module):
         self.value = Linear(model_dim, kv_dim)
         self.output = Linear(model_dim, model_dim)
         self.query_gain = nn.Parameter(torch.full((num_heads,), query_gain))
+        self.gate = None if gate_dims is None else Linear(gate_dims, num_heads)
+        self.value_embedding = None if num_value_embeddings is None else nn.Embedding(num_value_embeddings, kv_dim)
 
     def project(
         self,
         x: Float[Tensor, "B T D"],
+        ids: Int[Tensor, "B T"],
         cosines: Float[Tensor, "T half"],
         sines: Float[Tensor, "T half"],
         *,
@@ -187,11 +202,17 @@ class Attention(nn.Module):
         gain = torch.cat((self.query_gain, self.query_gain.new_ones(G)))
         qk, v = heads.split((H + G, G), dim=2)
         q, k = normalize_and_rotate(qk, cosines, sines, gain).split((H, G), dim=2)
-        return q, k, v
+        return q, k, self._with_embedding(v, ids)
+
+    def _with_embedding(self, v: Tensor, ids: Tensor) -> Tensor:
+        if self.value_embedding is None:
+            return v
+        return v + F.embedding(ids, self.value_embedding.weight).to(v.dtype).view_as(v)
 
     def project_tail(
         self,
         x: Float[Tensor, "B T D"],
+        ids: Int[Tensor, "B T"],
         cosines: Float[Tensor, "T half"],
         sines: Float[Tensor, "T half"],
         *,
@@ -204,7 +225,14 @@ class Attention(nn.Module):
         q = normalize_and_rotate(tail, cosines[first_query:], sines[first_query:], self.query_gain)
         weight = torch.cat((self.key.weight, self.value.weight))
         k, v = F.linear(x, (weight * norm_scale).to(x.dtype)).unflatten(-1, (2 * G, E)).split((G, G), dim=2)
-        return q, normalize_and_rotate(k, cosines, sines, self.query_gain.new_ones(G)), v
+        k = normalize_and_rotate(k, cosines, sines, self.query_gain.new_ones(G))
+        return q, k, self._with_embedding(v, ids)
+
+    def gated(self, y: Float[Tensor, "B T H E"], x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T H E"]:
+        """Return the heads, each times twice the sigmoid of its gate, which reads the attention's input `x`."""
+        if self.gate is None:
+            return y
+        return y * (2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features])))[..., None]
 
     def merge(
         self,
@@ -223,6 +251,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T D"],
+        ids: Int[Tensor, "B T"],
         cosines: Float[Tensor, "T half"],
         sines: Float[Tensor, "T half"],
         residual: Float[Tensor, "B T D"],
@@ -233,5 +262,6 @@ class Attention(nn.Module):
         mask: Mask = None,
     ) -> Float[Tensor, "B T D"]:
         """Return residual + scale * attention(norm_scale * x)."""
-        q, k, v = self.project(x, cosines, sines, norm_scale=norm_scale)
-        return self.merge(causal_attention(q, k, v, backend=backend, mask=mask), v, residual, scale)
+        q, k, v = self.project(x, ids, cosines, sines, norm_scale=norm_scale)
+        y = self.gated(causal_attention(q, k, v, backend=backend, mask=mask), x)
+        return self.merge(y, v, residual, scale)

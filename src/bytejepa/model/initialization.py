@@ -13,6 +13,7 @@
 | JEPA start token | 0.02 normal |
 | JEPA injection, extra heads | zero |
 | SIGReg directions | normal, each of unit length |
+| value embeddings, gates | zero |
 | vectors and scalars | set where they are declared |
 """
 
@@ -35,12 +36,17 @@ def generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def is_vector(name: str, parameter: Tensor) -> bool:
+    """Return whether the parameter called `name` is a scalar, a vector or a stack of vectors, not a matrix."""
+    return parameter.ndim < 2 or name.endswith(("residual_mix", "skip_weights", "skip_gates"))
+
+
 @torch.no_grad()
 def initialize(model: ByteLM, seed: int) -> ByteLM:
     """Fill the weights of `model` in place, the same on every device, and return it."""
     config = model.config.model
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or name.endswith(("residual_mix", "skip_weights")):
+        if is_vector(name, parameter):
             continue
         parameter.copy_(_initial_matrix(name, parameter, config, generator(seed, f"initialize {name}")))
     if model.jepa is not None:
@@ -65,6 +71,8 @@ def _initial_matrix(name: str, parameter: Tensor, config, random: torch.Generato
     if name in ("bigram.embedding.weight", "ngrams.embedding.weight", "jepa.injection.weight") or name.startswith(
         "multi_token_heads"
     ):
+        return value.zero_()
+    if name.endswith(("attention.gate.weight", "value_embedding.weight")):
         return value.zero_()
     if name == "bigram.projection.weight":
         return (

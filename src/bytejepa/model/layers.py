@@ -44,18 +44,29 @@ def add_projected(
     return torch.addmm(residual.flatten(0, 1), x.flatten(0, 1), folded.T).view_as(residual)
 
 
-class SmearGate(nn.Module):
-    """y_t = (1 - g) x_t + g x_{t-1} with g = sigmoid(gate) per dimension and x_{-1} = 0."""
+SMEAR_GATE_DIMS = 12
+"""Leading dimensions of an embedding from which its smear is gated, as in modded-nanogpt."""
 
-    def __init__(self, model_dim: int) -> None:
+
+class SmearGate(nn.Module):
+    """y_t = (1 - g) x_t + g x_{t-1} with g = sigmoid(gate) per dimension and x_{-1} = 0.
+
+    With `reads_input` g = sigmoid(gate + w . x_t), where w reads the first 12 dimensions.
+    """
+
+    def __init__(self, model_dim: int, *, reads_input: bool = False) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(model_dim))
+        self.input_weight = nn.Parameter(torch.zeros(min(SMEAR_GATE_DIMS, model_dim))) if reads_input else None
 
     def forward(
         self, x: Float[Tensor, "B T D"], document_start: Bool[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T D"]:
         """Return the smeared embeddings; where `document_start` is true nothing comes from the predecessor."""
-        gate = torch.sigmoid(self.gate).to(x.dtype)
+        opening = self.gate.to(x.dtype)
+        if self.input_weight is not None:
+            opening = opening + (x[..., : self.input_weight.size(0)] @ self.input_weight.to(x.dtype))[..., None]
+        gate = torch.sigmoid(opening)
         previous = F.pad(x[:, :-1], (0, 0, 1, 0))
         if document_start is not None:
             previous = previous.masked_fill(document_start[..., None], 0)

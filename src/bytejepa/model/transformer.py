@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from bytejepa.config import AttentionBackend, RunConfig
 from bytejepa.data.vocabulary import VOCABULARY_SIZE
-from bytejepa.model.attention import Attention, Kernel, Mask, attention_mask, choose_backend, masked_attention
+from bytejepa.model.attention import Kernel, Mask, attention_mask, choose_backend, masked_attention
+from bytejepa.model.block import Block
 from bytejepa.model.jepa import Jepa, Latents
-from bytejepa.model.layers import MLP, Linear, RotaryTables, SmearGate, document_starts, rms_norm, softcap
+from bytejepa.model.layers import Linear, RotaryTables, SmearGate, document_starts, rms_norm, softcap
 from bytejepa.model.ngram_embedding import BigramHash, NgramHash
 
 
@@ -36,58 +37,6 @@ class Losses(NamedTuple):
     """Mean loss in nats of the extra heads, each predicting further ahead; 0 without them."""
     latents: Latents | None
     """Detached latents, for diagnostics."""
-
-
-class Block(nn.Module):
-    """Attention and MLP around a residual that can take the first layer's input back in."""
-
-    def __init__(self, config: RunConfig, layer: int) -> None:
-        super().__init__()
-        model = config.model
-        self.attention = Attention(
-            model.model_dim,
-            model.num_heads,
-            model.num_kv_heads,
-            query_gain=model.query_gain,
-            drop_own_value=layer >= model.num_layers - model.xsa_last_layers,
-        )
-        self.mlp = MLP(model.model_dim, model.mlp_dim)
-        self.attention_scale = nn.Parameter(torch.ones(model.model_dim))
-        self.mlp_scale = nn.Parameter(torch.ones(model.model_dim))
-        mix = torch.stack((torch.ones(model.model_dim), torch.zeros(model.model_dim)))
-        self.residual_mix = nn.Parameter(mix) if model.residual_mix else None
-        self.norm_scale = (layer + 1) ** -0.5 if model.depth_scaled_norm else 1.0
-
-    def mix(self, x: Tensor, x0: Tensor) -> Tensor:
-        """Return the block's input with a learned share of the first layer's input."""
-        if self.residual_mix is None:
-            return x
-        mix = self.residual_mix.to(x.dtype)
-        return torch.addcmul(mix[0] * x, mix[1], x0)
-
-    def forward(
-        self,
-        x: Float[Tensor, "B T D"],
-        x0: Float[Tensor, "B T D"],
-        cosines: Tensor,
-        sines: Tensor,
-        *,
-        backend: Kernel,
-        mask: Mask,
-    ) -> Float[Tensor, "B T D"]:
-        """Return the residual after this block."""
-        x = self.mix(x, x0)
-        x = self.attention(
-            rms_norm(x),
-            cosines,
-            sines,
-            x,
-            norm_scale=self.norm_scale,
-            scale=self.attention_scale,
-            backend=backend,
-            mask=mask,
-        )
-        return self.mlp(rms_norm(x), x, norm_scale=self.norm_scale, scale=self.mlp_scale)
 
 
 class ByteLM(nn.Module):
@@ -109,11 +58,12 @@ class ByteLM(nn.Module):
             if model.ngram_orders
             else None
         )
-        self.smear = SmearGate(model.model_dim) if model.smear else None
+        self.smear = SmearGate(model.model_dim, reads_input=model.smear_gate == "input") if model.smear else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(model.num_layers))
-        self.num_encoder_layers = model.num_layers // 2
+        self.num_encoder_layers = len(model.layer_order) // 2
         skips = torch.ones(self.num_encoder_layers, model.model_dim)
         self.skip_weights = nn.Parameter(skips) if model.skip_connections else None
+        self.skip_gates = nn.Parameter(torch.zeros_like(skips)) if model.skip_gates else None
         self.jepa = Jepa(model.model_dim, config.jepa) if config.jepa.enabled else None
         self.multi_token_heads = nn.ModuleList(
             Linear(model.model_dim, VOCABULARY_SIZE) for _ in range(model.multi_token_heads)
@@ -141,7 +91,7 @@ class ByteLM(nn.Module):
             x = x + table(ids, self.compute_dtype, starts)
         x0 = rms_norm(x)
         if self.smear is not None:
-            x0 = self.smear(x0, starts)
+            x0 = self.smear(x0, document_starts(ids) if model.smear_stops_at_bos else None)
         x = self._blocks(x0, ids, starts, scored_tail)
         if self.jepa is None:
             return (x if scored_tail is None else x[:, -scored_tail:]), None
@@ -157,21 +107,30 @@ class ByteLM(nn.Module):
         cosines, sines = self.rotary(length)
         backend = choose_backend(self.attention_backend, x0.device.type, masked=self._is_masked(length))
         masks = self._masks(length, starts, x0.device, backend)
-        windows = self.config.model.window_of_layer
-        x, skips = x0, []
-        for layer, block in enumerate(self.blocks):
-            if layer < self.num_encoder_layers:
-                x = block(x, x0, cosines, sines, backend=backend, mask=masks[windows[layer]])
-                skips.append(x)
-                continue
-            if skips and self.skip_weights is not None:
-                x = torch.addcmul(x, self.skip_weights[layer - self.num_encoder_layers].to(x.dtype), skips.pop())
-            if scored_tail is not None and layer == len(self.blocks) - 1:
+        windows, order = self.config.model.window_of_layer, self.config.model.layer_order
+        x, skips = x0, list[Tensor]()
+        for place, layer in enumerate(order):
+            block = self.blocks[layer]
+            if place >= self.num_encoder_layers and skips:
+                x = self._skipped(x, skips.pop(), place - self.num_encoder_layers)
+            if scored_tail is not None and place == len(order) - 1:
                 document_ids = None if starts is None else starts.cumsum(1, dtype=torch.int32)
                 mask = attention_mask(length, windows[layer], document_ids, x.device)
-                return self._last_block_tail(block, x, x0, cosines, sines, mask, self._kept_tail(length, scored_tail))
-            x = block(x, x0, cosines, sines, backend=backend, mask=masks[windows[layer]])
+                kept = self._kept_tail(length, scored_tail)
+                return self._last_block_tail(block, x, x0, ids, cosines, sines, mask, kept)
+            x = block(x, x0, ids, cosines, sines, backend=backend, mask=masks[windows[layer]])
+            if place < self.num_encoder_layers:
+                skips.append(x)
         return x
+
+    def _skipped(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
+        """Return the residual with the output of the first half that belongs to step `index` of the second."""
+        if self.skip_weights is None:
+            return x
+        weight = self.skip_weights[index].to(x.dtype)
+        if self.skip_gates is None:
+            return torch.addcmul(x, weight, skip)
+        return torch.lerp(weight * skip, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype).expand_as(x))
 
     def _is_masked(self, length: int) -> bool:
         windows = self.config.model.window_of_layer
@@ -199,22 +158,32 @@ class ByteLM(nn.Module):
         return length - first
 
     def _last_block_tail(
-        self, block: nn.Module, x: Tensor, x0: Tensor, cosines: Tensor, sines: Tensor, mask: Tensor | None, kept: int
+        self,
+        block: nn.Module,
+        x: Tensor,
+        x0: Tensor,
+        ids: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        mask: Tensor | None,
+        kept: int,
     ) -> Tensor:
         assert isinstance(block, Block)
         x = block.mix(x, x0)
         first = x.size(1) - kept
+        normalized = rms_norm(x)
         q, k, v = block.attention.project_tail(
-            rms_norm(x), cosines, sines, first_query=first, norm_scale=block.norm_scale
+            normalized, ids, cosines, sines, first_query=first, norm_scale=block.norm_scale
         )
         if mask is None:
             position = torch.arange(x.size(1), device=x.device)
             mask = (position[first:, None] >= position)[None, None]
         else:
             mask = mask[:, :, first:]
-        y = masked_attention(q, k, v, mask)
+        tail = normalized[:, first:]
+        y = block.attention.gated(masked_attention(q, k, v, mask), tail)
         x = block.attention.merge(y, v[:, first:], x[:, first:], block.attention_scale)
-        return block.mlp(rms_norm(x), x, norm_scale=block.norm_scale, scale=block.mlp_scale)
+        return block.transform(tail, x)
 
     def _inject_tail(self, x: Tensor, length: int, scored_tail: int, starts: Tensor | None) -> Tensor:
         """Return the scored tail with its injection, given the residual of the positions `_kept_tail` counted."""

@@ -2,6 +2,8 @@
 
     m <- mu m + g;   u = NS5(g + mu m);   w <- (1 - lr wd) w - lr sqrt(max(1, rows / cols)) u
 
+With `normalizes_rows` the rows of g + mu m get unit length first (MuonEq-R).
+
 Matrices of one wide shape (rows <= columns after transposing the tall ones) go through the Newton-Schulz iteration as
 one batch. With several ranks each takes its share of every batch and the updates are gathered, the gathering of one
 batch running while the next is computed. Source: Jordan et al., "Muon" (2024).
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -22,19 +25,49 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of the iteration, chosen by its authors for the largest slope at zero; singular values end in about [0.7, 1.2]."""
 
 
-def orthogonalize(matrices: Float[Tensor, "*n rows columns"], steps: int = 5) -> Float[Tensor, "*n rows columns"]:
-    """Return each matrix with its singular values driven to about 1: `steps` Newton-Schulz iterations on g / |g|_F.
+Coefficients = tuple[float, float, float]
+"""a, b, c of one iteration x <- a x + b (x x^T) x + c (x x^T)^2 x."""
+
+POLAR_EXPRESS: tuple[Coefficients, ...] = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
+"""The best polynomial of degree 5 for what the iterations before it left of singular values in [0.001, 1]; the last one
+repeats. Source: Amsel et al., "The Polar Express" (2025)."""
+POLAR_EXPRESS_SAFETY = 1.01
+"""Singular values are taken for this factor larger than they are, against rounding errors in bfloat16, by all but the
+last set (same source)."""
+
+
+def newton_schulz_iteration(kind: Literal["quintic", "polar_express"], steps: int) -> tuple[Coefficients, ...]:
+    """Return the coefficients of each of `steps` iterations."""
+    if kind == "quintic":
+        return (QUINTIC,) * steps
+    s = POLAR_EXPRESS_SAFETY
+    safe = tuple((a / s, b / s**3, c / s**5) for a, b, c in POLAR_EXPRESS[:-1])
+    return (safe + POLAR_EXPRESS[-1:] * steps)[:steps]
+
+
+def orthogonalize(
+    matrices: Float[Tensor, "*n rows columns"], iteration: tuple[Coefficients, ...] = (QUINTIC,) * 5
+) -> Float[Tensor, "*n rows columns"]:
+    """Return each matrix with its singular values driven to about 1: Newton-Schulz iterations on g / |g|_F.
 
     bfloat16 on CUDA, float32 elsewhere. Tall matrices are iterated on transposed.
     """
-    a, b, c = QUINTIC
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     batched = x.ndim == 3
-    for _ in range(steps):
+    for a, b, c in iteration:
         gram = x @ x.mT
         # baddbmm and addmm fold the scaled sum into the product: two passes over the matrices fewer
         if batched:
@@ -52,6 +85,8 @@ class _Batch:
 
     parameters: list[Tensor]
     tall: list[bool]
+    is_tall: Tensor
+    """(n, 1, 1) bool: `tall` on the device."""
     update_scale: Tensor
     """(n, 1, 1): sqrt(max(1, rows / columns))."""
     first: int
@@ -61,12 +96,25 @@ class _Batch:
 
 
 def _update(
-    gradient: Tensor, momentum: Tensor, scale: Tensor, mu: Tensor, clip: Tensor, steps: int
+    gradient: Tensor,
+    momentum: Tensor,
+    scale: Tensor,
+    is_tall: Tensor | None,
+    mu: Tensor,
+    clip: Tensor,
+    iteration: tuple[Coefficients, ...],
 ) -> tuple[Tensor, Tensor]:
-    """Return (new momentum, update) of a batch; `mu` and `clip` are 0-dimensional tensors so that nothing recompiles."""
+    """Return (new momentum, update) of a batch; `mu` and `clip` are 0-dimensional tensors so that nothing recompiles.
+
+    `is_tall`: which matrices lie on their side; if given, rows of the matrices as they are get unit length first.
+    """
     gradient = gradient * clip
     momentum = momentum * mu + gradient
-    return momentum, orthogonalize(gradient + mu * momentum, steps).to(gradient.dtype) * scale
+    direction = gradient + mu * momentum
+    if is_tall is not None:
+        by_column, by_row = (torch.linalg.vector_norm(direction, dim=dim, keepdim=True) for dim in (-2, -1))
+        direction = direction / torch.where(is_tall, by_column, by_row).clamp_min(1e-7)
+    return momentum, orthogonalize(direction, iteration).to(gradient.dtype) * scale
 
 
 class Muon:
@@ -78,13 +126,15 @@ class Muon:
         *,
         learning_rate: float,
         weight_decay: float,
-        newton_schulz_steps: int,
+        iteration: tuple[Coefficients, ...] = (QUINTIC,) * 5,
+        normalizes_rows: bool = False,
         ranks: Ranks,
         compile_update: bool = False,
     ) -> None:
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
-        self.steps = newton_schulz_steps
+        self.iteration = iteration
+        self.normalizes_rows = normalizes_rows
         self.ranks = ranks
         self.names = {id(parameter): name for name, parameter in named_parameters}
         self.update: Callable[..., tuple[Tensor, Tensor]] = torch.compile(_update) if compile_update else _update
@@ -99,14 +149,17 @@ class Muon:
     def _batch(self, parameters: list[Tensor]) -> _Batch:
         first, count = self.ranks.share(len(parameters))
         wide = torch.Size((min(parameters[0].shape), max(parameters[0].shape)))
-        scales = torch.tensor([max(1.0, p.size(0) / p.size(1)) ** 0.5 for p in parameters], device=parameters[0].device)
+        device = parameters[0].device
+        scales = torch.tensor([max(1.0, p.size(0) / p.size(1)) ** 0.5 for p in parameters], device=device)
+        tall = [p.size(0) > p.size(1) for p in parameters]
         return _Batch(
             parameters=parameters,
-            tall=[p.size(0) > p.size(1) for p in parameters],
+            tall=tall,
+            is_tall=torch.tensor(tall, device=device)[:, None, None],
             update_scale=scales[:, None, None],
             first=first,
             count=count,
-            momentum=torch.zeros((count, *wide), device=parameters[0].device),
+            momentum=torch.zeros((count, *wide), device=device),
         )
 
     @property
@@ -139,8 +192,9 @@ class Muon:
             gradient = parameter.grad
             assert gradient is not None
             gradients.append(gradient.mT if tall else gradient)
+        is_tall = batch.is_tall[mine] if self.normalizes_rows else None
         new_momentum, update = self.update(
-            torch.stack(gradients).float(), batch.momentum, batch.update_scale[mine], mu, clip, self.steps
+            torch.stack(gradients).float(), batch.momentum, batch.update_scale[mine], is_tall, mu, clip, self.iteration
         )
         batch.momentum.copy_(new_momentum)
         return update

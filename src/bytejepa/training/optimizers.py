@@ -3,8 +3,8 @@
 | parameters | optimiser | learning rate | weight decay |
 |---|---|---|---|
 | matrices of the blocks, bigram and n-gram projections | Muon | matrix_lr | muon_weight_decay |
-| token, bigram and n-gram embeddings, extra heads | AdamW | embedding_lr | adam_weight_decay |
-| vectors, scalars, mixes, gains, skip weights | AdamW | scalar_lr | adam_weight_decay |
+| token, bigram, n-gram and value embeddings, extra heads | AdamW | embedding_lr | adam_weight_decay |
+| vectors, scalars, mixes, gains, skip weights, gates | AdamW | scalar_lr | adam_weight_decay |
 | JEPA module | AdamW | jepa_lr | 0 |
 """
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from bytejepa.config import OptimizerConfig
+from bytejepa.model.initialization import is_vector
 from bytejepa.training.distributed import Ranks
-from bytejepa.training.muon import Muon
+from bytejepa.training.muon import Muon, newton_schulz_iteration
 
 Role = Literal["matrix", "embedding", "scalar", "jepa"]
 
@@ -28,7 +29,7 @@ def role_of(name: str, parameter: Tensor) -> Role:
         return "jepa"
     if name.endswith("embedding.weight") or name.startswith("multi_token_heads"):
         return "embedding"
-    if parameter.ndim < 2 or name.endswith(("residual_mix", "skip_weights")):
+    if is_vector(name, parameter) or name.endswith("gate.weight"):
         return "scalar"
     return "matrix"
 
@@ -49,7 +50,8 @@ class Optimizers:
             by_role["matrix"],
             learning_rate=config.matrix_lr,
             weight_decay=config.muon_weight_decay,
-            newton_schulz_steps=config.newton_schulz_steps,
+            iteration=newton_schulz_iteration(config.newton_schulz_coefficients, config.newton_schulz_steps),
+            normalizes_rows=config.muon_row_normalization,
             ranks=ranks,
             compile_update=compile_update,
         )
