@@ -171,5 +171,8 @@ def _injected(config: RunConfig, w: dict[str, Tensor], x: Tensor, starts: list[b
                 latent, fresh = w["jepa.start"], t
             predicted = path(latent, "predictor")
             out[t] = x[t] + (predicted.detach() if detached else predicted) @ w["jepa.injection.weight"].T
-        latent = path(read[fresh : begin + P].mean(0), "projector")
+        if config.jepa.context == "causal":
+            latent = rms(read[begin + P - 1])
+        else:
+            latent = path(read[fresh : begin + P].mean(0), "projector")
     return torch.stack(out)

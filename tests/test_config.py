@@ -185,6 +185,12 @@ def test_training_settings_are_checked_too() -> None:
         TrainingConfig(ema_decay=1.5)
 
 
+@pytest.mark.parametrize("settings", [{"context": "causal"}, {"horizons": 2}])
+def test_latent_options_without_latent_losses_are_refused(settings) -> None:
+    with pytest.raises(ConfigError, match=r"need jepa\.losses"):
+        replace(RunConfig(), jepa={"losses": False, **settings})
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [

@@ -179,12 +179,14 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
 
 
 def test_extra_heads_are_not_in_the_artifact(tmp_path: Path) -> None:
-    model = small_model(model={"multi_token_heads": 2})
+    model = small_model(model={"multi_token_heads": 2}, jepa={"horizons": 3, "next_bytes_weight": 0.1})
     path = tmp_path / "model.bjm"
     write_artifact(path, weights_of(model), model.config)
-    assert not [name for name in read_container(path).tensors if "multi_token" in name]
+    plain = dict(small_model().named_parameters())
+    assert set(read_container(path).tensors) == set(plain)
     again = load(path)
     assert again.config.model.multi_token_heads == 0
+    assert (again.config.jepa.horizons, again.config.jepa.next_bytes_weight) == (1, 0)
     ids = random_ids(1, 12)
     with torch.no_grad():
         torch.testing.assert_close(again.logits(ids), model.logits(ids), rtol=0, atol=2.0)

@@ -10,7 +10,7 @@ from bytejepa.model.initialization import fill_sigreg_directions
 from bytejepa.model.jepa import Latents, effective_rank, explained_variance, sigreg
 from bytejepa.model.transformer import ByteLM
 from bytejepa.training.schedule import jepa_lambda
-from small_models import random_ids, small_model
+from small_models import BOS, random_ids, small_model
 
 PROJECTOR = {"jepa.projector.up.weight", "jepa.projector.down.weight"}
 PREDICTOR = {"jepa.predictor.up.weight", "jepa.predictor.down.weight", "jepa.start"}
@@ -60,7 +60,7 @@ def test_the_prediction_loss_does_not_move_its_target() -> None:
     model = small_model()
     latents = model.hidden(random_ids(2, 24))[1]
     target = latents.target.detach().requires_grad_()
-    model.jepa.prediction_loss(Latents(target, latents.predicted)).backward()
+    model.jepa.prediction_loss(Latents(target, latents.predicted, latents.context)).backward()
     assert target.grad is None
 
 
@@ -69,6 +69,56 @@ def test_prediction_loss_is_the_mean_squared_error() -> None:
     latents = model.hidden(random_ids(2, 24))[1]
     expected = (latents.predicted - latents.target).square().mean()
     torch.testing.assert_close(model.jepa.prediction_loss(latents), expected)
+
+
+def test_every_horizon_counts_alike_and_none_reaches_across_a_document() -> None:
+    model = small_model(jepa={"horizons": 3}, model={"document_masking": True})
+    ids = random_ids(2, 24)
+    ids[1, 13] = BOS  # in the fourth of six chunks
+    starts = ids == BOS
+    latents = model.hidden(ids)[1]
+    z = latents.target
+    expected = [(latents.predicted - z).square().mean()]
+    for ahead, predictor in enumerate(model.jepa.further_predictors, start=2):
+        errors = [
+            (predictor(z[row, c]) - z[row, c + ahead]).square().mean()
+            for row in range(2)
+            for c in range(6 - ahead)
+            if row == 0 or not c < 3 <= c + ahead
+        ]
+        expected.append(torch.stack(errors).mean())
+    torch.testing.assert_close(model.jepa.prediction_loss(latents, starts), torch.stack(expected).mean())
+    losses = model.losses(ids[:, :7], ids[:, 1:8])  # one whole chunk: no horizon beyond the first
+    assert losses.jepa_prediction > 0
+
+
+def test_further_horizons_shape_the_backbone_and_train_their_predictors() -> None:
+    trained = trained_by("jepa_prediction", horizons=2)
+    assert {name for name in trained if name.startswith("jepa.further_predictors")}
+    assert "blocks.0.mlp.up.weight" in trained
+
+
+def test_next_bytes_of_a_chunk_are_predicted_from_what_came_before_it() -> None:
+    model = small_model(jepa={"next_bytes_weight": 0.5})
+    ids = random_ids(2, 23)
+    latents = model.hidden(ids)[1]
+    logits = model.jepa.byte_head(latents.predicted).unflatten(-1, (4, 260))
+    expected = [
+        torch.nn.functional.cross_entropy(logits[b, c, p], ids[b, 4 * c + p])
+        for b in range(2) for c in range(5) for p in range(4)
+    ]  # fmt: skip
+    torch.testing.assert_close(model.losses(ids, ids).next_bytes, torch.stack(expected).mean())
+    assert "jepa.byte_head.weight" in trained_by("next_bytes", next_bytes_weight=0.5)
+    assert "blocks.0.mlp.up.weight" in trained_by("next_bytes", next_bytes_weight=0.5)
+    assert small_model().losses(ids, ids).next_bytes == 0
+
+
+def test_the_causal_context_is_the_last_residual_of_the_chunk() -> None:
+    model = small_model(jepa={"context": "causal"})
+    x = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0))
+    latents = model.jepa.latents(x)
+    last = x[:, 3] / x[:, 3].square().mean().sqrt()
+    torch.testing.assert_close(latents.predicted[:, 1], model.jepa.predictor(last), rtol=1e-4, atol=1e-5)
 
 
 def test_latents_are_one_a_whole_chunk() -> None:
@@ -168,10 +218,10 @@ def test_directions_are_unit_and_a_function_of_the_seed() -> None:
 def test_explained_variance_on_constructed_latents() -> None:
     z = normal(3, 40, 5).float() + 9
     mean = z.mean((0, 1)).expand_as(z)
-    assert explained_variance(Latents(z, z)).item() == 1
-    assert explained_variance(Latents(z, mean)).item() == pytest.approx(0, abs=1e-5)
-    assert explained_variance(Latents(z, z + 0.5 * (mean - z))).item() == pytest.approx(0.75, abs=1e-4)
-    assert explained_variance(Latents(z, mean + 3)).item() < -5
+    assert explained_variance(Latents(z, z, z)).item() == 1
+    assert explained_variance(Latents(z, mean, z)).item() == pytest.approx(0, abs=1e-5)
+    assert explained_variance(Latents(z, z + 0.5 * (mean - z), z)).item() == pytest.approx(0.75, abs=1e-4)
+    assert explained_variance(Latents(z, mean + 3, z)).item() < -5
 
 
 def test_effective_rank_on_constructed_latents() -> None:

@@ -72,6 +72,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no jepa": {"jepa": {"enabled": False}},
     "no injection": {"jepa": {"inject": False}},
     "detached": {"jepa": {"gradient": "detached"}},
+    "causal context": {"jepa": {"context": "causal"}},
+    "documents, causal context": {"model": {"document_masking": True}, "jepa": {"context": "causal"}},
+    "horizons and next bytes": {"jepa": {"horizons": 3, "next_bytes_weight": 0.1}},
     "chunks of one byte": {"jepa": {"chunk_bytes": 1}},
     "chunks of eight bytes": {"jepa": {"chunk_bytes": 8}},
 }
@@ -112,7 +115,8 @@ def test_logits_and_gradients_are_those_of_the_explicit_writing(option: str) -> 
         "as it is", "documents", "documents and windows", "documents, no jepa", "windows by layer", "no jepa",
         "no injection", "chunks of one byte", "chunks of eight bytes", "one layer", "no skips", "beyond the rotary length",
         "documents, n-grams, exact pairs", "input smear", "gated skips", "parallel", "gated heads", "value embeddings",
-        "recurrence", "recurrence to the end", "documents and every technique",
+        "recurrence", "recurrence to the end", "documents and every technique", "causal context",
+        "documents, causal context", "horizons and next bytes",
     ],
 )  # fmt: skip
 def test_tail_logits_are_the_tail_of_logits(option: str) -> None:

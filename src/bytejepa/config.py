@@ -248,6 +248,15 @@ class JepaConfig(_Section):
     """Add the predicted latent, projected, to the last residual."""
     losses: bool = True
     """Train with the prediction loss and SIGReg; off: the path learns from the byte loss alone."""
+    context: Literal["pooled", "causal"] = "pooled"
+    """What a chunk's latent is predicted from: `pooled`: the latent of the chunk before; `causal`: the residual at its
+    last position, which has seen all that came before."""
+    horizons: Annotated[int, Range(1, 8)] = 1
+    """Chunks ahead of which latents are predicted; only the next one's is injected, the other predictors are in no
+    artifact."""
+    next_bytes_weight: NonNegative = 0.0
+    """Weight of the loss of predicting a chunk's bytes, all at once, from its predicted latent; 0: not predicted. The
+    head is in no artifact."""
     gradient: Literal["detached", "backbone"] = "backbone"
     """`detached`: the path reads a detached residual and its latent is detached before injection, as in the
     reference; `backbone`: both gradients flow, so the latent losses shape the backbone (spec section 7, item 2)."""
@@ -277,6 +286,11 @@ class JepaConfig(_Section):
         if self.lambda_zero_until > self.lambda_ramp_until:
             raise ConfigError(
                 f"jepa.lambda_zero_until {self.lambda_zero_until:g} is after jepa.lambda_ramp_until {self.lambda_ramp_until:g}"
+            )
+        if not self.losses and (self.context == "causal" or self.horizons > 1):
+            raise ConfigError(
+                f"jepa.context {self.context} and jepa.horizons {self.horizons} need jepa.losses",
+                hint="without them nothing trains the projector or the predictors of later chunks",
             )
 
 

@@ -23,6 +23,7 @@ from bytejepa.config_json import to_dict
 from bytejepa.data.loader import IdStream
 from bytejepa.data.shards import check_ids
 from bytejepa.errors import ArtifactError, DataError
+from bytejepa.model.transformer import TRAINING_ONLY
 from bytejepa.scoring.evaluate import Score, Scorer
 from bytejepa.training.distributed import Ranks
 from bytejepa.training.runlog import RunFolder
@@ -130,9 +131,7 @@ def export(
     return ExportResult(
         path=out,
         sha256=info.sha256,
-        num_parameters=sum(
-            value.numel() for name, value in average.items() if not name.startswith("multi_token_heads")
-        ),
+        num_parameters=sum(value.numel() for name, value in average.items() if not name.startswith(TRAINING_ONLY)),
         weights_bytes=info.file_bytes,
         code_bytes=archive_bytes,
         code_source_bytes=source_bytes,

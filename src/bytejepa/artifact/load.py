@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from bytejepa.config import RunConfig
 from bytejepa.config_json import from_dict
 from bytejepa.errors import ArtifactError, CheckpointError, ConfigError
 from bytejepa.model.initialization import fill_sigreg_directions
-from bytejepa.model.transformer import ByteLM
+from bytejepa.model.transformer import TRAINING_ONLY, ByteLM, prediction_config
 from bytejepa.training import checkpoint
 from bytejepa.training.runlog import RunFolder
 
@@ -43,9 +42,8 @@ def configuration_of(values: dict[str, object], where: str) -> RunConfig:
 
 def build(config: RunConfig, weights: dict[str, Tensor], *, source: str) -> ByteLM:
     """Return a ByteLM of `config` with `weights`. Raises: ArtifactError if they do not fit each other."""
-    # heads that only training needs are in no artifact
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, multi_token_heads=0))
-    weights = {name: value for name, value in weights.items() if not name.startswith("multi_token_heads")}
+    config = prediction_config(config)
+    weights = {name: value for name, value in weights.items() if not name.startswith(TRAINING_ONLY)}
     model = ByteLM(config)
     expected = dict(model.named_parameters())
     for name, parameter in expected.items():

@@ -13,6 +13,7 @@ from bytejepa.artifact.packing import StoredTensor, store_tensors
 from bytejepa.config import ArtifactConfig, RunConfig
 from bytejepa.model.initialization import is_vector
 from bytejepa.model.quantization import CLIP_MAX, CLIP_MEAN_SQUARED_ERROR, reference_int6, reference_int8
+from bytejepa.model.transformer import TRAINING_ONLY
 
 
 def scheme_of(name: str, tensor: Tensor, config: ArtifactConfig) -> str:
@@ -26,14 +27,14 @@ def scheme_of(name: str, tensor: Tensor, config: ArtifactConfig) -> str:
 
 
 def store_weights(weights: dict[str, Tensor], config: RunConfig) -> dict[str, StoredTensor]:
-    """Return every weight in its storage form; the extra heads of multi-token training are left out.
+    """Return every weight in its storage form; what only training needs is left out.
 
     Raises: ArtifactError naming a tensor that cannot be stored, such as one that is not finite.
     """
     kept = {
         name: value.detach().float().cpu()
         for name, value in sorted(weights.items())  # safetensors gives them in any order; a file must not differ by it
-        if not name.startswith("multi_token_heads")
+        if not name.startswith(TRAINING_ONLY)
     }
     schemes = {name: scheme_of(name, value, config.artifact) for name, value in kept.items()}
     if config.artifact.scales == "per_row":

@@ -36,6 +36,9 @@ def plain_config(config: RunConfig) -> PlainConfig:
             ("model.recurrent_layers", model.recurrent_layers),
             ("model.attention_gate_dims", model.attention_gate_dims),
             ("model.value_embedding_last_layers", model.value_embedding_last_layers),
+            ("jepa.context causal", jepa.context == "causal"),
+            ("jepa.horizons", jepa.horizons > 1),
+            ("jepa.next_bytes_weight", jepa.next_bytes_weight),
             ("model.multi_token_heads", model.multi_token_heads),
         )
         if value

@@ -63,7 +63,10 @@ def matmul_parameters(config: RunConfig) -> float:
     per_chunk = 0
     if jepa.enabled:
         Z = jepa.latent_dim
-        per_chunk = D * jepa.hidden_dim + jepa.hidden_dim * Z + 2 * Z * Z + Z * D
+        predictor = (D if jepa.context == "causal" else Z) * Z + Z * Z
+        per_chunk = D * jepa.hidden_dim + jepa.hidden_dim * Z + jepa.horizons * predictor + Z * D
+        if jepa.next_bytes_weight:
+            per_chunk += Z * jepa.chunk_bytes * VOCABULARY_SIZE
     return count + per_chunk / jepa.chunk_bytes
 
 

@@ -61,7 +61,7 @@ class ChunkInjector:
             else:
                 pieces.append(self._part_of_chunk(state, piece, piece_starts))
                 if (position + last) % P == 0:
-                    self._end_chunk(state)
+                    self._end_chunk(state, piece[:, -1])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     def _part_of_chunk(self, state: JepaState, x: Tensor, starts: Tensor | None) -> Tensor:
@@ -78,9 +78,9 @@ class ChunkInjector:
             injected.append(x[:, offset] + state.injection)
         return torch.stack(injected, dim=1)
 
-    def _end_chunk(self, state: JepaState) -> None:
+    def _end_chunk(self, state: JepaState, last: Tensor) -> None:
         latent = self.jepa.projector(state.residual_sum / state.num_summed)
-        self._begin_chunk(state, self.jepa.injection(self.jepa.predictor(latent)))
+        self._begin_chunk(state, self.jepa.injection(self.jepa.predictor(self.jepa.context_of(latent, last))))
 
     def _begin_chunk(self, state: JepaState, injection: Tensor) -> None:
         state.residual_sum.zero_()
@@ -89,8 +89,8 @@ class ChunkInjector:
 
     def _whole_chunks(self, state: JepaState, x: Tensor, starts: Tensor | None) -> Tensor:
         # with document masking Jepa.latents means over the positions since the last BOS of each chunk
-        latents = self.jepa.latents(x, starts).target  # (L, C, Z)
-        following = self.jepa.injection(self.jepa.predictor(latents))
+        context = self.jepa.latents(x, starts).context  # (L, C, Z or D)
+        following = self.jepa.injection(self.jepa.predictor(context))
         added = torch.cat((state.injection[:, None], following[:, :-1]), dim=1)
         per_position = added.repeat_interleave(self.chunk_bytes, dim=1)
         if starts is not None:

@@ -11,7 +11,7 @@
 | n-gram projection | orthogonal |
 | JEPA linears | torch's default |
 | JEPA start token | 0.02 normal |
-| JEPA injection, extra heads | zero |
+| JEPA injection, extra heads, the latents' byte head | zero |
 | SIGReg directions | normal, each of unit length |
 | value embeddings, gates | zero |
 | vectors and scalars | set where they are declared |
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from bytejepa.model.transformer import ByteLM
 
 ORTHOGONAL_FROM = 64
+ZERO_AT_START = ("bigram.embedding", "ngrams.embedding", "jepa.injection", "jepa.byte_head", "multi_token_heads")
 
 
 def generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
@@ -68,11 +69,7 @@ def _initial_matrix(name: str, parameter: Tensor, config, random: torch.Generato
     value = torch.empty(parameter.shape)
     if name == "token_embedding.weight":
         return value.normal_(0, config.embedding_std, generator=random)
-    if name in ("bigram.embedding.weight", "ngrams.embedding.weight", "jepa.injection.weight") or name.startswith(
-        "multi_token_heads"
-    ):
-        return value.zero_()
-    if name.endswith(("attention.gate.weight", "value_embedding.weight")):
+    if name.startswith(ZERO_AT_START) or name.endswith(("attention.gate.weight", "value_embedding.weight")):
         return value.zero_()
     if name == "bigram.projection.weight":
         return (

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bytejepa.config import JepaConfig
+from bytejepa.data.vocabulary import VOCABULARY_SIZE
 from bytejepa.model.layers import Linear, rms_norm
 
 
@@ -38,6 +39,8 @@ class Latents(NamedTuple):
     """z, (B, C, Z)."""
     predicted: Tensor
     """p, (B, C, Z): p_c is a function of the chunks before c."""
+    context: Tensor
+    """What each chunk gives to the prediction of later ones: its z, or (`context` causal) its last residual, (B, C, D)."""
 
 
 class Jepa(nn.Module):
@@ -49,8 +52,12 @@ class Jepa(nn.Module):
         super().__init__()
         self.config = config
         self.projector = LatentMLP(model_dim, config.hidden_dim, config.latent_dim)
-        self.predictor = LatentMLP(config.latent_dim, config.latent_dim, config.latent_dim)
-        self.start = nn.Parameter(torch.zeros(config.latent_dim))
+        Z = config.latent_dim
+        context_dim = model_dim if config.context == "causal" else Z
+        self.predictor = LatentMLP(context_dim, Z, Z)
+        self.further_predictors = nn.ModuleList(LatentMLP(context_dim, Z, Z) for _ in range(config.horizons - 1))
+        self.byte_head = Linear(Z, config.chunk_bytes * VOCABULARY_SIZE) if config.next_bytes_weight else None
+        self.start = nn.Parameter(torch.zeros(context_dim))
         self.injection = Linear(config.latent_dim, model_dim)
         directions = torch.zeros(config.latent_dim, config.sigreg_directions)
         self.register_buffer("directions", directions, persistent=False)
@@ -74,11 +81,16 @@ class Jepa(nn.Module):
             weight = (later_starts == 0).to(x.dtype)[..., None]
             mean = (chunks * weight).sum(2) / weight.sum(2)
         target = self.projector(mean)
+        context = self.context_of(target, chunks[:, :, -1])
         start = self.start.to(target.dtype).expand(x.size(0), 1, -1)
-        previous = torch.cat((start, target), dim=1)[:, :num_chunks]  # none where there is no whole chunk
+        previous = torch.cat((start, context), dim=1)[:, :num_chunks]  # none where there is no whole chunk
         if document_start is not None:
             previous = previous.where(~self._starts_at_border(starts)[..., None], self.start.to(target.dtype))
-        return Latents(target, self.predictor(previous))
+        return Latents(target, self.predictor(previous), context)
+
+    def context_of(self, latent: Float[Tensor, "*n Z"], last: Float[Tensor, "*n D"]) -> Tensor:
+        """Return what a chunk gives to predictions: of its `latent` and its `last` residual the one that is configured."""
+        return rms_norm(last) if self.config.context == "causal" else latent
 
     @staticmethod
     def _starts_at_border(starts: Bool[Tensor, "B C P"]) -> Bool[Tensor, "B C"]:
@@ -110,9 +122,31 @@ class Jepa(nn.Module):
             per_position = torch.where(fresh[..., None], at_start, per_position)
         return x + F.pad(per_position, (0, 0, first_position, x.size(1) - first_position - length))
 
-    def prediction_loss(self, latents: Latents) -> Tensor:
-        """Return mean (p - stopgrad(z))^2, a float32 scalar."""
-        return F.mse_loss(latents.predicted.float(), latents.target.detach().float())
+    def prediction_loss(self, latents: Latents, document_start: Bool[Tensor, "B T"] | None = None) -> Tensor:
+        """Return mean (p - stopgrad(z))^2, a float32 scalar, averaged over the horizons.
+
+        With `document_start`, chunks further ahead than the next one count where no document starts on the way.
+        """
+        target = latents.target.detach().float()
+        losses = [F.mse_loss(latents.predicted.float(), target)]
+        num_chunks = target.size(1)
+        for ahead, predictor in enumerate(self.further_predictors[: max(0, num_chunks - 2)], start=2):
+            error = (predictor(latents.context[:, :-ahead]).float() - target[:, ahead:]).square().mean(-1)
+            reached = torch.ones_like(error)
+            if document_start is not None:
+                starts = document_start[:, : num_chunks * self.config.chunk_bytes].unflatten(1, (num_chunks, -1))
+                documents = starts.any(-1).cumsum(1)
+                reached = (documents[:, ahead:] == documents[:, :-ahead]).float()
+            losses.append((error * reached).sum() / reached.sum().clamp_min(1))
+        return torch.stack(losses).mean()
+
+    def next_bytes_loss(self, predicted: Float[Tensor, "B C Z"], inputs: Int[Tensor, "B T"]) -> Tensor:
+        """Return the mean cross-entropy in nats of the ids of every chunk, each given the chunk's predicted latent."""
+        if self.byte_head is None or not predicted.size(1):
+            return predicted.new_zeros((), dtype=torch.float32)
+        logits = self.byte_head(predicted).unflatten(-1, (self.config.chunk_bytes, -1)).float()
+        ids = inputs[:, : logits.size(1) * logits.size(2)]
+        return F.cross_entropy(logits.flatten(0, 2), ids.flatten().long())
 
     def sigreg(self, target: Float[Tensor, "B C Z"]) -> Tensor:
         """Return SIGReg of the latents, averaged over groups of `sigreg_group_sequences` sequences.

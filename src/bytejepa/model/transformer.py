@@ -15,13 +15,21 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bytejepa.config import AttentionBackend, RunConfig
+from bytejepa.config import AttentionBackend, RunConfig, replace
 from bytejepa.data.vocabulary import VOCABULARY_SIZE
 from bytejepa.model.attention import Kernel, Mask, attention_mask, choose_backend, masked_attention
 from bytejepa.model.block import Block
 from bytejepa.model.jepa import Jepa, Latents
 from bytejepa.model.layers import Linear, RotaryTables, SmearGate, document_starts, rms_norm, softcap
 from bytejepa.model.ngram_embedding import BigramHash, NgramHash
+
+TRAINING_ONLY = ("multi_token_heads", "jepa.further_predictors", "jepa.byte_head")
+"""How the names of parameters begin that no logit depends on: they are in no artifact."""
+
+
+def prediction_config(config: RunConfig) -> RunConfig:
+    """Return the configuration of the same model without what only training needs."""
+    return replace(config, model={"multi_token_heads": 0}, jepa={"horizons": 1, "next_bytes_weight": 0.0})
 
 
 class Losses(NamedTuple):
@@ -31,6 +39,8 @@ class Losses(NamedTuple):
     """Mean next-id cross-entropy in nats."""
     jepa_prediction: Tensor
     """Mean squared error of the predicted latents; 0 without JEPA."""
+    next_bytes: Tensor
+    """Mean loss in nats of predicting a chunk's ids from its predicted latent; 0 without such a head."""
     sigreg: Tensor
     """SIGReg of the latents; 0 without JEPA."""
     multi_token: Tensor
@@ -221,11 +231,14 @@ class ByteLM(nn.Module):
         x, latents = self.hidden(inputs)
         ce = F.cross_entropy(self._head(x).flatten(0, 1), targets.flatten().long())
         zero = ce.new_zeros(())
-        prediction = regularizer = zero
+        prediction = regularizer = next_bytes = zero
         if jepa and self.jepa is not None and latents is not None and latents.target.size(1):
-            prediction, regularizer = self.jepa.prediction_loss(latents), self.jepa.sigreg(latents.target)
+            starts = document_starts(inputs) if self.config.model.document_masking else None
+            prediction, regularizer = self.jepa.prediction_loss(latents, starts), self.jepa.sigreg(latents.target)
+        if self.jepa is not None and latents is not None:
+            next_bytes = self.jepa.next_bytes_loss(latents.predicted, inputs)
         detached = None if latents is None else Latents(*(part.detach() for part in latents))
-        return Losses(ce, prediction, regularizer, self._multi_token_loss(x, targets), detached)
+        return Losses(ce, prediction, next_bytes, regularizer, self._multi_token_loss(x, targets), detached)
 
     def _multi_token_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         total = x.new_zeros((), dtype=torch.float32)

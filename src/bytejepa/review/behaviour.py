@@ -206,7 +206,7 @@ def byte_model_loss(model: nn.Module, ids: Tensor) -> Tensor:
     """Return everything a ByteLM can be trained with, in one scalar: bytes, latents, extra heads."""
     assert isinstance(model, ByteLM)
     losses = model.losses(ids[:, :-1], ids[:, 1:])
-    return losses.ce + losses.jepa_prediction + losses.sigreg + losses.multi_token
+    return losses.ce + losses.jepa_prediction + losses.sigreg + losses.next_bytes + losses.multi_token
 
 
 def model_findings(model: ByteLM) -> list[Finding]:

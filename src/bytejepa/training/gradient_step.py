@@ -32,11 +32,12 @@ class _WeightedLoss(nn.Module):
         super().__init__()
         self.model = model
         self.sigreg_weight = config.jepa.sigreg_weight
+        self.next_bytes_weight = config.jepa.next_bytes_weight
         self.multi_token_weight = config.training.multi_token_weight
 
     def forward(self, inputs: Tensor, targets: Tensor, jepa_lambda: Tensor, jepa: bool) -> tuple[Tensor, ...]:
         losses = self.model.losses(inputs, targets, jepa=jepa)
-        total = losses.ce + self.multi_token_weight * losses.multi_token
+        total = losses.ce + self.multi_token_weight * losses.multi_token + self.next_bytes_weight * losses.next_bytes
         if jepa:
             total = total + jepa_lambda * (losses.jepa_prediction + self.sigreg_weight * losses.sigreg)
         parts = (total, losses.ce.detach(), losses.jepa_prediction.detach(), losses.sigreg.detach())
