@@ -1,0 +1,205 @@
+"""Measuring a run: scores of every stage, the price of every byte, the artifact's tensors, one backward pass."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bytejepa.artifact.container import Container, read_container
+from bytejepa.artifact.export import ExportResult, export, leading_ids
+from bytejepa.artifact.load import build, run_weights
+from bytejepa.bits import NATS_PER_BIT, bits_per_byte
+from bytejepa.config import RunConfig, replace
+from bytejepa.data.loader import IdStream
+from bytejepa.data.vocabulary import BYTE_OFFSET
+from bytejepa.errors import DataError
+from bytejepa.model.initialization import fill_sigreg_directions, initialize
+from bytejepa.model.quantization import QuantizedMatrix
+from bytejepa.model.transformer import ByteLM
+from bytejepa.report.measurements import (
+    Flow,
+    GradientBatch,
+    PricedText,
+    RunMeasurements,
+    StageScore,
+    TensorFigures,
+)
+from bytejepa.scoring.evaluate import Scorer, target_losses
+from bytejepa.training import schedule
+from bytejepa.training.gradient_step import GradientStep
+from bytejepa.training.runlog import RunFolder
+
+DEFAULT_SCORE_BYTES = 262_144
+"""Leading ids of the validation split that are priced unless told otherwise."""
+GRADIENT_SEQUENCES = 4
+"""Sequences of the one backward pass: few, so that a full-size model fits into a laptop's memory."""
+UNMOVED = 1e-4
+"""Relative distance from a multiple of the initial weights under which they count as unmoved: weight decay alone
+shrinks weights in proportion, and thousands of float32 roundings stay below it."""
+
+OnProgress = Callable[[str, float], None]
+"""Told (what is being done, share of it done from 0 to 1)."""
+
+
+def measure(
+    run: Path,
+    *,
+    data: Path | None = None,
+    score_bytes: int | None = None,
+    device: str = "cpu",
+    on_progress: OnProgress | None = None,
+) -> RunMeasurements:
+    """Return what the newest whole checkpoint of `run` measures; the artifact is made in a temporary folder.
+
+    `data`: its shards if they moved; `score_bytes`: leading ids of the validation split that are priced.
+    Raises: CheckpointError without a whole checkpoint, DataError if the shards cannot be found or read.
+    """
+    tell = on_progress or _ignore
+    config, raw = run_weights(run, averaged=False)
+    _, average = run_weights(run)
+    ids, is_whole = _validation_ids(run, data, score_bytes or DEFAULT_SCORE_BYTES)
+    tell("pack", 0.0)
+    with tempfile.TemporaryDirectory(prefix="bytejepa-report-") as folder:
+        exported = export(run, Path(folder) / "model.bjm", score=False)
+        container = read_container(exported.path)
+    weights = {"raw": raw, "average": average, "artifact": container.tensors}
+    scores, priced = {}, None
+    for stage, tensors in weights.items():
+        model = build(config, tensors, source=str(run)).to(device)
+        priced = _price(model, ids, is_whole, lambda done, stage=stage: tell(f"score {stage}", done))  # type: ignore[misc]
+        num_bytes = int((priced.targets >= BYTE_OFFSET).sum())
+        nats = float(priced.bits.sum()) * NATS_PER_BIT
+        scores[stage] = StageScore(bpb=bits_per_byte(nats, num_bytes), num_bytes=num_bytes)
+    assert priced is not None
+    tell("gradients", 0.0)
+    batch, gradients, initial = _gradients(config, raw, ids, device)
+    return RunMeasurements(
+        scores=scores,
+        priced=priced,
+        tensors=tuple(_tensor_figures(name, raw, average, initial, container, gradients) for name in initial),
+        gradient_batch=batch,
+        device=torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        **_sizes(exported),
+    )
+
+
+def _ignore(_what: str, _share: float) -> None:
+    """Tell nobody."""
+
+
+def _sizes(exported: ExportResult) -> dict[str, int]:
+    return {name: getattr(exported, name) for name in ("weights_bytes", "code_bytes", "limit_bytes")}
+
+
+def _validation_ids(run: Path, data: Path | None, limit: int) -> tuple[npt.NDArray[np.uint16], bool]:
+    recorded = RunFolder(run).read_manifest().get("data", {}).get("path")
+    if data is None and recorded is None:
+        raise DataError(f"{run} does not say where its data is", hint="name it with --data, or use --measure none")
+    place = data or Path(recorded)
+    try:
+        stream = IdStream.open(place, "val")
+    except DataError as problem:
+        raise DataError(problem.message, hint="name the run's shards with --data, or use --measure none") from None
+    ids = leading_ids(stream, limit, place)
+    return ids, len(ids) == stream.num_ids
+
+
+def _price(
+    model: ByteLM, ids: npt.NDArray[np.uint16], is_whole: bool, on_share: Callable[[float], None]
+) -> PricedText:
+    """Return what every target of `ids` costs, in non-overlapping windows."""
+    evaluation = model.config.evaluation
+    window = min(evaluation.window_bytes, len(ids) - 1)
+    parts: list[npt.NDArray[np.float64]] = []
+    done = 0
+    scorer = Scorer(model)
+    for _, losses in target_losses(scorer, ids, window=window, stride=window, batch_ids=evaluation.batch_bytes):
+        parts.append(losses.double().flatten().cpu().numpy())
+        done += losses.numel()
+        on_share(done / (len(ids) - 1))
+    return PricedText(
+        targets=np.asarray(ids[1:]),
+        bits=np.concatenate(parts) / NATS_PER_BIT,
+        window=window,
+        is_whole_split=is_whole,
+    )
+
+
+def _gradients(
+    config: RunConfig, raw: dict[str, Tensor], ids: npt.NDArray[np.uint16], device: str
+) -> tuple[GradientBatch, dict[str, Tensor | None], dict[str, Tensor]]:
+    """Return (batch, gradient by parameter, initial weights by parameter) of one backward pass of the run's loss.
+
+    The latent losses enter with the largest weight they have in the run, so that a module that only they train counts
+    as trained. SIGReg looks at the latents of the whole batch.
+    """
+    config = replace(config, jepa={"sigreg_group_sequences": None}, data={"micro_batch_bytes": None})
+    model = initialize(ByteLM(config), config.training.seed)
+    initial = {name: value.detach().clone() for name, value in model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(raw[name])
+    fill_sigreg_directions(model, config.training.seed)
+    model.to(device)
+    length = min(config.data.stages[-1][1], len(ids) - 1)
+    rows = min(GRADIENT_SEQUENCES, (len(ids) - 1) // length)
+    block = torch.from_numpy(ids[: rows * length + 1].astype(np.int64)).to(device)
+    jepa_lambda = max(schedule.jepa_lambda(config.jepa, share / 64) for share in range(65))
+    step = GradientStep(model, config, compile=False)
+    step(block[:-1].view(rows, length), block[1:].view(rows, length), jepa_lambda=jepa_lambda)
+    gradients = {name: None if p.grad is None else p.grad.float().cpu() for name, p in model.named_parameters()}
+    batch = GradientBatch(num_sequences=rows, sequence_bytes=length, jepa_lambda=jepa_lambda)
+    return batch, gradients, initial
+
+
+def _tensor_figures(
+    name: str,
+    raw: dict[str, Tensor],
+    average: dict[str, Tensor],
+    initial: dict[str, Tensor],
+    container: Container,
+    gradients: dict[str, Tensor | None],
+) -> TensorFigures:
+    weights, gradient = average[name].float(), gradients[name]
+    gradient = torch.zeros_like(weights) if gradient is None else gradient
+    stored = container.stored.get(name)
+    return TensorFigures(
+        name=name,
+        num_elements=weights.numel(),
+        rms=_rms(weights),
+        initial_rms=_rms(initial[name]),
+        scheme="not stored" if stored is None else _scheme(stored),
+        artifact_bytes=container.info.tensor_bytes.get(name, 0),
+        relative_error=0.0 if stored is None else _ratio(_rms(container.tensors[name] - weights), _rms(weights)),
+        gradient_rms=_rms(gradient),
+        share_without_gradient=float((gradient == 0).double().mean()),
+        flow=_flow(gradient, raw[name], initial[name]),
+    )
+
+
+def _flow(gradient: Tensor, weights: Tensor, initial: Tensor) -> Flow:
+    if bool((gradient != 0).any()):
+        return "alive"
+    start = initial.to(weights.dtype).double().flatten()
+    now = weights.double().flatten()
+    shrunk = _ratio(float(now @ start), float(start @ start))
+    moved = float((now - shrunk * start).norm())
+    return "no gradient" if moved > UNMOVED * float(now.norm()) else "dead"
+
+
+def _scheme(stored: QuantizedMatrix | Tensor) -> str:
+    return f"int{stored.bits}_rows" if isinstance(stored, QuantizedMatrix) else str(stored.dtype).removeprefix("torch.")
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0

@@ -1,0 +1,90 @@
+"""What is measured of a run beyond its log. Torch-free: `bytejepa.report.measure` fills these in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Flow = Literal["alive", "no gradient", "dead"]
+"""`no gradient`: exactly zero on the batch, but the weights moved in training; `dead`: they did not move either."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StageScore:
+    """Bits per byte of one stage of the weights."""
+
+    bpb: float
+    """BOS targets' cost included, as the challenge counts it."""
+    num_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PricedText:
+    """Every target of a text with what it costs, in order."""
+
+    targets: npt.NDArray[np.uint16]
+    """Ids x_1 .. x_n, (n,)."""
+    bits: npt.NDArray[np.float64]
+    """Bits of each, (n,)."""
+    window: int
+    """Ids of a scoring window; windows do not overlap, so target i stands at position i mod window."""
+    is_whole_split: bool
+    """Whether the validation split ends where this text does."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TensorFigures:
+    """One parameter: its weights, its place in the artifact, its gradient."""
+
+    name: str
+    num_elements: int
+    rms: float
+    """Root mean square of the averaged weights."""
+    initial_rms: float
+    """The same before the first step."""
+    scheme: str
+    """How the artifact stores it; `not stored` for heads that only training needs."""
+    artifact_bytes: int
+    relative_error: float
+    """RMS of (stored - averaged weights) over RMS of the averaged weights; 0 where both are 0."""
+    gradient_rms: float
+    """Root mean square of its gradient on the batch."""
+    share_without_gradient: float
+    """Share of its elements whose gradient is exactly zero."""
+    flow: Flow
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class GradientBatch:
+    """On what the gradients were taken."""
+
+    num_sequences: int
+    sequence_bytes: int
+    jepa_lambda: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RunMeasurements:
+    """Everything measured of one run."""
+
+    scores: Mapping[str, StageScore]
+    """Of `raw` weights, their `average` and the `artifact`, on the same text and windows."""
+    priced: PricedText
+    """By the artifact."""
+    tensors: tuple[TensorFigures, ...]
+    gradient_batch: GradientBatch
+    weights_bytes: int
+    """The artifact file."""
+    code_bytes: int
+    """The package's source as an importable zip."""
+    limit_bytes: int
+    device: str
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes counted against the budget."""
+        return self.weights_bytes + self.code_bytes
