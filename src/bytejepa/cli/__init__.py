@@ -30,6 +30,7 @@ VERBS = {
     "surprise": ("surprise", "Surprise", "Show what every byte of a file costs."),
     "ablate": ("ablate", "Ablate", "Run a study: what difference makes a difference, with statistics."),
     "bench": ("bench", "Bench", "Measure speed against a plain baseline."),
+    "report": ("report", "Report", "Make a page of runs or a study: curves, losses, gradients, sizes."),
     "submission": ("submission", "Submission", "Make the challenge's folder out of finished runs."),
     "review": ("review", "Review", "Check a submission, run or artifact against rules and facts."),
 }

@@ -72,7 +72,7 @@ def measure(
     scores, priced = {}, None
     for stage, tensors in weights.items():
         model = build(config, tensors, source=str(run)).to(device)
-        priced = _price(model, ids, is_whole, lambda done, stage=stage: tell(f"score {stage}", done))  # type: ignore[misc]
+        priced = _price(model, ids, is_whole, lambda done, stage=stage: tell(f"score {stage}", done))
         num_bytes = int((priced.targets >= BYTE_OFFSET).sum())
         nats = float(priced.bits.sum()) * NATS_PER_BIT
         scores[stage] = StageScore(bpb=bits_per_byte(nats, num_bytes), num_bytes=num_bytes)
@@ -110,9 +110,7 @@ def _validation_ids(run: Path, data: Path | None, limit: int) -> tuple[npt.NDArr
     return ids, len(ids) == stream.num_ids
 
 
-def _price(
-    model: ByteLM, ids: npt.NDArray[np.uint16], is_whole: bool, on_share: Callable[[float], None]
-) -> PricedText:
+def _price(model: ByteLM, ids: npt.NDArray[np.uint16], is_whole: bool, on_share: Callable[[float], None]) -> PricedText:
     """Return what every target of `ids` costs, in non-overlapping windows."""
     evaluation = model.config.evaluation
     window = min(evaluation.window_bytes, len(ids) - 1)
@@ -124,7 +122,7 @@ def _price(
         done += losses.numel()
         on_share(done / (len(ids) - 1))
     return PricedText(
-        targets=np.asarray(ids[1:]),
+        ids=np.asarray(ids),
         bits=np.concatenate(parts) / NATS_PER_BIT,
         window=window,
         is_whole_split=is_whole,
@@ -179,11 +177,12 @@ def _tensor_figures(
         relative_error=0.0 if stored is None else _ratio(_rms(container.tensors[name] - weights), _rms(weights)),
         gradient_rms=_rms(gradient),
         share_without_gradient=float((gradient == 0).double().mean()),
-        flow=_flow(gradient, raw[name], initial[name]),
+        flow=flow_of_weights(gradient, raw[name], initial[name]),
     )
 
 
-def _flow(gradient: Tensor, weights: Tensor, initial: Tensor) -> Flow:
+def flow_of_weights(gradient: Tensor, weights: Tensor, initial: Tensor) -> Flow:
+    """Return whether a parameter learns, from its gradient on a batch and its weights after and before training."""
     if bool((gradient != 0).any()):
         return "alive"
     start = initial.to(weights.dtype).double().flatten()

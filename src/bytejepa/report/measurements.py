@@ -24,16 +24,21 @@ class StageScore:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PricedText:
-    """Every target of a text with what it costs, in order."""
+    """A text with what every target costs, in order."""
 
-    targets: npt.NDArray[np.uint16]
-    """Ids x_1 .. x_n, (n,)."""
+    ids: npt.NDArray[np.uint16]
+    """x_0 .. x_n, (n + 1,); the first is no target."""
     bits: npt.NDArray[np.float64]
-    """Bits of each, (n,)."""
+    """Bits of each target, (n,)."""
     window: int
     """Ids of a scoring window; windows do not overlap, so target i stands at position i mod window."""
     is_whole_split: bool
     """Whether the validation split ends where this text does."""
+
+    @property
+    def targets(self) -> npt.NDArray[np.uint16]:
+        """Ids x_1 .. x_n, (n,)."""
+        return self.ids[1:]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

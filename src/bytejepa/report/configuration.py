@@ -1,0 +1,92 @@
+"""The configuration of a run against its preset, and the commands that repeat it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bytejepa.config import RunConfig
+from bytejepa.presets import PRESETS, preset
+from bytejepa.report.inputs import LoggedRun
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """One setting of a run beside its preset's."""
+
+    name: str
+    """section.setting"""
+    value: Any
+    preset_value: Any
+
+    @property
+    def differs(self) -> bool:
+        """Whether the run has it otherwise than its preset."""
+        return bool(self.value != self.preset_value)
+
+
+def settings_against_preset(config: RunConfig) -> tuple[str, tuple[Setting, ...]]:
+    """Return the preset that shares most settings with `config`, and every setting beside that preset's."""
+    own = _flat(config)
+    candidates = {name: _flat(preset(name)) for name in PRESETS}
+    nearest = min(candidates, key=lambda name: sum(candidates[name][key] != value for key, value in own.items()))
+    theirs = candidates[nearest]
+    return nearest, tuple(Setting(name=key, value=value, preset_value=theirs[key]) for key, value in own.items())
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    return {
+        f"{section.name}.{field.name}": getattr(getattr(config, section.name), field.name)
+        for section in dataclasses.fields(config)
+        for field in dataclasses.fields(getattr(config, section.name))
+    }
+
+
+def shown(value: Any) -> str:
+    """Return a setting's value for people."""
+    if value is None or value is False:
+        return "off"
+    if value is True:
+        return "on"
+    if isinstance(value, tuple):
+        return ", ".join(shown(part) for part in value)
+    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
+
+
+def train_words(config: RunConfig) -> list[str]:
+    """Return the words after `bytejepa train` that give `config`: its nearest preset and what differs."""
+    name, settings = settings_against_preset(config)
+    words = [name]
+    for setting in settings:
+        if setting.differs:
+            words += _option(setting.name, setting.value)
+    return words
+
+
+def _option(name: str, value: Any) -> list[str]:
+    section, _, setting = name.replace("_", "-").partition(".")
+    if isinstance(value, bool):
+        return [f"--{section}.{setting}" if value else f"--{section}.no-{setting}"]
+    parts = value if isinstance(value, tuple) else (value,)
+    flat = [part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
+    return [f"--{section}.{setting}", *map(str, flat)]
+
+
+def commands(runs: Sequence[LoggedRun]) -> list[str]:
+    """Return the command lines that train, export and score `runs` again, ready for a shell."""
+    lines = []
+    for run in runs:
+        data, out = str(run.manifest.get("data", {}).get("path", "SHARDS")), run.name
+        ranks = int(run.manifest.get("world_size", 1))
+        launcher = (
+            ["bytejepa"] if ranks == 1 else ["torchrun", "--standalone", f"--nproc_per_node={ranks}", "-m", "bytejepa"]
+        )
+        lines.append(shlex.join([*launcher, "train", *train_words(run.config), "--data", data, "--out", out]))
+    first = runs[0]
+    data, artifact = str(first.manifest.get("data", {}).get("path", "SHARDS")), f"{Path(first.name).name}.bjm"
+    lines.append(shlex.join(["bytejepa", "export", first.name, "-o", artifact]))
+    lines.append(shlex.join(["bytejepa", "eval", artifact, "--data", data]))
+    return lines

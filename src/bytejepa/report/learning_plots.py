@@ -1,0 +1,224 @@
+"""Plots of the log: learning curves, the latents, throughput."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bytejepa.report.curves import SMOOTHED_LINES, Band, seed_band, throughput
+from bytejepa.report.drawing import FAINT, SERIES, Layout, Plot, new_figure, plain_numbers, style_of
+from bytejepa.report.inputs import Configuration, LoggedRun
+from bytejepa.report.tables import Cell, Table
+
+CURVES = {
+    "train_bpb": ("train, one batch", FAINT),
+    "val_bpb": ("validation, live weights", SERIES[1]),
+    "val_bpb_average": ("validation, averaged weights (EMA)", SERIES[0]),
+}
+
+
+def learning_curves(configuration: Configuration, name: str) -> Plot:
+    """Return train, validation and averaged validation loss of one configuration over the text read."""
+    runs = configuration.runs
+    validated = runs[0].config.training.validation_bytes
+    text = f"the first {validated:,} ids of" if validated else "all of"
+    many = len(runs) > 1
+    return Plot(
+        name=name,
+        title=f"Learning curves of {configuration.label}",
+        caption=(
+            f"Bits per byte against training text read, in MB; lower is better. {configuration.seeds}"
+            + (": lines are means over the seeds, bands reach from the best to the worst seed. " if many else ". ")
+            + f"Grey: loss of single training batches, moving average of at most {SMOOTHED_LINES} logged ones"
+            + f". Orange and blue: {text} the validation split in non-overlapping windows of "
+            f"{runs[0].config.evaluation.window_bytes:,} ids, of the weights as they were (orange) and of their running "
+            "average, which is what is exported (blue). The first steps may lie above the frame. As logged while training."
+        ),
+        table=_long_table(runs, CURVES),
+        draw=lambda layout: _draw_learning(configuration, layout),
+    )
+
+
+def _long_table(runs: Sequence[LoggedRun], keys: dict[str, Any], label: str | None = None) -> Table:
+    rows: list[tuple[Cell, ...]] = []
+    for run in runs:
+        for line in run.metrics:
+            rows += [
+                (label or "", run.name, run.seed, int(line["step"]), line["num_bytes"] / 1e6, key, line[key])
+                for key in keys
+                if key in line
+            ]
+    return Table.of(("configuration", "run", "seed", "step", "text_read_mb", "curve", "value"), rows)
+
+
+def _draw_learning(configuration: Configuration, layout: Layout) -> Any:
+    figure = new_figure(layout, 3.9 if layout.is_narrow else 4.4)
+    axes = figure.subplots()
+    highest = []
+    for key, (label, colour) in CURVES.items():
+        band = seed_band(configuration.runs, key, smooth=key == "train_bpb")
+        if not len(band.x):
+            continue
+        marker = None if key == "train_bpb" else "o" if key == "val_bpb" else "s"
+        _draw_band(axes, band, color=colour, marker=marker, label=label)
+        highest.append(float(band.high[min(len(band.x) - 1, max(1, len(band.x) // 20))]))
+    _frame_loss(axes, highest)
+    legend_below(figure, layout)
+    return figure
+
+
+def _draw_band(
+    axes: Any, band: Band, *, color: str, label: str, marker: str | None = None, linestyle: str = "-"
+) -> None:
+    marked = marker if len(band.x) <= 40 else None
+    axes.plot(band.x, band.mean, color=color, label=label, marker=marked, markersize=4, linestyle=linestyle)
+    if (band.high > band.low).any():
+        axes.fill_between(band.x, band.low, band.high, color=color, alpha=0.22, linewidth=0)
+
+
+def _frame_loss(axes: Any, highest: list[float]) -> None:
+    """Label the axes and cut off the fall of the first steps, which would flatten everything else."""
+    low, high = axes.get_ylim()
+    if highest:
+        axes.set_ylim(low, min(high, max(highest) + 0.1))
+    axes.set_xlabel("training text read, MB")
+    axes.set_ylabel("bits per byte")
+    plain_numbers(axes.xaxis)
+
+
+def compared_curves(configurations: Sequence[Configuration]) -> Plot:
+    """Return the averaged weights' validation loss of every configuration in one plot."""
+    rows = [row for c in configurations for row in _long_table(c.runs, {"val_bpb_average": None}, c.label).rows]
+    columns = _long_table((), {}).columns
+
+    def draw(layout: Layout) -> Any:
+        figure = new_figure(layout, (3.4 if layout.is_narrow else 4.2) + _legend_inches(configurations, layout))
+        axes = figure.subplots()
+        highest = []
+        for index, configuration in enumerate(configurations):
+            band = seed_band(configuration.runs, "val_bpb_average")
+            _draw_band(axes, band, label=configuration.label, **style_of(index))
+            if len(band.x):
+                highest.append(float(band.high[min(1, len(band.x) - 1)]))
+        _frame_loss(axes, highest)
+        legend_below(figure, layout)
+        return figure
+
+    return Plot(
+        name="learning_compared",
+        title="Learning curves of all configurations",
+        caption=(
+            "Bits per byte of the averaged weights on validation text against training text read, in MB; lower is better. "
+            + "; ".join(f"{c.label}: {c.seeds}" for c in configurations)
+            + ". Lines are means over the seeds, bands reach from the best to the worst. As logged while training, "
+            "non-overlapping windows."
+        ),
+        table=Table.of(columns, rows),
+        draw=draw,
+    )
+
+
+def _legend_inches(configurations: Sequence[Configuration], layout: Layout) -> float:
+    return 0.2 * (len(configurations) if layout.is_narrow else -(-len(configurations) // 3))
+
+
+def legend_below(figure: Any, layout: Layout) -> None:
+    """Put one legend for the whole figure under it, in as many columns as fit."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if len(labels) > 1:
+        figure.legend(handles, labels, loc="outside lower left", ncols=1 if layout.is_narrow else min(3, len(labels)))
+
+
+def latents(configurations: Sequence[Configuration]) -> Plot | None:
+    """Return explained variance and effective rank of JEPA's latents over training; None if no run has them."""
+    keys = {"jepa_explained_variance": "explained variance", "jepa_effective_rank": "effective rank"}
+    shown = [c for c in configurations if any(key in line for key in keys for line in c.runs[0].metrics)]
+    if not shown:
+        return None
+
+    def draw(layout: Layout) -> Any:
+        figure = new_figure(layout, (5.2 if layout.is_narrow else 3.4) + _legend_inches(shown, layout))
+        panels = figure.subplots(*((2, 1) if layout.is_narrow else (1, 2)))
+        for axes, (key, label) in zip(panels, keys.items(), strict=True):
+            for index, configuration in enumerate(configurations):
+                if configuration in shown:
+                    band = seed_band(configuration.runs, key, smooth=True)
+                    _draw_band(axes, band, label=configuration.label, **{**style_of(index), "marker": None})
+            axes.set_title(label)
+            axes.set_xlabel("training text read, MB")
+            plain_numbers(axes.xaxis)
+        panels[0].set_ylim(-1, 1)
+        panels[1].set_ylim(0, None)
+        legend_below(figure, layout)
+        return figure
+
+    return Plot(
+        name="latents",
+        title="JEPA's latents",
+        caption=(
+            "Left or above: share of the latents' variance that the predictor explains, without unit; 1 is all, 0 is what "
+            "guessing their mean would give, values under -1 lie below the frame. Right or below: effective rank of the "
+            f"latents' covariance, of at most {shown[0].config.jepa.latent_dim} dimensions; near 1 they have collapsed. "
+            f"On training batches, moving average of at most {SMOOTHED_LINES} logged ones; bands from the least to the largest seed. "
+            + "; ".join(f"{c.label}: {c.seeds}" for c in shown) + "."
+        ),
+        table=Table.of(_long_table((), {}).columns, [r for c in shown for r in _long_table(c.runs, keys, c.label).rows]),
+        draw=draw,
+    )  # fmt: skip
+
+
+def throughput_plot(configurations: Sequence[Configuration]) -> Plot | None:
+    """Return bytes a second along every run; None if no run has a clock."""
+    curves = [(c, run, *throughput(run)) for c in configurations for run in c.runs]
+    curves = [curve for curve in curves if len(curve[2])]
+    if not curves:
+        return None
+    rows = [
+        (configuration.label, run.name, run.seed, float(second), float(rate))
+        for configuration, run, seconds, rates in curves
+        for second, rate in zip(seconds, rates, strict=True)
+    ]
+
+    def draw(layout: Layout) -> Any:
+        figure = new_figure(layout, (3.0 if layout.is_narrow else 3.2) + _legend_inches(configurations, layout))
+        axes = figure.subplots()
+        seen: set[str] = set()
+        for configuration, _, seconds, rates in curves:
+            style = style_of(configurations.index(configuration)) | {"marker": None}
+            label = None if configuration.label in seen else configuration.label
+            axes.plot(seconds, rates / 1e3, linewidth=1.1, label=label, **style)
+            seen.add(configuration.label)
+        axes.set_ylim(0, None)
+        axes.set_xlabel("training time, s")
+        axes.set_ylabel("kB per second")
+        plain_numbers(axes.yaxis)
+        plain_numbers(axes.xaxis)
+        legend_below(figure, layout)
+        return figure
+
+    machines = sorted({_machine(run) for c in configurations for run in c.runs})
+    return Plot(
+        name="throughput",
+        title="Throughput over time",
+        caption=(
+            "Training text read per second, in kB (1,000 bytes), against seconds of training; one line a run, "
+            f"{len(curves)} in all, each point over a sixtieth of the run's steps. Compilation, validation and checkpoints do "
+            "not count. From the clock that each run logs at every step. "
+            f"Machine: {'; '.join(machines)}."
+        ),
+        table=Table.of(("configuration", "run", "seed", "elapsed_s", "bytes_per_s"), rows),
+        draw=draw,
+    )
+
+
+def _machine(run: LoggedRun) -> str:
+    device = str(run.manifest.get("device", "unknown"))
+    where = str(run.manifest.get("processor", "unknown processor")) if device == "cpu" else device
+    ranks = int(run.manifest.get("world_size", 1))
+    return f"{where}, {ranks} rank{'s' if ranks > 1 else ''}"
+
+
+def mean_rate(run: LoggedRun) -> float | None:
+    """Return the bytes a second of a whole run; None without a clock."""
+    seconds = run.step_starts_s[-1] if run.step_starts_s else 0.0
+    return (len(run.step_starts_s) - 1) * run.config.data.batch_bytes / seconds if seconds > 0 else None

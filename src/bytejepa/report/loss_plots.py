@@ -1,0 +1,200 @@
+"""Plots of where the bits go: by position in the window, by byte class, by document length."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bytejepa.report.drawing import Layout, Plot, new_figure, plain_numbers, style_of
+from bytejepa.report.learning_plots import legend_below
+from bytejepa.report.losses import Bin, by_class, by_document, by_document_length, by_position
+from bytejepa.report.measurements import PricedText, RunMeasurements
+from bytejepa.report.tables import Table
+
+Measured = Mapping[str, Sequence[RunMeasurements]]
+"""Measurements of one or more runs of every configuration that was measured, by its label."""
+FEW_DOCUMENTS = 300
+"""Up to here each document is a dot."""
+INTERVAL_FROM = 3
+"""Documents in a bin from which its mean and interval are drawn."""
+
+
+def loss_plots(measured: Measured) -> list[Plot]:
+    """Return the plots of where the artifacts' bits go, for every configuration that was measured."""
+    if not measured:
+        return []
+    texts = {label: mean_price([run.priced for run in runs]) for label, runs in measured.items()}
+    how = _how_priced(measured)
+    plots = [_position_plot(texts, how), _class_plot(texts, how)]
+    documents = _document_plot(texts, how)
+    return [*plots, documents] if documents else plots
+
+
+def mean_price(texts: Sequence[PricedText]) -> PricedText:
+    """Return one text in which every target costs the mean of what it costs in `texts`, all of the same ids."""
+    return dataclasses.replace(texts[0], bits=np.mean([text.bits for text in texts], axis=0))
+
+
+def _how_priced(measured: Measured) -> str:
+    """Return how the bits were computed, in a sentence."""
+    text = next(iter(measured.values()))[0].priced
+    which = "the whole validation split" if text.is_whole_split else "the beginning of the validation split"
+    counts = sorted({len(runs) for runs in measured.values()})
+    seeds = "1 run" if counts == [1] else f"the mean of {' or '.join(map(str, counts))} seeds"
+    each = " of each configuration" if len(measured) > 1 else ""
+    return f"Artifacts, {seeds}{each}, on {which}: {len(text.bits):,} targets in non-overlapping windows of {text.window:,} ids."
+
+
+def _position_plot(texts: Mapping[str, PricedText], how: str) -> Plot:
+    bins = {label: by_position(text) for label, text in texts.items()}
+
+    def draw(layout: Layout) -> Any:
+        figure = new_figure(layout, 3.4 if layout.is_narrow else 3.8)
+        axes = figure.subplots()
+        for index, (label, of_run) in enumerate(bins.items()):
+            _draw_bins(axes, of_run, offset=1, label=label, style=style_of(index))
+        axes.set_xscale("log", base=2)
+        plain_numbers(axes.xaxis)
+        axes.set_xlabel("ids of context, the target's position in the window")
+        axes.set_ylabel("bits per target")
+        legend_below(figure, layout)
+        return figure
+
+    windows = next(iter(bins.values()))
+    return Plot(
+        name="loss_by_position",
+        title="Loss by position in the window",
+        caption=(
+            "Mean bits per target (a byte, or a BOS) against how many ids of its window the model has seen, on a logarithmic "
+            f"axis. Bands: 95 % confidence intervals of the mean over {windows[0].num_samples if windows else 0:,} windows "
+            f"(Student's t). {how}"
+        ),
+        table=Table.of(
+            ("configuration", "first_position", "last_position", "num_windows", "bits_per_target", "low", "high"),
+            [
+                (k, b.first, b.end - 1, b.num_samples, b.mean, b.low, b.high)
+                for k, of_run in bins.items()
+                for b in of_run
+            ],
+        ),
+        draw=draw,
+    )
+
+
+def _draw_bins(axes: Any, bins: Sequence[Bin], *, offset: int, label: str, style: Mapping[str, str]) -> None:
+    """Draw means at the geometric middle of their bins; `offset` 1 for positions counted from 0."""
+    x = [math.sqrt((b.first + offset) * (b.end - 1 + offset)) for b in bins]
+    axes.plot(x, [b.mean for b in bins], label=label, markersize=4, **style)
+    axes.fill_between(x, [b.low for b in bins], [b.high for b in bins], color=style["color"], alpha=0.2, linewidth=0)
+
+
+def _class_plot(texts: Mapping[str, PricedText], how: str) -> Plot:
+    costs = {label: {cost.name: cost for cost in by_class(text)} for label, text in texts.items()}
+    first = next(iter(costs.values()))
+    names = [name for name in first if any(name in of_run for of_run in costs.values())]
+    total = sum(cost.count for cost in first.values())
+    total_bits = sum(cost.bits for cost in first.values())
+
+    def draw(layout: Layout) -> Any:
+        figure = new_figure(layout, 1.2 + 0.34 * len(names) + 0.2 * (len(costs) if layout.is_narrow else 1))
+        axes = figure.subplots()
+        spread = 0.5 / max(1, len(costs) - 1)
+        for index, (label, of_run) in enumerate(costs.items()):
+            shift = (index * spread - 0.25) if len(costs) > 1 else 0.0
+            means = [of_run[name].bits / of_run[name].count for name in names]
+            y = [row + shift for row in range(len(names))]
+            axes.plot(means, y, label=label, linestyle="none", markersize=6, **style_of(index))
+            axes.hlines(y, 0, means, color=style_of(index)["color"], linewidth=1, alpha=0.5)
+        axes.set_yticks(range(len(names)), [_class_label(name, first[name].count / total, layout) for name in names])
+        axes.tick_params(axis="y", length=0)
+        axes.invert_yaxis()
+        axes.set_xlim(0, None)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("bits per target")
+        legend_below(figure, layout)
+        return figure
+
+    return Plot(
+        name="loss_by_byte_class",
+        title="Loss by byte class",
+        caption=(
+            "Mean bits per target of each class of bytes, and in brackets the class's share of all targets. The CSV holds "
+            f"each class's share of the bits too. {_costliest(first.values(), total_bits)} {how}"
+        ),
+        table=Table.of(
+            ("configuration", "byte_class", "count", "share_of_targets", "bits_per_target", "share_of_bits"),
+            [
+                (label, c.name, c.count, c.count / total, c.bits / c.count, c.bits / sum(o.bits for o in of_run.values()))
+                for label, of_run in costs.items() for c in of_run.values()
+            ],
+        ),
+        draw=draw,
+    )  # fmt: skip
+
+
+def _class_label(name: str, share: float, layout: Layout) -> str:
+    percent = "<0.1" if share < 0.001 else f"{100 * share:.1f}"
+    return f"{name}{chr(10) if layout.is_narrow else ' '}({percent} %)"
+
+
+def _costliest(costs: Any, total_bits: float) -> str:
+    most = max(costs, key=lambda cost: cost.bits)
+    return f"Most bits go to {most.name}: {most.bits / total_bits:.0%}."
+
+
+def _document_plot(texts: Mapping[str, PricedText], how: str) -> Plot | None:
+    documents = {label: by_document(text) for label, text in texts.items()}
+    count = len(next(iter(documents.values())))
+    if not count:
+        return None
+    bins = {label: by_document_length(of_run) for label, of_run in documents.items()}
+    drawn = {label: [b for b in of_run if b.num_samples >= INTERVAL_FROM] for label, of_run in bins.items()}
+
+    def draw(layout: Layout) -> Any:
+        figure = new_figure(layout, 3.4 if layout.is_narrow else 3.8)
+        axes = figure.subplots()
+        for index, (label, of_run) in enumerate(documents.items()):
+            style = style_of(index)
+            if count <= FEW_DOCUMENTS:
+                x, y = [d.num_bytes for d in of_run], [d.bpb for d in of_run]
+                axes.plot(x, y, linestyle="none", markersize=4, alpha=0.6, label=label, **style)
+            _draw_bins(axes, drawn[label], offset=0, label="_" if count <= FEW_DOCUMENTS else label, style=style)
+        axes.set_xscale("log")
+        plain_numbers(axes.xaxis)
+        axes.set_xlabel("length of the document, bytes")
+        axes.set_ylabel("bits per byte")
+        legend_below(figure, layout)
+        return figure
+
+    rows: list[tuple[str | int | float, ...]] = [
+        (label, "document", d.num_bytes, d.num_bytes, 1, d.bpb, "", "") for label, of in documents.items() for d in of
+    ]
+    if count > FEW_DOCUMENTS:
+        rows = []
+    rows += [
+        (label, "bin", b.first, b.end - 1, b.num_samples, b.mean, b.low, b.high)
+        for label, of in bins.items()
+        for b in of
+    ]
+    dots = f"Each dot is one of {count:,} documents. " if count <= FEW_DOCUMENTS else f"{count:,} documents. "
+    lines = (
+        "Lines: means over the documents of each octave of length, with 95 % confidence intervals (Student's t). "
+        if any(drawn.values())
+        else "Too few documents of like length for means. "
+    )
+    return Plot(
+        name="loss_by_document_length",
+        title="Loss by document length",
+        caption=(
+            f"Bits per byte of whole documents against their length in bytes, on a logarithmic axis. {dots}{lines}"
+            f"Documents that the priced text cuts off are left out. {how}"
+        ),
+        table=Table.of(
+            ("configuration", "kind", "shortest_bytes", "longest_bytes", "num_documents", "bpb", "low", "high"), rows
+        ),
+        draw=draw,
+    )

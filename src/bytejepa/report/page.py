@@ -1,0 +1,240 @@
+"""The page: everything drawn and counted, put into one HTML file that needs no network and no script."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+import jinja2
+
+from bytejepa.report.configuration import Setting, commands, settings_against_preset, shown
+from bytejepa.report.drawing import DrawnPlot
+from bytejepa.report.inputs import Configuration, LoggedRun, ReportInputs
+from bytejepa.report.learning_plots import mean_rate
+from bytejepa.report.measurements import RunMeasurements
+from bytejepa.study.results import StudyResult
+
+Measured = Mapping[str, Sequence[RunMeasurements]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """A part of the page with an entry in the table of contents."""
+
+    name: str
+    title: str
+    text: str
+    plots: Sequence[DrawnPlot]
+    folded: Sequence[tuple[str, Sequence[DrawnPlot]]] = ()
+    """(summary line, plots) of what is shown on demand."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Figure:
+    """A number at the top of the page."""
+
+    label: str
+    value: str
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """A table for the eye: the first column to the left, the others to the right."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ConfigurationText:
+    """A configuration as the page shows it."""
+
+    label: str
+    preset: str
+    differing: Sequence[Setting]
+    settings: Sequence[Setting]
+    commands: Sequence[str]
+    provenance: Mapping[str, str]
+
+
+def render_page(
+    inputs: ReportInputs, measured: Measured, sections: Sequence[Section], *, title: str, command: str, files: str
+) -> str:
+    """Return the page; `files` is the name of the folder beside it, `command` what made the report."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("bytejepa.report", "page"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["shown"] = shown
+    tables = [run_table(inputs, measured)]
+    if inputs.study is not None:
+        tables.insert(0, study_table(inputs.study))
+    page: str = environment.get_template("page.html.jinja").render(
+        title=title,
+        subtitle=subtitle(inputs),
+        figures=summary(inputs.configurations[0], measured) if len(inputs.configurations) == 1 else (),
+        tables=tables,
+        study=inputs.study,
+        sections=[section for section in sections if section.plots or section.folded],
+        configurations=[_configuration_text(configuration) for configuration in inputs.configurations],
+        command=command,
+        files=files,
+    )
+    return page
+
+
+def subtitle(inputs: ReportInputs) -> str:
+    """Return what the report is about, in a line."""
+    runs = [run for configuration in inputs.configurations for run in configuration.runs]
+    count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    if inputs.study is not None:
+        whole = "complete" if inputs.study.is_complete else "not complete yet"
+        return f"Study {inputs.study.plan.name}: {count} of {len(inputs.configurations)} variants, {whole}"
+    if len(inputs.configurations) > 1:
+        return f"{count} of {len(inputs.configurations)} configurations"
+    return f"{inputs.configurations[0].seeds}, preset {settings_against_preset(runs[0].config)[0]}"
+
+
+def with_spread(values: Sequence[float | None], form: str) -> str:
+    """Return the mean of several values with their sample standard deviation, or the one value; a dash for none."""
+    present = [value for value in values if value is not None]
+    if not present:
+        return "–"
+    mean = format(statistics.fmean(present), form)
+    return f"{mean} ± {format(statistics.stdev(present), form)}" if len(present) > 1 else mean
+
+
+def summary(configuration: Configuration, measured: Measured) -> list[Figure]:
+    """Return the numbers at the top: bits per byte of every stage, bytes, steps, seconds."""
+    runs, of_runs = configuration.runs, measured.get(configuration.label, ())
+    figures = []
+    for stage, key in (("artifact", None), ("average", "val_bpb_average"), ("raw", "val_bpb")):
+        values = [m.scores[stage].bpb for m in of_runs] or [run.last(key) if key else None for run in runs]
+        names = {"artifact": "artifact", "average": "averaged weights", "raw": "raw weights"}
+        mean, _, spread = with_spread(values, ".4f").partition(" ± ")
+        detail = f"± {spread}, {len(runs)} seeds" if spread else f"seed {runs[0].seed}" if len(runs) == 1 else "mean"
+        figures.append(Figure(label=f"bpb, {names[stage]}", value=mean, detail=detail))
+    if of_runs:
+        limit = of_runs[0].limit_bytes
+        sizes = [float(m.total_bytes) for m in of_runs]
+        share = statistics.fmean(sizes) / limit
+        detail = f"{share:.1%} of {limit:,}" + (", mean" if len(sizes) > 1 else "")
+        figures.append(Figure(label="bytes, weights and code", value=f"{statistics.fmean(sizes):,.0f}", detail=detail))
+    read = f"{runs[0].metrics[-1]['num_bytes'] / 1e6:,.2f} MB read"
+    figures.append(
+        Figure(label="steps", value=with_spread([run.last("step") for run in runs][:1], ",.0f"), detail=read)
+    )
+    rates = [mean_rate(run) for run in runs]
+    rate = statistics.fmean(known) if (known := [value for value in rates if value]) else math.nan
+    seconds, _, spread = with_spread([run.last("elapsed_s") for run in runs], ",.0f").partition(" ± ")
+    detail = (f"± {spread}, " if spread else "") + ("training" if math.isnan(rate) else f"{rate / 1e3:,.1f} kB/s")
+    return [*figures, Figure(label="seconds of training", value=seconds, detail=detail)]
+
+
+def run_table(inputs: ReportInputs, measured: Measured) -> Grid:
+    """Return one line a run: bits per byte of every stage, bytes, steps, seconds."""
+    rows = []
+    for configuration in inputs.configurations:
+        of_runs = list(measured.get(configuration.label, ()))
+        padded = [*of_runs, *[None] * (len(configuration.runs) - len(of_runs))]
+        name = configuration.label if len(inputs.configurations) > 1 else ""
+        rows += [_run_row(name, run, found) for run, found in zip(configuration.runs, padded, strict=True)]
+    some = next((m for of_runs in measured.values() for m in of_runs), None)
+    text = (
+        f"Raw, average and artifact: bits per byte on the first {some.scores['artifact'].num_bytes:,} bytes of the validation "
+        f"split, non-overlapping windows of {some.priced.window:,} ids; a dash: not measured. "
+        if some
+        else "Nothing was measured beyond the log. "
+    )
+    return Grid(
+        caption=f"Runs. {text}Logged: the averaged weights' last validation while training. Bytes: weights and code.",
+        columns=("run", "seed", "raw", "average", "artifact", "logged", "bytes", "steps", "MB read", "seconds"),
+        rows=rows,
+    )
+
+
+def _run_row(configuration: str, run: LoggedRun, found: RunMeasurements | None) -> list[str]:
+    scores = [f"{found.scores[stage].bpb:.4f}" if found else "–" for stage in ("raw", "average", "artifact")]
+    label = f"{configuration}: {run.name}" if configuration and configuration != run.name else run.name
+    return [
+        label,
+        str(run.seed),
+        *scores,
+        with_spread([run.last("val_bpb_average")], ".4f"),
+        f"{found.total_bytes:,}" if found else "–",
+        f"{run.metrics[-1]['step']:,.0f}",
+        f"{run.metrics[-1]['num_bytes'] / 1e6:,.2f}",
+        with_spread([run.last("elapsed_s")], ",.1f"),
+    ]
+
+
+def study_table(study: StudyResult) -> Grid:
+    """Return one line a variant: what the study found."""
+    rows = []
+    for v in study.variants:
+        interval = (
+            "–"
+            if v.interval_low_bpb is None or v.interval_high_bpb is None
+            else f"{v.interval_low_bpb:+.4f} to {v.interval_high_bpb:+.4f}"
+        )
+        rows.append(
+            [
+                v.variant,
+                v.verdict or "baseline",
+                f"{v.mean_bpb:.4f}" + (f" ± {v.std_bpb:.4f}" if v.std_bpb is not None else ""),
+                "–" if v.difference_bpb is None else f"{v.difference_bpb:+.4f}",
+                interval,
+                "–" if v.p_corrected is None else f"{v.p_corrected:.3g}",
+                with_spread([v.mean_explained_variance], ".3f"),
+                with_spread([v.mean_effective_rank], ".1f"),
+                with_spread([v.mean_latent_std], ".3f"),
+                str(v.num_seeds),
+            ]
+        )
+    return Grid(
+        caption=(
+            "Variants. Bits per byte of the artifact (mean ± standard deviation over seeds), difference to the baseline with "
+            "its 95 % interval, p value after Holm's correction; of JEPA's latents: explained variance, effective rank and "
+            "root mean variance over the last tenth of the run."
+        ),
+        columns=(
+            "variant", "verdict", "bpb", "difference", "95 % interval", "p", "explained", "rank", "latent std", "seeds",
+        ),
+        rows=rows,
+    )  # fmt: skip
+
+
+def _configuration_text(configuration: Configuration) -> ConfigurationText:
+    preset, settings = settings_against_preset(configuration.config)
+    return ConfigurationText(
+        label=configuration.label,
+        preset=preset,
+        differing=[setting for setting in settings if setting.differs and setting.name != "training.seed"],
+        settings=settings,
+        commands=commands(configuration.runs),
+        provenance=_provenance(configuration.runs[0]),
+    )
+
+
+def _provenance(run: LoggedRun) -> dict[str, str]:
+    manifest = run.manifest
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items())
+    device = str(manifest.get("device", "unknown"))
+    known = {
+        "code": f"commit {manifest.get('git_commit') or 'unknown'}",
+        "versions": f"Python {manifest.get('python', 'unknown')}, {versions}" if versions else "unknown",
+        "machine": f"{manifest.get('processor', 'unknown')}, {manifest.get('physical_cores', '?')} cores",
+        "device": f"{device}, {manifest.get('world_size', 1)} rank(s), attention {manifest.get('attention', 'unknown')}, "
+        + ("compiled" if manifest.get("compiled") else "not compiled"),
+        "data": f"sha256 of the shards' ends {str(manifest.get('data', {}).get('sha256_of_ends', 'unknown'))[:16]}…",
+        "fingerprint": f"{str(manifest.get('fingerprint', 'unknown'))[:16]}… of the configuration",
+        "begun": str(manifest.get("created", "unknown")),
+    }
+    return known
