@@ -25,6 +25,7 @@ from bytejepa.presets import PRESETS, pr832, preset
 from bytejepa.report import ReportResult, report
 from bytejepa.report.configuration import settings_against_preset, train_words
 from bytejepa.report.drawing import draw_plots
+from bytejepa.report.loss_plots import loss_plots
 from bytejepa.report.measure import flow_of_weights, measure
 from bytejepa.report.model_plots import gradient_plot
 from bytejepa.study.plan import Budget, Evaluation, Plan, Variant
@@ -102,10 +103,11 @@ def test_the_page_is_whole_and_needs_no_network(made: ReportResult) -> None:
     assert referred <= set(page.ids)
     whole = " ".join(page.texts)
     assert "2 runs, seeds 1337, 7" in whole
-    for plot in ("learning_curves", "loss_by_position", "loss_by_byte_class", "loss_by_document_length", "weights",
+    for plot in ("learning_curves", "loss_by_position", "loss_by_byte_class", "weights",
                  "gradient_flow", "size_budget", "latents", "throughput"):  # fmt: skip
         assert plot in page.ids, plot
         assert {f"{plot}.png", f"{plot}.csv"} <= {path.name for path in made.files}
+    assert "No loss by document length" in whole  # the first document is longer than what was priced
     for path in made.files:
         if path.suffix == ".png":
             assert path.read_bytes().startswith(b"\x89PNG")
@@ -163,6 +165,18 @@ def test_losses_are_those_of_a_plain_forward_pass(
     in_windows = spaces[: whole * 64].reshape(whole, 64)
     # the last, shorter window is priced too, so that the class's mean is near that of the whole windows, not equal
     assert float(classes["space"]["bits_per_target"]) == pytest.approx(mean[in_windows].mean(), rel=0.02)
+
+
+def test_documents_are_in_the_csv_with_their_price(made: ReportResult) -> None:
+    measured = next(iter(made.measured.values()))[0]
+    ids = measured.priced.ids.copy()
+    ids[1000] = ids[3000] = 1  # three documents, the last cut off
+    priced = dataclasses.replace(measured.priced, ids=ids)
+    plot = loss_plots({"m": [dataclasses.replace(measured, priced=priced)]})[2]
+    rows = [row for row in plot.table.rows if row[1] == "document"]
+    assert [row[2] for row in rows] == [999, 1999]
+    assert [row[5] for row in rows] == pytest.approx([priced.bits[:999].mean(), priced.bits[1000:2999].mean()])
+    assert "one of 2 documents" in plot.caption
 
 
 def test_quantisation_error_and_sizes_are_those_of_the_artifact(

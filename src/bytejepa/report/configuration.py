@@ -11,6 +11,7 @@ from typing import Any
 from bytejepa.config import RunConfig
 from bytejepa.presets import PRESETS, preset
 from bytejepa.report.inputs import LoggedRun
+from bytejepa.study.results import StudyResult
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,3 +91,12 @@ def commands(runs: Sequence[LoggedRun]) -> list[str]:
     lines.append(shlex.join(["bytejepa", "export", first.name, "-o", artifact]))
     lines.append(shlex.join(["bytejepa", "eval", artifact, "--data", data]))
     return lines
+
+
+def study_command(study: StudyResult | None, folder: Path | None) -> str:
+    """Return the command line that runs a study again, or goes on with it; empty without one."""
+    if study is None or folder is None:
+        return ""
+    words = ["bytejepa", "ablate", study.plan.name, "--out", folder.name]
+    budget = ["--steps", str(study.plan.budget.steps)] if study.plan.budget.steps is not None else []
+    return shlex.join([*words, *budget, "--seeds", *map(str, study.plan.seeds)])

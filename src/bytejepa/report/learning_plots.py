@@ -130,25 +130,29 @@ def legend_below(figure: Any, layout: Layout) -> None:
 
 
 def latents(configurations: Sequence[Configuration]) -> Plot | None:
-    """Return explained variance and effective rank of JEPA's latents over training; None if no run has them."""
-    keys = {"jepa_explained_variance": "explained variance", "jepa_effective_rank": "effective rank"}
+    """Return explained variance, effective rank and size of JEPA's latents over training; None if no run has them."""
+    keys = {
+        "jepa_explained_variance": "explained variance",
+        "jepa_effective_rank": "effective rank",
+        "jepa_latent_std": "standard deviation",
+    }
     shown = [c for c in configurations if any(key in line for key in keys for line in c.runs[0].metrics)]
     if not shown:
         return None
 
     def draw(layout: Layout) -> Any:
-        figure = new_figure(layout, (5.2 if layout.is_narrow else 3.4) + _legend_inches(shown, layout))
-        panels = figure.subplots(*((2, 1) if layout.is_narrow else (1, 2)))
+        figure = new_figure(layout, (7.2 if layout.is_narrow else 3.2) + _legend_inches(shown, layout))
+        panels = figure.subplots(*((3, 1) if layout.is_narrow else (1, 3)))
         for axes, (key, label) in zip(panels, keys.items(), strict=True):
             for index, configuration in enumerate(configurations):
-                if configuration in shown:
+                if configuration in shown:  # so that colours are those of the other plots
                     band = seed_band(configuration.runs, key, smooth=True)
                     _draw_band(axes, band, label=configuration.label, **{**style_of(index), "marker": None})
             axes.set_title(label)
             axes.set_xlabel("training text read, MB")
+            axes.xaxis.get_major_locator().set_params(nbins=5)
             plain_numbers(axes.xaxis)
-        panels[0].set_ylim(-1, 1)
-        panels[1].set_ylim(0, None)
+            axes.set_ylim(*((-1, 1) if key == "jepa_explained_variance" else (0, None)))
         legend_below(figure, layout)
         return figure
 
@@ -156,9 +160,10 @@ def latents(configurations: Sequence[Configuration]) -> Plot | None:
         name="latents",
         title="JEPA's latents",
         caption=(
-            "Left or above: share of the latents' variance that the predictor explains, without unit; 1 is all, 0 is what "
-            "guessing their mean would give, values under -1 lie below the frame. Right or below: effective rank of the "
-            f"latents' covariance, of at most {shown[0].config.jepa.latent_dim} dimensions; near 1 they have collapsed. "
+            "Explained variance: share of the latents' variance that the predictor explains; 1 is all, 0 is what guessing "
+            "their mean would give, values under -1 lie below the frame. Effective rank of the latents' covariance, of at "
+            f"most {shown[0].config.jepa.latent_dim} dimensions; near 1 they have collapsed. Standard deviation: root mean "
+            "variance of the latents' dimensions; 1 for a standard normal, 0 collapsed. "
             f"On training batches, moving average of at most {SMOOTHED_LINES} logged ones; bands from the least to the largest seed. "
             + "; ".join(f"{c.label}: {c.seeds}" for c in shown) + "."
         ),

@@ -34,6 +34,15 @@ def loss_plots(measured: Measured) -> list[Plot]:
     return [*plots, documents] if documents else plots
 
 
+def missing_losses(measured: Measured) -> str:
+    """Return a sentence on what `loss_plots` had to leave out; empty if nothing."""
+    texts = [runs[0].priced for runs in measured.values()]
+    if all(by_document(text) for text in texts):
+        return ""
+    priced = max(len(text.bits) for text in texts)
+    return f"No loss by document length: among the {priced:,} targets priced is no whole document (--score-bytes prices more)."
+
+
 def mean_price(texts: Sequence[PricedText]) -> PricedText:
     """Return one text in which every target costs the mean of what it costs in `texts`, all of the same ids."""
     return dataclasses.replace(texts[0], bits=np.mean([text.bits for text in texts], axis=0))

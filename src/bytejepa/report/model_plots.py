@@ -185,7 +185,7 @@ def _part_of(tensor: TensorFigures) -> str:
         return placed[1].partition(".")[0]
     if tensor.name.startswith("jepa."):
         return "jepa"
-    return "embeddings" if tensor.name.startswith(("token_embedding", "bigram.")) else "vectors"
+    return "embeddings" if "embedding" in tensor.name or tensor.name.endswith("projection.weight") else "vectors"
 
 
 def size_plot(measured: Mapping[str, RunMeasurements]) -> Plot:

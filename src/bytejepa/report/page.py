@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import jinja2
 
-from bytejepa.report.configuration import Setting, commands, settings_against_preset, shown
+from bytejepa.report.configuration import Setting, commands, settings_against_preset, shown, study_command
 from bytejepa.report.drawing import DrawnPlot
 from bytejepa.report.inputs import Configuration, LoggedRun, ReportInputs
 from bytejepa.report.learning_plots import mean_rate
@@ -84,6 +84,7 @@ def render_page(
         study=inputs.study,
         sections=[section for section in sections if section.plots or section.folded],
         configurations=[_configuration_text(configuration) for configuration in inputs.configurations],
+        study_command=study_command(inputs.study, inputs.study_path),
         command=command,
         files=files,
     )

@@ -15,7 +15,7 @@ from bytejepa.files import write_atomically
 from bytejepa.report.drawing import DrawnPlot, Plot, draw_plots, write_plot_files
 from bytejepa.report.inputs import ReportInputs, read_inputs
 from bytejepa.report.learning_plots import compared_curves, latents, learning_curves, throughput_plot
-from bytejepa.report.loss_plots import loss_plots
+from bytejepa.report.loss_plots import loss_plots, missing_losses
 from bytejepa.report.measurements import RunMeasurements
 from bytejepa.report.model_plots import gradient_plot, size_plot, weights_plot
 from bytejepa.report.page import Section, render_page
@@ -135,7 +135,7 @@ def _plan(inputs: ReportInputs, measured: dict[str, tuple[RunMeasurements, ...]]
             [compared_curves(configurations)] if many else curves,
             [(label, [plot]) for label, plot in zip(labels, curves, strict=True)] if many else [],
         ),
-        ("Where the bits go", "", loss_plots(measured), []),
+        ("Where the bits go", missing_losses(measured), loss_plots(measured), []),
         (
             "Inside the model",
             "",
