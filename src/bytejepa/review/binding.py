@@ -67,6 +67,7 @@ class Binding(Calls):
             return
         if VALIDATION in index.labels and VALIDATION not in owner.labels:
             self.update_table(owner, index, target)
+        self.note_masking(target, owner, index)
         if isinstance(target.slice, ast.Tuple) and value.is_known and value.constant in (1, 1.0, True):
             self._region(target.slice, owner)  # a mask that is one up to some bound
         absorb(owner, value)

@@ -12,6 +12,10 @@ from bytejepa.review.machine import MAX_CALL_DEPTH
 from bytejepa.review.values import (
     FORWARD,
     FRESH,
+    HASHED,
+    MATCHED,
+    STORED,
+    TARGET,
     TRAINING,
     UNKNOWN,
     VALIDATION,
@@ -106,7 +110,7 @@ class Calls(Library):
         result.kind = "data"
         if VALIDATION in result.labels or TRAINING in result.labels:
             # values that went into the network come out as predictions: no ids, no hashes, no region of a mask
-            result.labels -= frozenset(("hashed", "target"))
+            result.labels -= frozenset((HASHED, TARGET, STORED, MATCHED))
             result.sites = frozenset()
             return self.forward(node, result, "model")
         return result
@@ -151,6 +155,7 @@ class Calls(Library):
             result = stored or result
         if name.startswith(("read_bytes", "read_text")):
             self.emit("read", node, owner, str(owner.constant) if owner.is_known else "")
+            result.labels |= {STORED} if not {VALIDATION, TRAINING} & result.labels else set()
         if name.startswith(("write_bytes", "write_text")):
             self.emit("write", node, owner, str(owner.constant) if owner.is_known else "")
         return result

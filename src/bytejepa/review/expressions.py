@@ -16,7 +16,9 @@ from bytejepa.review.values import (
     BEHIND,
     FORWARD,
     HASHED,
+    MATCHED,
     PREFIX,
+    STORED,
     SUBSET,
     TARGET,
     TRAINING,
@@ -155,6 +157,9 @@ class Expressions(Machine):
         values = [self.evaluate(part) for part in (node.left, *node.comparators)]
         result = combine(*values)
         result.labels -= {FORWARD}
+        shipped = any(STORED in v.labels and VALIDATION not in v.labels for v in values)
+        if shipped and isinstance(node.ops[0], ast.Eq | ast.NotEq) and any(self._is_ids(v) for v in values):
+            result.labels |= {MATCHED}
         outcome: Any = True
         for operation, left, right in zip(node.ops, values, values[1:], strict=False):
             part = (
@@ -167,6 +172,10 @@ class Expressions(Machine):
             outcome = part if outcome is True else outcome
         result.constant = outcome if isinstance(outcome, bool) else UNKNOWN
         return result
+
+    @staticmethod
+    def _is_ids(value: Value) -> bool:
+        return VALIDATION in value.labels and FORWARD not in value.labels
 
     @staticmethod
     def _identity(operation: ast.cmpop, left: Value, right: Value) -> Any:
@@ -188,9 +197,15 @@ class Expressions(Machine):
                 )
                 self.note_conversion(node, other, is_rate)
             self._note_chunk(node, result)
+            self.note_masking(node, left, right)
         if isinstance(node.op, ast.Div) and left.has(VALIDATION, HASHED) and right.has(VALIDATION, HASHED):
             self.emit("ratio", node, left, other=right)
         return result
+
+    def note_masking(self, node: ast.AST, left: Value, right: Value) -> None:
+        """Note that losses were weighed by whether something shipped equals the targets."""
+        if any(one.has(FORWARD) and other.has(MATCHED) for one, other in ((left, right), (right, left))):
+            self.emit("masked", node, left, other=right)
 
     def note_conversion(self, node: ast.AST, loss: Value, converts: bool) -> None:
         """Note that a loss was converted from nats to bits."""
@@ -231,8 +246,10 @@ class Expressions(Machine):
         has_ids = VALIDATION in result.labels and FORWARD not in result.labels
         if isinstance(operation, ast.BitXor | ast.Mod) and has_ids and result.sites:
             result.labels |= {HASHED}
-        if PREFIX in result.labels and not isinstance(operation, ast.Mult | ast.Div):
-            result.labels -= {PREFIX}
+        predictions = [part for part in (left, right) if FORWARD in part.labels]
+        same_prefix = all(part.has(PREFIX) for part in predictions) and len({p.bound_text for p in predictions}) == 1
+        if PREFIX in result.labels and not same_prefix and not isinstance(operation, ast.Mult | ast.Div):
+            result.labels -= {PREFIX}  # with a loss of other positions in the sum it is no prefix any more
         return result
 
     def _ifexp(self, node: ast.IfExp) -> Value:
@@ -387,4 +404,4 @@ class Expressions(Machine):
         raise NotImplementedError
 
 
-DATA = frozenset((VALIDATION, TRAINING, TARGET, HASHED, FORWARD, SUBSET))
+DATA = frozenset((VALIDATION, TRAINING, TARGET, HASHED, FORWARD, SUBSET, STORED, MATCHED))

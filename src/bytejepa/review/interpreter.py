@@ -19,6 +19,7 @@ from bytejepa.review.machine import MAX_STATEMENTS, Frame, OutOfSteps
 from bytejepa.review.program import Module, Program
 from bytejepa.review.values import (
     FORWARD,
+    MATCHED,
     UNKNOWN,
     VALIDATION,
     Function,
@@ -94,6 +95,8 @@ class Interpreter(Binding):
         value = self.evaluate(node.value)
         if isinstance(node.op, ast.Add):
             self.accumulate(node, value)
+        if isinstance(node.op, ast.Mult) and MATCHED in value.labels:
+            self.note_masking(node, self.evaluate(node.target), value)
         if isinstance(node.target, ast.Subscript):
             owner = self.evaluate(node.target.value)
             index = self.evaluate(node.target.slice) if not isinstance(node.target.slice, ast.Slice) else Value()

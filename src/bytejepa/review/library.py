@@ -15,6 +15,8 @@ from bytejepa.review.values import (
     FORWARD,
     FRESH,
     HASHED,
+    STORED,
+    TRAINING,
     UNKNOWN,
     VALIDATION,
     Value,
@@ -45,6 +47,16 @@ DECOMPRESSORS = re.compile(r"^(?:lzma|zlib|bz2|gzip|brotli|zstandard|zstd|pyzstd
 SAME = re.compile(
     r"^(?:torch\.(?:compile|jit\.script|nn\.parallel\.DistributedDataParallel|nn\.DataParallel|no_grad|inference_mode)|.*\bDistributedDataParallel)$"
 )
+
+LAUNCHER_VARIABLES = {
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+}
 
 PLAIN: dict[str, Callable[..., Any]] = {
     "int": int, "float": float, "bool": bool, "str": str, "len": len, "abs": abs, "min": min, "max": max, "round": round,
@@ -120,6 +132,8 @@ class Library(Subscripts):
             return combine(*everything)
         if LOSSES.search(name):
             return self._loss(name, arguments, options, node)
+        if name in ("torch.where", "numpy.where") and len(arguments) == 3:
+            self.note_masking(node, combine(*arguments[1:]), arguments[0])
         if name in ("torch.minimum", "numpy.minimum", "torch.min", "numpy.min"):
             self.note_minimum(arguments, node)
         return self._array(name, arguments, options, node)
@@ -210,6 +224,8 @@ class Library(Subscripts):
         name = arguments[0].constant if arguments else UNKNOWN
         if not isinstance(name, str):
             return Value()
+        if name in LAUNCHER_VARIABLES:  # torchrun sets them: what the script falls back on says nothing
+            return Value()
         if name in self.settings:
             return Value(
                 constant=self.settings[name], labels=arguments[1].labels if len(arguments) > 1 else frozenset()
@@ -236,6 +252,8 @@ class Library(Subscripts):
         path = arguments[0].constant if arguments and arguments[0].is_known else ""
         self.emit("read", node, result, path if isinstance(path, str) else "")
         result.labels |= frozenset() if not arguments else arguments[0].labels
+        if not {VALIDATION, TRAINING} & result.labels:
+            result.labels |= {STORED}
         return result
 
     def _library_math_log(self, arguments: list[Value], *_: Any) -> Value:
@@ -262,6 +280,8 @@ class Library(Subscripts):
 
     def _library_setattr(self, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:
         if len(arguments) == 3 and isinstance(arguments[1].constant, str):
+            if arguments[0].kind == "class":
+                self.emit("switch", node, arguments[2], f"class.{arguments[1].constant} = {arguments[2].constant!r}")
             arguments[0].attributes[arguments[1].constant] = arguments[2]
         return Value()
 

@@ -226,7 +226,8 @@ def table_findings(facts: Facts) -> list[Finding]:
     """Judge caches of counts: keyed by the target, filled before scoring; and taking the better of two losses."""
     filled = {e.other.origin for e in facts.of("fill") if e.other is not None}
     lookups = [e for e in facts.of("lookup") if e.other is not None and e.other.origin in filled]
-    keyed = [e for e in lookups if e.value.has(TARGET, HASHED)]
+    # whatever filled the table, training data included: looked up by a hash of the target it is no distribution
+    keyed = [e for e in facts.of("lookup") if e.value.has(TARGET, HASHED)]
     ratios = [e for e in facts.of("ratio") if e.other is not None and e.other.sites < e.value.sites and e.other.sites]
     exact = [e for e in lookups if TARGET in e.value.labels and HASHED not in e.value.labels]
     findings = [_keyed(facts, keyed or (ratios if filled else []), exact)]
@@ -240,6 +241,10 @@ def table_findings(facts: Facts) -> list[Finding]:
         and relation(fill, read) in ("before", "again", "ahead")
     ]
     minima = facts.of("minimum")
+    masked = [
+        e for e in facts.of("masked") if VALIDATION in e.value.labels | (e.other.labels if e.other else frozenset())
+    ]
+    findings.append(_shipped(facts, masked))
     if early or minima:
         summary = (
             "a cache is filled from validation data before that data is scored with it (two-pass rescoring)"
@@ -262,6 +267,14 @@ def table_findings(facts: Facts) -> list[Finding]:
             Finding(check="source.rescoring", status=Status.PASS, summary="no rescoring with what a first pass learned")
         )
     return findings
+
+
+def _shipped(facts: Facts, masked: list[Event]) -> Finding:
+    check = "source.shipped_targets"
+    if masked:
+        summary = "losses are struck out where tokens shipped in a file equal the target (paid prefix: validation data in the artifact)"
+        return Finding(check=check, status=Status.FAIL, summary=summary, evidence=facts.evidence(masked))
+    return Finding(check=check, status=Status.PASS, summary="no loss weighed by shipped tokens")
 
 
 def _keyed(facts: Facts, hashed: list[Event], exact: list[Event]) -> Finding:

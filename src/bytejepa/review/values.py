@@ -33,8 +33,14 @@ BEHIND = "behind"
 """Bounds of the chunk before."""
 ARTIFACT = "artifact"
 """The packed model as written by the script itself."""
+STORED = "stored"
+"""Read from a file that is no split of the data: the artifact, or what was shipped with it."""
+MATCHED = "matched"
+"""Whether something stored equals what is to be predicted."""
 
-DATA_LABELS = frozenset((VALIDATION, TRAINING, TARGET, HASHED, FORWARD, FRESH, PREFIX, SUBSET, AHEAD, BEHIND))
+DATA_LABELS = frozenset(
+    (STORED, MATCHED, VALIDATION, TRAINING, TARGET, HASHED, FORWARD, FRESH, PREFIX, SUBSET, AHEAD, BEHIND)
+)
 
 
 class _Unknown:
