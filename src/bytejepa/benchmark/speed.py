@@ -22,6 +22,7 @@ from bytejepa.data.loader import IdStream, Loader
 from bytejepa.data.vocabulary import BYTE_OFFSET, VOCABULARY_SIZE
 from bytejepa.model.initialization import initialize
 from bytejepa.model.transformer import ByteLM
+from bytejepa.training.allocator import keep_freed_memory
 from bytejepa.training.averaging import WeightAverage
 from bytejepa.training.distributed import Ranks
 from bytejepa.training.gradient_step import GradientStep
@@ -110,6 +111,8 @@ class TrainingStep:
     def __init__(self, config: RunConfig, device: torch.device, *, compile: bool) -> None:  # noqa: A002 - torch's word
         self.config, self.device = config, device
         on_gpu = device.type == "cuda"
+        if not on_gpu:
+            keep_freed_memory()
         model = initialize(ByteLM(config), config.training.seed)
         model.compute_dtype = torch.bfloat16 if on_gpu and config.training.precision != "float32" else torch.float32
         if on_gpu and config.training.bfloat16_embeddings:

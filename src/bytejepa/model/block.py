@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bytejepa.config import RunConfig
 from bytejepa.data.vocabulary import VOCABULARY_SIZE
+from bytejepa.model import fused
 from bytejepa.model.attention import Attention, Kernel, Mask
 from bytejepa.model.layers import MLP, rms_norm
 
@@ -44,7 +45,7 @@ class Block(nn.Module):
         if self.residual_mix is None:
             return x
         mix = self.residual_mix.to(x.dtype)
-        return torch.addcmul(mix[0] * x, mix[1], x0)
+        return fused.mix_residual(x, x0, mix) if fused.is_profitable(x) else torch.addcmul(mix[0] * x, mix[1], x0)
 
     def transform(self, attention_input: Tensor, x: Tensor) -> Tensor:
         """Return the residual `x` after attention plus the MLP's output."""

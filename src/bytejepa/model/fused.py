@@ -68,19 +68,37 @@ class _NormalizeAndRotate(torch.autograd.Function):
 
 
 def _rotate_in_place(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Turn the pairs (a, b) of the leading dimensions of `x`, both halves at once."""
     half = cosines.size(-1)
-    cos, sin = cosines[:, None, :], sines[:, None, :]
-    a, b = x[..., :half], x[..., half : 2 * half]
-    new_a = (a * cos).addcmul_(b, sin)
-    new_b = (b * cos).addcmul_(a, sin, value=-1)
-    a.copy_(new_a)
-    b.copy_(new_b)
+    pairs = x[..., : 2 * half]
+    swapped = pairs.unflatten(-1, (2, half)).flip(-2).flatten(-2)  # (b, a)
+    pairs.mul_(torch.cat((cosines, cosines), -1)[:, None]).addcmul_(swapped, torch.cat((sines, -sines), -1)[:, None])
     return x
 
 
 def normalize_and_rotate(heads: Tensor, cosines: Tensor, sines: Tensor, gain: Tensor) -> Tensor:
     """Return gain * rotate(rms_norm(heads)); see `layers.normalize_and_rotate`."""
     return _NormalizeAndRotate.apply(heads, cosines, sines, gain)
+
+
+class _MixResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, x0: Tensor, mix: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, x0, mix)
+        return torch.mul(x, mix[0]).addcmul_(x0, mix[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+        x, x0, mix = ctx.saved_tensors
+        scratch = grad * x
+        grad_x_share = scratch.flatten(0, -2).sum(0)
+        grad_x0_share = torch.mul(grad, x0, out=scratch).flatten(0, -2).sum(0)
+        return grad * mix[0], grad * mix[1], torch.stack((grad_x_share, grad_x0_share))
+
+
+def mix_residual(x: Tensor, x0: Tensor, mix: Tensor) -> Tensor:
+    """Return mix[0] x + mix[1] x0."""
+    return _MixResidual.apply(x, x0, mix)
 
 
 ATTENTION_BLOCK = 64
@@ -90,51 +108,61 @@ ATTENTION_MAX_LENGTH = 1024
 
 
 class _CausalAttention(torch.autograd.Function):
-    """Exact causal attention, a block of queries at a time against the keys before its end.
+    """Exact causal attention, a block of positions at a time against the keys before its end.
 
-    The query heads that share a key head are rows of one product, so keys and values are never repeated.
+    The R = H / G query heads that share a key head are rows of one product, position by position, so that keys and values
+    are never repeated and a block is a slice.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         B, T, H, E = q.shape
-        G = k.size(2)
-        q = q.transpose(1, 2).reshape(B * G, H // G, T, E)
-        k = k.transpose(1, 2).reshape(B * G, T, E)
-        v = v.transpose(1, 2).reshape(B * G, T, E)
-        future = torch.full((ATTENTION_BLOCK, ATTENTION_BLOCK), -torch.inf).triu(1)
+        R = H // k.size(2)
+        rows, k, v = _rows(q, R, scale=E**-0.5), _rows(k, 1), _rows(v, 1)  # (B G, T R, E), (B G, T, E)
+        future = torch.full((ATTENTION_BLOCK, ATTENTION_BLOCK), -torch.inf).triu(1).repeat_interleave(R, 0)
         outputs, probabilities = [], []
         for begin in range(0, T, ATTENTION_BLOCK):
             end = min(begin + ATTENTION_BLOCK, T)
-            size = end - begin
-            rows = q[:, :, begin:end].reshape(B * G, -1, E)
-            scores = torch.bmm(rows, k[:, :end].mT).mul_(E**-0.5)
-            scores.view(B * G, H // G, size, end)[..., begin:].add_(future[:size, :size])
+            scores = torch.bmm(rows[:, begin * R : end * R], k[:, :end].mT)
+            scores[..., begin:].add_(future[: (end - begin) * R, : end - begin])
             probability = torch.softmax(scores, -1)
-            outputs.append(torch.bmm(probability, v[:, :end]).view(B * G, H // G, size, E))
+            outputs.append(torch.bmm(probability, v[:, :end]))
             probabilities.append(probability)
-        ctx.save_for_backward(q, k, v, *probabilities)
-        return torch.cat(outputs, 2).view(B, H, T, E).transpose(1, 2)
+        ctx.save_for_backward(rows, k, v, *probabilities)
+        ctx.shape = q.shape
+        return _heads(torch.cat(outputs, 1), B, R)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
-        q, k, v, *probabilities = ctx.saved_tensors
-        (pairs, repeats, T, E), scale = q.shape, q.size(-1) ** -0.5
-        B, H = grad.size(0), grad.size(2)
-        grad = grad.transpose(1, 2).reshape(pairs, repeats, T, E)
+        rows, k, v, *probabilities = ctx.saved_tensors
+        B, T, H, E = ctx.shape
+        R = H * B // k.size(0)
+        grad_rows = _rows(grad, R)
         grad_k, grad_v, grads_q = torch.zeros_like(k), torch.zeros_like(v), []
         for number, probability in enumerate(probabilities):
-            begin = number * ATTENTION_BLOCK
             end = probability.size(-1)
-            rows = q[:, :, begin:end].reshape(pairs, -1, E)
-            grad_rows = grad[:, :, begin:end].reshape(pairs, -1, E)
-            grad_v[:, :end] += torch.bmm(probability.mT, grad_rows)
-            grad_probability = torch.bmm(grad_rows, v[:, :end].mT)
+            block = slice(number * ATTENTION_BLOCK * R, end * R)
+            grad_v[:, :end] += torch.bmm(probability.mT, grad_rows[:, block])
+            grad_probability = torch.bmm(grad_rows[:, block], v[:, :end].mT)
             grad_scores = torch.ops.aten._softmax_backward_data(grad_probability, probability, -1, torch.float32)
-            grads_q.append(torch.bmm(grad_scores, k[:, :end]).mul_(scale).view(pairs, repeats, end - begin, E))
-            grad_k[:, :end] += torch.bmm(grad_scores.mT, rows).mul_(scale)
-        grad_q = torch.cat(grads_q, 2).view(B, H, T, E).transpose(1, 2)
-        return grad_q, *(g.view(B, -1, T, E).transpose(1, 2) for g in (grad_k, grad_v))
+            grads_q.append(torch.bmm(grad_scores, k[:, :end]))
+            grad_k[:, :end] += torch.bmm(grad_scores.mT, rows[:, block])
+        grad_q = torch.cat(grads_q, 1).mul_(E**-0.5)  # the keys' gradient has the scale from the rows
+        return _heads(grad_q, B, R), _heads(grad_k, B, 1), _heads(grad_v, B, 1)
+
+
+def _rows(x: Tensor, repeats: int, scale: float | None = None) -> Tensor:
+    """Return (B, T, heads, E) as (B heads / repeats, T repeats, E), contiguous, multiplied by `scale` on the way."""
+    B, T, heads, E = x.shape
+    grouped = x.unflatten(2, (heads // repeats, repeats)).transpose(1, 2)  # (B, G, T, R, E)
+    if scale is None:
+        return grouped.reshape(-1, T * repeats, E)
+    return torch.mul(grouped, scale, out=x.new_empty(grouped.shape)).view(-1, T * repeats, E)
+
+
+def _heads(rows: Tensor, batch: int, repeats: int) -> Tensor:
+    """Return what `_rows` made as (B, T, heads, E) again."""
+    return rows.view(batch, -1, rows.size(1) // repeats, repeats, rows.size(2)).transpose(1, 2).flatten(2, 3)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from bytejepa.model.jepa import effective_rank, explained_variance, latent_std
 from bytejepa.model.transformer import ByteLM
 from bytejepa.scoring.evaluate import Score, Scorer
 from bytejepa.training import schedule
+from bytejepa.training.allocator import keep_freed_memory
 from bytejepa.training.averaging import WeightAverage
 from bytejepa.training.checkpoint import Position, as_parts
 from bytejepa.training.distributed import Ranks
@@ -48,6 +49,8 @@ class Trainer:
     def __init__(self, config: RunConfig, data: Path, ranks: Ranks, *, validate: bool = True) -> None:
         self.config, self.ranks = config, ranks
         on_gpu = ranks.device.type == "cuda"
+        if not on_gpu:
+            keep_freed_memory()
         self._check_division()
         model = initialize(ByteLM(config), config.training.seed)
         precision = config.training.precision
