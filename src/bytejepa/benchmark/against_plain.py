@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import itertools
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 
 import torch
 from torch import Tensor
@@ -15,7 +20,7 @@ from bytejepa.benchmark.plain import (
     plain_train_step,
     start_ema,
 )
-from bytejepa.benchmark.speed import Speed, TrainingStep, speed_of, synchronize, time_step
+from bytejepa.benchmark.speed import Speed, TrainingStep, random_loader, speed_of, synchronize, time_step
 from bytejepa.config import RunConfig
 from bytejepa.errors import ConfigError
 
@@ -68,15 +73,17 @@ def plain_config(config: RunConfig) -> PlainConfig:
     )
 
 
-def plain_step(config: RunConfig, fast: TrainingStep) -> Callable[[], Tensor]:
-    """Return a call that takes one plain step on the fast path's next batch and returns its loss, waited for."""
-    model = PlainModel(plain_config(config), seed=0).to(fast.device)
+def plain_step(
+    config: RunConfig, device: torch.device, read: Callable[[], tuple[Tensor, Tensor]]
+) -> Callable[[], Tensor]:
+    """Return a call that takes one plain step on the next batch of `read` and returns its loss, waited for."""
+    model = PlainModel(plain_config(config), seed=0).to(device)
     optimizers, ema = build_plain_optimizers(model), start_ema(model)
-    on_gpu = fast.device.type == "cuda"
+    on_gpu = device.type == "cuda"
 
     def step() -> Tensor:
-        inputs, targets = fast.read()
-        with torch.autocast(fast.device.type, torch.bfloat16, enabled=on_gpu):
+        inputs, targets = read()
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
             taken = plain_train_step(
                 model, optimizers, ema, inputs, targets, lr_scale=0.1, momentum=0.95, jepa_lambda=0.001
             )
@@ -86,17 +93,71 @@ def plain_step(config: RunConfig, fast: TrainingStep) -> Callable[[], Tensor]:
     return step
 
 
+def _serve_plain_steps(config: RunConfig, num_threads: int, connection: Connection) -> None:
+    """Take a plain step whenever asked to and answer with its milliseconds and its loss; end when told None."""
+    torch.set_num_threads(num_threads)
+    cpu = torch.device("cpu")
+    loader, batches = random_loader(config.data, cpu), itertools.count()
+    step = plain_step(config, cpu, lambda: loader.batch(0, next(batches)))
+    while connection.recv() is not None:
+        begin = time.perf_counter()
+        loss = float(step())
+        connection.send(((time.perf_counter() - begin) * 1e3, loss))
+    loader.close()
+
+
+@contextlib.contextmanager
+def _plain_in_its_own_process(config: RunConfig) -> Iterator[Callable[[], tuple[float, float]]]:
+    """Give a call that takes a plain step and returns (milliseconds, nats), in a process in which nothing is tuned: on a
+    CPU the fast path changes how its own process keeps memory (`bytejepa.training.allocator`)."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=_serve_plain_steps, args=(config, torch.get_num_threads(), theirs), daemon=True)
+    process.start()
+    theirs.close()
+
+    def step() -> tuple[float, float]:
+        ours.send("step")
+        milliseconds, loss = ours.recv()
+        return milliseconds, loss
+
+    try:
+        yield step
+    finally:
+        ours.send(None)
+        process.join()
+
+
 def measure_against_plain(config: RunConfig, fast: TrainingStep, *, peak: float, steps: int) -> tuple[Speed, Speed]:
-    """Return (ours, plain), measured in turn."""
-    plain = plain_step(config, fast)
-    times: dict[str, list[float]] = {"ours": [], "plain": []}
-    for index in range(steps):
-        for name, step in (("ours", fast), ("plain", plain)):
-            times[name] += time_step(step, fast.device, steps=1, warmup=2 if index == 0 else 0)
+    """Return (ours, plain), measured in turn: on a CPU in two processes, on a GPU in one."""
+    if fast.device.type == "cuda":
+        step = plain_step(config, fast.device, fast.read)
+
+        def timed_plain() -> tuple[float, float]:
+            milliseconds = time_step(step, fast.device, steps=1, warmup=0)[0]
+            return milliseconds, float("nan")
+
+        return _in_turn(config, fast, timed_plain, peak=peak, steps=steps)
+    plain_config(config)  # what it cannot do is refused here, not in the other process
+    with _plain_in_its_own_process(config) as timed_plain:
+        return _in_turn(config, fast, timed_plain, peak=peak, steps=steps)
+
+
+def _in_turn(
+    config: RunConfig, fast: TrainingStep, plain: Callable[[], tuple[float, float]], *, peak: float, steps: int
+) -> tuple[Speed, Speed]:
+    for _ in range(3):
+        fast()
+        plain()
     synchronize(fast.device)
+    times: dict[str, list[float]] = {"ours": [], "plain": []}
+    for _ in range(steps):
+        times["ours"] += time_step(fast, fast.device, steps=1, warmup=0)
+        milliseconds, plain_loss = plain()
+        times["plain"].append(milliseconds)
+    losses = {"ours": float(fast()), "plain": plain_loss}
     ours, other = (
-        speed_of(name, times[name], config, fast.device, peak=peak, loss=float(step()))
-        for name, step in (("ours", fast), ("plain", plain))
+        speed_of(name, times[name], config, fast.device, peak=peak, loss=losses[name]) for name in ("ours", "plain")
     )
     return ours, other
 

@@ -52,7 +52,9 @@ def bench_train(
     compile: bool,  # noqa: A002 - torch's word
     steps: int,
 ) -> dict[str, Any]:
-    """Return the speed of training, and with `against_plain` that of the plain writing and the ratios."""
+    """Return the speed of training at the full sequence length, and with `against_plain` that of the plain writing and
+    the ratios."""
+    config = replace(config, data={"sequence_growth": None})
     peak = matmul_peak_flop_per_s(device)
     step = TrainingStep(config, device, compile=compile)
     report: dict[str, Any] = {
@@ -116,7 +118,7 @@ def bench_eval(config: RunConfig, device: torch.device, *, num_bytes: int, compi
 
 def bench_load(config: RunConfig, device: torch.device, *, steps: int) -> dict[str, Any]:
     """Return the time a batch takes to make and, made ahead, to be handed over."""
-    loader = random_loader(config.data, device)
+    loader = random_loader(replace(config, data={"sequence_growth": None}).data, device)
     begin = time.perf_counter()
     for index in range(steps):
         loader.make(0, index)
@@ -168,6 +170,7 @@ def bench_prepare(*, num_megabytes: int, workers: int) -> dict[str, Any]:
 
 def bench_scaling(config: RunConfig, device: torch.device, *, steps: int, compile: bool) -> list[dict[str, Any]]:  # noqa: A002
     """Return training speed over context, batch and width around `config`, one row a point."""
+    config = replace(config, data={"sequence_growth": None})
     peak = matmul_peak_flop_per_s(device)
     data, model = config.data, config.model
     points: list[tuple[str, float, RunConfig]] = []
