@@ -141,6 +141,25 @@ def test_hand_written_rotation_gradients_are_those_of_finite_differences() -> No
     assert torch.autograd.gradcheck(lambda h, g: fused.normalize_and_rotate(h, cosines, sines, g), (heads, gain))
 
 
+def test_hand_written_gradients_of_two_inputs_are_those_of_finite_differences() -> None:
+    x, x0, mix = (normal(*shape, dtype=torch.float64).requires_grad_() for shape in ((2, 3, 4), (2, 3, 4), (2, 4)))
+    assert torch.autograd.gradcheck(fused.mix_residual, (x, x0, mix))
+    y, v = (normal(2, 3, heads, 6, seed=heads, dtype=torch.float64).requires_grad_() for heads in (4, 2))
+    assert torch.autograd.gradcheck(fused.drop_along, (y, v))
+    logits = (20 * normal(5, 7, dtype=torch.float64)).requires_grad_()
+    targets = torch.tensor([0, 6, 3, 3, 1])
+    assert torch.autograd.gradcheck(lambda z: fused.softcapped_cross_entropy(z, targets, 15.0), (logits,))
+
+
+def test_softcapped_cross_entropy_is_that_of_the_capped_logits() -> None:
+    logits, targets = 40 * normal(50, 260), torch.arange(50) * 5
+    assert fused.is_profitable(logits)
+    expected = F.cross_entropy(30 * torch.tanh(logits.double() / 30), targets)
+    assert layers.softcapped_cross_entropy(logits, targets, 30.0).item() == pytest.approx(expected.item(), rel=1e-6)
+    plain = layers.softcapped_cross_entropy(logits.double(), targets, 30.0)  # float64 takes the plain formula
+    assert plain.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 def plain_rotation(heads: torch.Tensor) -> torch.Tensor:
     cosines, sines = rotation(5, dims=4)
     gain = torch.tensor([1.5, 0.5])

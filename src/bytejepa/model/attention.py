@@ -154,6 +154,15 @@ def masked_attention(
     return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2)
 
 
+def drop_along(y: Float[Tensor, "B T H E"], v: Float[Tensor, "B T G E"]) -> Float[Tensor, "B T H E"]:
+    """Return each head without its component along its group's value vector at its own position (XSA)."""
+    if fused.is_profitable(y):
+        return fused.drop_along(y, v)
+    groups = y.unflatten(2, (v.size(2), -1))  # (B, T, G, H/G, E)
+    direction = F.normalize(v, dim=-1)[:, :, :, None]
+    return (groups - (groups * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with normalised queries and keys, partial rotary code and query gain.
 
@@ -243,9 +252,7 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Return residual + scale * (output projection of the heads), after XSA where this block has it."""
         if self.drop_own_value:
-            groups = y.unflatten(2, (self.num_kv_heads, -1))  # (B, T, G, H/G, E)
-            direction = F.normalize(v, dim=-1)[:, :, :, None]
-            y = (groups - (groups * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
+            y = drop_along(y, v)
         return add_projected(residual, y.flatten(2), self.output.weight, scale)
 
     def forward(

@@ -37,15 +37,52 @@ class _RmsNorm(torch.autograd.Function):
 class _LeakyReluSquared(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        activated = torch.nn.functional.leaky_relu(x, 0.5)
-        ctx.save_for_backward(activated)
-        return activated.square()
+        # leaky(x, 1/2)^2 = x leaky(x, 1/4), whose derivative is 2 leaky(x, 1/4): one tensor serves both
+        quarter = torch.nn.functional.leaky_relu(x, 0.25)
+        ctx.save_for_backward(quarter)
+        return x * quarter
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        (activated,) = ctx.saved_tensors
-        # d/dx leaky(x)^2 = 2 leaky(x) leaky'(x); leaky(x) has the sign of x, so it says which slope holds
-        return torch.ops.aten.leaky_relu_backward(grad * activated, activated, 0.5, True).mul_(2)
+        (quarter,) = ctx.saved_tensors
+        return (grad * quarter).mul_(2)
+
+
+class _DropAlong(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, v: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        groups, v = y.unflatten(2, (v.size(2), -1)), v[:, :, :, None]  # (B, T, G, R, E), (B, T, G, 1, E)
+        inverse = torch.linalg.vecdot(v, v).clamp_min_(1e-24).reciprocal_()  # (B, T, G, 1)
+        share = (torch.linalg.vecdot(groups, v) * inverse)[..., None]
+        ctx.save_for_backward(groups, v, inverse, share)
+        return torch.addcmul(groups, share, v, value=-1).flatten(2, 3)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        groups, v, inverse, share = ctx.saved_tensors
+        grad = grad.view(groups.shape)
+        along = (torch.linalg.vecdot(grad, v) * inverse)[..., None]
+        grad_y = torch.addcmul(grad, along, v, value=-1).flatten(2, 3)
+        towards = torch.addcmul(share * grad, along, groups).sum(-2)
+        both = (share * along).sum(-2).mul_(2)
+        return grad_y, torch.addcmul(-towards, both, v[:, :, :, 0])
+
+
+class _SoftcappedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, bound: float) -> Tensor:  # type: ignore[no-untyped-def]
+        capped = (logits * (1 / bound)).tanh_()
+        log_probability = torch.log_softmax(capped * bound, -1)
+        ctx.save_for_backward(capped, log_probability, targets)
+        return torch.nn.functional.nll_loss(log_probability, targets)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        capped, log_probability, targets = ctx.saved_tensors
+        d = torch.exp(log_probability)
+        d[torch.arange(len(targets)), targets] -= 1
+        d.mul_(grad / len(targets))
+        return torch.addcmul(d, d * capped, capped, value=-1), None, None  # tanh' = 1 - tanh^2
 
 
 class _NormalizeAndRotate(torch.autograd.Function):
@@ -99,6 +136,16 @@ class _MixResidual(torch.autograd.Function):
 def mix_residual(x: Tensor, x0: Tensor, mix: Tensor) -> Tensor:
     """Return mix[0] x + mix[1] x0."""
     return _MixResidual.apply(x, x0, mix)
+
+
+def drop_along(y: Tensor, v: Tensor) -> Tensor:
+    """Return heads `y` (B, T, H, E) without their component along their group's `v` (B, T, G, E)."""
+    return _DropAlong.apply(y, v)
+
+
+def softcapped_cross_entropy(logits: Tensor, targets: Tensor, bound: float) -> Tensor:
+    """Return the mean cross-entropy in nats of bound * tanh(logits / bound), (N, V), against `targets` (N,)."""
+    return _SoftcappedCrossEntropy.apply(logits, targets, bound)
 
 
 ATTENTION_BLOCK = 64

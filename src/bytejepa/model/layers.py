@@ -109,6 +109,13 @@ def softcap(x: Tensor, bound: float) -> Tensor:
     return bound * torch.tanh(x.float() / bound)
 
 
+def softcapped_cross_entropy(logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"], bound: float) -> Tensor:
+    """Return the mean cross-entropy in nats of softcap(logits) against `targets`, a float32 scalar."""
+    if fused.is_profitable(logits):
+        return fused.softcapped_cross_entropy(logits, targets, bound)
+    return F.cross_entropy(softcap(logits, bound), targets)
+
+
 class RotaryTables(nn.Module):
     """Cosines and sines of the rotary position code, as buffers up to the longest context seen in training.
 

@@ -20,7 +20,15 @@ from bytejepa.data.vocabulary import VOCABULARY_SIZE
 from bytejepa.model.attention import Kernel, Mask, attention_mask, choose_backend, masked_attention
 from bytejepa.model.block import Block
 from bytejepa.model.jepa import Jepa, Latents
-from bytejepa.model.layers import Linear, RotaryTables, SmearGate, document_starts, rms_norm, softcap
+from bytejepa.model.layers import (
+    Linear,
+    RotaryTables,
+    SmearGate,
+    document_starts,
+    rms_norm,
+    softcap,
+    softcapped_cross_entropy,
+)
 from bytejepa.model.ngram_embedding import BigramHash, NgramHash
 
 TRAINING_ONLY = ("multi_token_heads", "jepa.further_predictors", "jepa.byte_head")
@@ -209,8 +217,11 @@ class ByteLM(nn.Module):
         P = self.config.jepa.chunk_bytes
         return self.jepa.inject(x, latents.predicted[:, 1:], tail_starts, first_position=P)[:, -scored_tail:]
 
+    def _uncapped(self, x: Tensor) -> Tensor:
+        return F.linear(rms_norm(x), self.token_embedding.weight.to(x.dtype))
+
     def _head(self, x: Tensor) -> Tensor:
-        return softcap(F.linear(rms_norm(x), self.token_embedding.weight.to(x.dtype)), self.config.model.logit_softcap)
+        return softcap(self._uncapped(x), self.config.model.logit_softcap)
 
     def logits(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
         """Return the float32 logits of the next id at every position, (B, T, 260)."""
@@ -229,7 +240,9 @@ class ByteLM(nn.Module):
         they are for inputs shorter than a chunk.
         """
         x, latents = self.hidden(inputs)
-        ce = F.cross_entropy(self._head(x).flatten(0, 1), targets.flatten().long())
+        ce = softcapped_cross_entropy(
+            self._uncapped(x).flatten(0, 1), targets.flatten().long(), self.config.model.logit_softcap
+        )
         zero = ce.new_zeros(())
         prediction = regularizer = next_bytes = zero
         if jepa and self.jepa is not None and latents is not None and latents.target.size(1):
@@ -243,6 +256,6 @@ class ByteLM(nn.Module):
     def _multi_token_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         total = x.new_zeros((), dtype=torch.float32)
         for ahead, head in enumerate(self.multi_token_heads, start=1):
-            logits = softcap(head(rms_norm(x[:, :-ahead])), self.config.model.logit_softcap)
-            total = total + F.cross_entropy(logits.flatten(0, 1), targets[:, ahead:].flatten().long())
+            logits, bound = head(rms_norm(x[:, :-ahead])).flatten(0, 1), self.config.model.logit_softcap
+            total = total + softcapped_cross_entropy(logits, targets[:, ahead:].flatten().long(), bound)
         return total / max(1, len(self.multi_token_heads))
