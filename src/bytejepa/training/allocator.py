@@ -21,4 +21,4 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False  # macOS, Windows and musl have their own ways
-    return all([mallopt(parameter, value) == 1 for parameter, value in SETTINGS])
+    return all(mallopt(parameter, value) == 1 for parameter, value in SETTINGS)
