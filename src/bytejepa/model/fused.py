@@ -182,7 +182,7 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
         rows, k, v, *probabilities = ctx.saved_tensors
-        B, T, H, E = ctx.shape
+        B, H, E = ctx.shape[0], ctx.shape[2], ctx.shape[3]
         R = H * B // k.size(0)
         grad_rows = _rows(grad, R)
         grad_k, grad_v, grads_q = torch.zeros_like(k), torch.zeros_like(v), []
@@ -200,7 +200,7 @@ class _CausalAttention(torch.autograd.Function):
 
 def _rows(x: Tensor, repeats: int, scale: float | None = None) -> Tensor:
     """Return (B, T, heads, E) as (B heads / repeats, T repeats, E), contiguous, multiplied by `scale` on the way."""
-    B, T, heads, E = x.shape
+    _, T, heads, E = x.shape
     grouped = x.unflatten(2, (heads // repeats, repeats)).transpose(1, 2)  # (B, G, T, R, E)
     if scale is None:
         return grouped.reshape(-1, T * repeats, E)
