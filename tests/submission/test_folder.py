@@ -54,6 +54,15 @@ def test_review_sees_what_is_hidden_in_it(submission, tmp_path) -> None:
     assert "source.pre_quant_training" in {f.check for f in outcome.findings if f.status.value == "fail"}
 
 
+@pytest.mark.parametrize("submission", ["packed"], indirect=True)
+def test_the_smoke_test_builds_its_model(submission) -> None:
+    finding = review(submission.path, run=True).finding("smoke.cpu")
+    assert finding is not None
+    assert finding.status.value == "pass", finding.summary
+    assert f"params={submission.seeds[0].num_parameters:,}" in finding.summary
+    assert "dim=32, layers=2" in finding.summary
+
+
 def test_figures_are_those_of_the_runs(submission) -> None:
     claims = json.loads((submission.path / "submission.json").read_text())
     first = submission.seeds[0]

@@ -9,6 +9,7 @@ and runs one forward pass on the CPU.
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import inspect
 import json
@@ -55,6 +56,10 @@ class StandIn(types.ModuleType):
 
     __path__: list[str] = []  # noqa: RUF012 - what makes it a package
 
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)  # for scripts that ask find_spec what is installed
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -99,12 +104,14 @@ def install_stand_ins() -> list[str]:
 
 
 def settings_of(module: Any) -> Any:
-    """Return an instance of the script's class of settings, None if it has none."""
+    """Return the script's settings, or an instance of its class of settings; None if it has neither."""
+    if hasattr(module, "CONFIG"):
+        return module.CONFIG
     for name in ("Hyperparameters", "HParams", "Config", "GPTConfig", "Args", "ModelConfig"):
         kind = getattr(module, name, None)
         if inspect.isclass(kind):
             return kind()
-    return next((getattr(module, name) for name in ("CONFIG", "config", "args", "h") if hasattr(module, name)), None)
+    return next((getattr(module, name) for name in ("config", "args", "h") if hasattr(module, name)), None)
 
 
 def read(settings: Any, *names: str) -> Any:
@@ -146,6 +153,15 @@ def build(module: Any, settings: Any) -> Any:
     raise RuntimeError(f"no model can be built: {problem!r}")
 
 
+def predict(model: Any, x: Any, y: Any) -> Any:
+    """Return what the model makes of ids and targets, or of ids alone, called as such models usually are."""
+    try:
+        return model(x, y)
+    except (TypeError, NotImplementedError):
+        named = (getattr(model, name, None) for name in ("forward_logits", "logits"))
+        return next((method for method in named if method is not None), model)(x)
+
+
 def forward_loss(model: Any, vocabulary: int) -> float:
     """Return the loss in nats of one forward pass over random ids, whatever the model returns."""
     import torch
@@ -153,10 +169,7 @@ def forward_loss(model: Any, vocabulary: int) -> float:
     ids = torch.randint(0, vocabulary, (1, SEQUENCE + 1), generator=torch.Generator().manual_seed(0))
     x, y = ids[:, :-1], ids[:, 1:]
     with torch.no_grad():
-        try:
-            out = model(x, y)
-        except TypeError:
-            out = model(x)
+        out = predict(model, x, y)
     out = out[0] if isinstance(out, tuple) else out
     if out.ndim == 0:
         return float(out)

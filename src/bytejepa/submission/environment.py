@@ -23,7 +23,7 @@ def _int_or_none(text: str) -> int | None:
     return int(text) or None
 
 
-def _seconds_or_none(text: str) -> float | None:
+def _positive_or_none(text: str) -> float | None:
     return float(text) if float(text) > 0 else None
 
 
@@ -60,9 +60,9 @@ SETTINGS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "MUON_MOMENTUM": ("optimizer", "muon_momentum", float),
     "MUON_MOMENTUM_WARMUP_START": ("optimizer", "muon_momentum_start", float),
     "MUON_MOMENTUM_WARMUP_STEPS": ("optimizer", "muon_momentum_warmup_steps", int),
-    "GRAD_CLIP_NORM": ("optimizer", "gradient_clip", _seconds_or_none),
+    "GRAD_CLIP_NORM": ("optimizer", "gradient_clip", _positive_or_none),
     "ITERATIONS": ("schedule", "steps", int),
-    "MAX_WALLCLOCK_SECONDS": ("schedule", "max_wallclock_s", _seconds_or_none),
+    "MAX_WALLCLOCK_SECONDS": ("schedule", "max_wallclock_s", _positive_or_none),
     "WARMDOWN_ITERS": ("schedule", "warmdown_steps", int),
     "SEED": ("training", "seed", int),
     "WARMUP_STEPS": ("training", "warmup_steps", int),
