@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bytejepa.artifact.load import load as load
+    from bytejepa.codec.compress import compress as compress
+    from bytejepa.codec.compress import decompress as decompress
     from bytejepa.model.transformer import ByteLM as ByteLM
     from bytejepa.scoring.evaluate import score as score
 
 _HOMES = {
     "load": "bytejepa.artifact.load",
     "ByteLM": "bytejepa.model.transformer",
+    "compress": "bytejepa.codec.compress",
+    "decompress": "bytejepa.codec.compress",
     "score": "bytejepa.scoring.evaluate",
 }
 __all__ = ["ByteLM", "load", "score"]

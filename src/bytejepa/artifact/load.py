@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bytejepa.artifact.container import read_container
+from bytejepa.artifact.packing import StoredTensor, restore
+from bytejepa.artifact.store import store_weights
 from bytejepa.config import RunConfig
 from bytejepa.config_json import from_dict
 from bytejepa.errors import ArtifactError, CheckpointError, ConfigError
@@ -25,11 +28,26 @@ def load(path: Path | str, *, device: str = "cpu") -> ByteLM:
     path = Path(path)
     if path.is_dir():
         config, weights = run_weights(path)
-        source = str(path)
-    else:
-        container = read_container(path)
-        config, weights, source = configuration_of(container.configuration, str(path)), container.tensors, str(path)
-    return build(config, weights, source=source).to(device)
+        return build(config, weights, source=str(path)).to(device)
+    container = read_container(path)
+    config = configuration_of(container.configuration, str(path))
+    model = build(config, container.tensors, source=str(path)).to(device)
+    _stored_forms[model] = container.stored
+    return model
+
+
+_stored_forms: weakref.WeakKeyDictionary[ByteLM, dict[str, StoredTensor]] = weakref.WeakKeyDictionary()
+"""What the artifact of a loaded model held: codes that no quantiser would find again in the weights."""
+
+
+def stored_weights(model: ByteLM) -> dict[str, StoredTensor]:
+    """Return the weights of `model` in their storage form: as its artifact held them, if it still has those weights,
+    otherwise as export would store them."""
+    weights: dict[str, Tensor] = dict(model.named_parameters())
+    stored = _stored_forms.get(model)
+    if stored is not None and all(torch.equal(weights[name].cpu(), restore(stored[name])) for name in weights):
+        return stored
+    return store_weights(weights, model.config)
 
 
 def configuration_of(values: dict[str, object], where: str) -> RunConfig:

@@ -29,6 +29,8 @@ VERBS = {
     "generate": ("generate", "Generate", "Write text with a model."),
     "surprise": ("surprise", "Surprise", "Show what every byte of a file costs."),
     "ablate": ("ablate", "Ablate", "Run a study: what difference makes a difference, with statistics."),
+    "compress": ("compress", "Compress", "Compress any file with a model, losslessly."),
+    "decompress": ("compress", "Decompress", "Restore a compressed file, on any machine."),
     "bench": ("bench", "Bench", "Measure speed against a plain baseline."),
     "report": ("report", "Report", "Make a page of runs or a study: curves, losses, gradients, sizes."),
     "submission": ("submission", "Submission", "Make the challenge's folder out of finished runs."),

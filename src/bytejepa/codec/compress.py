@@ -1,0 +1,256 @@
+"""Any bytes to a compressed file and back, exactly.
+
+The content is cut into blocks. Each is coded by itself under the model's integer frequencies, or with zstd where that
+is smaller; where zstd on the whole is smaller than all of it, the file is one zstd frame. Blocks are coded by several threads, and
+decoded in several lanes a thread; neither changes a bit of the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+from bytejepa.artifact.container import read_container
+from bytejepa.artifact.load import configuration_of, load, stored_weights
+from bytejepa.codec import coder, container
+from bytejepa.codec.integer_model import IntegerModel, integer_model
+from bytejepa.codec.lanes import LaneCoder, Progress
+from bytejepa.codec.shipped import shipped_model_path
+from bytejepa.errors import CodecError, ConfigError
+from bytejepa.model.transformer import ByteLM
+
+BLOCK_BYTES = 32_768
+"""Content of a block: damage costs no more than this, and larger files decode in lanes. Each block begins without context."""
+WINDOW = 1024
+"""Longest default window: beyond it attention costs more than the context gains."""
+LANES = 8
+"""Most lanes of a thread."""
+INCOMPRESSIBLE = 0.98
+"""A block that zstd cannot bring below this share is not given to the model."""
+
+Model = IntegerModel | ByteLM | Path | str
+Backend = Literal["auto", "cpu", "torch"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How to compute: none of it changes what is computed."""
+
+    threads: int | None = None
+    """None: as many as there are processors."""
+    lanes: int = LANES
+    """Most blocks that a thread decodes together."""
+    backend: Backend = "auto"
+    """`cpu`: compiled for this processor; `torch`: PyTorch, on `device`; auto: torch if the device is a GPU."""
+    device: str = "cpu"
+    on_progress: Progress | None = None
+    """Called with the number of bytes done since the last call, from any thread but never from two at once."""
+
+    @property
+    def num_threads(self) -> int:
+        """Threads to use."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Damage:
+    """A block that could not be restored."""
+
+    begin: int
+    num_bytes: int
+    reason: str
+
+
+def codec_model(model: Model | None) -> IntegerModel:
+    """Return the integer form of a model: of an artifact, a run folder, a loaded model, or None for the shipped one.
+
+    Raises: CodecError if the codec cannot use it; ArtifactError or CheckpointError if it cannot be read.
+    """
+    if isinstance(model, IntegerModel):
+        return model
+    if isinstance(model, ByteLM):
+        return integer_model(stored_weights(model), model.config)
+    path = shipped_model_path() if model is None else Path(model)
+    if path.is_dir():
+        return codec_model(load(path))
+    artifact = read_container(path)
+    return integer_model(artifact.stored, configuration_of(artifact.configuration, str(path)))
+
+
+def compress(
+    model: Model | None,
+    data: bytes,
+    *,
+    block_bytes: int = BLOCK_BYTES,
+    window: int | None = None,
+    hop: int | None = None,
+    settings: Settings | None = None,
+) -> bytes:
+    """Return `data` compressed: the same bytes on every machine, for given versions of zstd.
+
+    `window`, `hop`: context of a prediction in ids and how far it moves (docs/codec.md); default: the model's, at most
+    1,024, and half of it. Raises: ConfigError for a window that the model does not have, CodecError as `codec_model`.
+    """
+    settings = settings or Settings()
+    whole = container.whole_zstd_file(data)
+    if not data:
+        return whole
+    integers = codec_model(model)
+    window, hop = checked_window(integers, window, hop)
+    if not 1 <= block_bytes <= container.MAX_BLOCK_BYTES:
+        raise ConfigError(f"block bytes: expected 1 to {container.MAX_BLOCK_BYTES}, got {block_bytes}")
+    chosen = _coder(integers, window, hop, settings)
+    progress = _synchronized(settings.on_progress)
+    contents = [data[begin : begin + block_bytes] for begin in range(0, len(data), block_bytes)]
+    with ThreadPoolExecutor(settings.num_threads) as pool:
+        blocks = list(pool.map(lambda content: _encode_block(chosen, content, progress), contents))
+    coded = container.blocks_file(data, blocks, block_bytes=block_bytes, window=window, hop=hop, model=integers.sha256)
+    return coded if len(coded) < len(whole) else whole
+
+
+def decompress(model: Model | None, blob: bytes, *, settings: Settings | None = None) -> bytes:
+    """Return what was compressed. Raises: CodecError for damage, or if it was made with another model."""
+    content, damaged = restore(model, blob, settings=settings)
+    if damaged:
+        raise _failure(damaged)
+    return content
+
+
+def restore(model: Model | None, blob: bytes, *, settings: Settings | None = None) -> tuple[bytes, list[Damage]]:
+    """Return what can be restored, and the blocks that cannot, in whose place stand zeros.
+
+    Raises: CodecError if nothing can be: a foreign file, a damaged header, another model.
+    """
+    parsed = container.parse(blob)
+    if isinstance(parsed, bytes):
+        return parsed, []
+    integers = None
+    if any(block is not None and not block.is_zstd for block in parsed.blocks):
+        integers = codec_model(model)
+        if integers.sha256 != parsed.model_sha256:
+            raise CodecError(
+                f"made with the model {parsed.model_sha256.hex()[:16]}..., this is {integers.sha256.hex()[:16]}...",
+                hint="name the model that it was compressed with",
+            )
+    contents = _decode_blocks(integers, parsed, settings or Settings())
+    damaged = []
+    for index, content in enumerate(contents):
+        block = parsed.blocks[index]
+        if block is None or content is None or zlib.crc32(content) != block.content_crc:
+            reason = "its stored bytes are damaged" if block is None else "it does not decode to what was compressed"
+            damaged.append(Damage(begin=parsed.begin(index), num_bytes=parsed.num_bytes(index), reason=reason))
+            contents[index] = bytes(parsed.num_bytes(index))
+    restored = b"".join(content or b"" for content in contents)
+    if not damaged and container.digest(restored) != parsed.content_digest:
+        raise CodecError("the checksum of the whole differs", hint="the file is damaged, copy it again")
+    if parsed.length_problem and not damaged:
+        damaged.append(Damage(begin=len(restored), num_bytes=0, reason=parsed.length_problem))
+    return restored, damaged
+
+
+def checked_window(model: IntegerModel, window: int | None, hop: int | None) -> tuple[int, int]:
+    """Return window and hop in ids with defaults filled in. Raises: ConfigError."""
+    window = min(model.default_window, WINDOW) if window is None else window
+    if not 1 <= window <= model.longest_window:
+        raise ConfigError(f"window: expected 1 to {model.longest_window} ids for this model, got {window}")
+    hop = max(1, window // 2) if hop is None else hop
+    if not 1 <= hop <= window:
+        raise ConfigError(f"hop: expected 1 to the window {window}, got {hop}")
+    return window, hop
+
+
+def _coder(model: IntegerModel, window: int, hop: int, settings: Settings) -> LaneCoder:
+    on_gpu = settings.device != "cpu"
+    if settings.backend == "torch" or (settings.backend == "auto" and on_gpu):
+        from bytejepa.codec.torch_model import TorchCoder
+
+        return TorchCoder(model, window, hop, device=settings.device)
+    from bytejepa.codec.cpu import CpuCoder
+
+    return CpuCoder(model, window, hop)
+
+
+def _encode_block(chosen: LaneCoder, content: bytes, progress: Progress | None) -> container.Block:
+    simple = container.zstd_compress(content)
+    if len(simple) < INCOMPRESSIBLE * len(content):
+        payload = coder.encode(*chosen.price(content, progress))
+        if len(payload) < len(simple):
+            return container.make_block(content, payload, is_zstd=False)
+    elif progress is not None:
+        progress(len(content))
+    return container.make_block(content, simple, is_zstd=True)
+
+
+def _decode_blocks(model: IntegerModel | None, parsed: container.Blocks, settings: Settings) -> list[bytes | None]:
+    """Return the contents of all blocks; None for those that fail."""
+    contents: list[bytes | None] = [None] * len(parsed.blocks)
+    coded = []
+    progress = _synchronized(settings.on_progress)
+    for index, block in enumerate(parsed.blocks):
+        if block is not None and block.is_zstd:
+            contents[index] = _zstd_content(block)
+        elif block is not None:
+            coded.append(index)
+        if progress is not None and (block is None or block.is_zstd):
+            progress(parsed.num_bytes(index))
+    if model is None or not coded:
+        return contents
+    _refuse_window(model, parsed)
+    chosen = _coder(model, parsed.window, parsed.hop, settings)
+
+    def decode(indices: list[int]) -> None:
+        blocks = [block for block in (parsed.blocks[index] for index in indices) if block is not None]
+        decoded = chosen.decode([block.payload for block in blocks], [block.num_bytes for block in blocks], progress)
+        for index, content in zip(indices, decoded, strict=True):
+            contents[index] = content
+
+    with ThreadPoolExecutor(settings.num_threads) as pool:
+        list(pool.map(decode, _groups(coded, settings)))
+    return contents
+
+
+def _groups(indices: list[int], settings: Settings) -> Iterator[list[int]]:
+    """Yield the blocks that are decoded together: no more than the lanes, and something for every thread."""
+    size = max(1, min(settings.lanes, -(-len(indices) // settings.num_threads)))
+    for first in range(0, len(indices), size):
+        yield indices[first : first + size]
+
+
+def _zstd_content(block: container.Block) -> bytes | None:
+    try:
+        return container.decompress_zstd(block.payload, block.num_bytes)
+    except CodecError:
+        return None
+
+
+def _refuse_window(model: IntegerModel, parsed: container.Blocks) -> None:
+    if not 1 <= parsed.hop <= parsed.window <= model.longest_window:
+        raise CodecError(
+            f"the header claims a window of {parsed.window} ids and a hop of {parsed.hop}",
+            hint=f"this model has windows of up to {model.longest_window}: the file is damaged",
+        )
+
+
+def _failure(damaged: list[Damage]) -> CodecError:
+    first = damaged[0]
+    where = f"bytes {first.begin} to {first.begin + first.num_bytes}: {first.reason}"
+    more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+    return CodecError(f"{where}{more}", hint="restore the rest with --keep-going")
+
+
+def _synchronized(on_progress: Progress | None) -> Progress | None:
+    if on_progress is None:
+        return None
+    lock = threading.Lock()
+
+    def report(num_bytes: int) -> None:
+        with lock:
+            on_progress(num_bytes)
+
+    return report

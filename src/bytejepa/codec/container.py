@@ -1,0 +1,205 @@
+"""The `.bjc` file: blocks that decode by themselves, checksums for each and for the whole. `docs/codec.md` is the specification.
+
+Nothing is allocated on a header's word: every size is checked against the file that is really there, or against a bound
+of the format, first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import struct
+import zlib
+from collections.abc import Sequence
+
+import zstandard
+
+from bytejepa.errors import CodecError
+
+MAGIC = b"\x89BJC"
+FORMAT_VERSION = 1
+ZSTD_LEVEL = 19
+KIND_ZSTD, KIND_BLOCKS = 0, 1
+PRELUDE = struct.Struct("<4sBB")
+"""Magic, format version, kind."""
+HEADER = struct.Struct("<QIII32s16s")
+"""Content bytes, block bytes, window, hop, SHA-256 of the model, digest of the content."""
+ENTRY = struct.Struct("<III")
+"""One block: bytes of its payload (top bit: zstd), CRC-32 of the payload, CRC-32 of the content."""
+CHECKSUM_BYTES, DIGEST_BYTES = 8, 16
+MAX_BLOCK_BYTES = 1 << 20
+_ZSTD_BLOCK = 1 << 31
+_DAMAGED = "the file is damaged, copy it again"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """One block as stored."""
+
+    payload: bytes
+    is_zstd: bool
+    num_bytes: int
+    """Of its content."""
+    content_crc: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Blocks:
+    """A file of blocks, its header checked."""
+
+    content_bytes: int
+    block_bytes: int
+    window: int
+    hop: int
+    model_sha256: bytes
+    content_digest: bytes
+    blocks: tuple[Block | None, ...]
+    """None: a block whose payload is damaged or missing."""
+    length_problem: str | None
+    """What is wrong with the length of the file, if anything."""
+
+    def begin(self, index: int) -> int:
+        """Return where the content of a block begins."""
+        return index * self.block_bytes
+
+    def num_bytes(self, index: int) -> int:
+        """Return the length of the content of a block."""
+        return min(self.block_bytes, self.content_bytes - self.begin(index))
+
+
+def digest(content: bytes) -> bytes:
+    """Return the 16-byte BLAKE2b digest of the content."""
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+
+
+def zstd_compress(content: bytes) -> bytes:
+    """Return one zstd frame at level 19 that states its content size."""
+    return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True).compress(content)
+
+
+def whole_zstd_file(content: bytes) -> bytes:
+    """Return a file that is one zstd frame: for what zstd compresses better than a model does."""
+    prelude, frame = PRELUDE.pack(MAGIC, FORMAT_VERSION, KIND_ZSTD), zstd_compress(content)
+    return prelude + _checksum(prelude + frame) + frame
+
+
+def blocks_file(
+    content: bytes, blocks: Sequence[Block], *, block_bytes: int, window: int, hop: int, model: bytes
+) -> bytes:
+    """Return a file of `blocks`, which are `content` in order."""
+    header = PRELUDE.pack(MAGIC, FORMAT_VERSION, KIND_BLOCKS)
+    header += HEADER.pack(len(content), block_bytes, window, hop, model, digest(content))
+    for index, block in enumerate(blocks):
+        flag = _ZSTD_BLOCK if block.is_zstd else 0
+        header += ENTRY.pack(len(block.payload) | flag, _payload_crc(block.payload, index), block.content_crc)
+    return b"".join((header, _checksum(header), *(block.payload for block in blocks)))
+
+
+def make_block(content: bytes, payload: bytes, *, is_zstd: bool) -> Block:
+    """Return a block as stored."""
+    return Block(payload=payload, is_zstd=is_zstd, num_bytes=len(content), content_crc=zlib.crc32(content))
+
+
+def parse(data: bytes) -> bytes | Blocks:
+    """Return the content of a whole-zstd file, or the checked header and the blocks of another.
+
+    Raises: CodecError for a foreign file, a newer version, a damaged header; damaged blocks are None in the result.
+    """
+    start = data[: len(MAGIC)]
+    if not start or not MAGIC.startswith(start):
+        raise CodecError(
+            "this is not a file that bytejepa compressed",
+            hint="it is empty" if not start else f"it begins with {start!r}",
+        )
+    if len(data) < PRELUDE.size + CHECKSUM_BYTES:
+        raise CodecError(f"the file is cut short after {len(data)} bytes", hint="copy it again")
+    _, version, kind = PRELUDE.unpack_from(data)
+    if version != FORMAT_VERSION:
+        raise CodecError(
+            f"the file has version {version} of the format, this is version {FORMAT_VERSION}",
+            hint="upgrade bytejepa; if that does not help, the file is damaged",
+        )
+    if kind == KIND_ZSTD:
+        return _parse_zstd(data)
+    if kind == KIND_BLOCKS:
+        return _parse_blocks(data)
+    raise CodecError(f"the file is of an unknown kind {kind}", hint=_DAMAGED)
+
+
+def decompress_zstd(frame: bytes, num_bytes: int) -> bytes:
+    """Return the content of a frame that must have `num_bytes`. Raises: CodecError, without allocating more than that."""
+    try:
+        found = zstandard.get_frame_parameters(frame)
+        if found.content_size != num_bytes:
+            raise CodecError(f"expected {num_bytes} bytes, the zstd frame has {found.content_size}", hint=_DAMAGED)
+        decoder = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+        content = bytearray()
+        for begin in range(0, len(frame), 1 << 16):
+            content += decoder.decompress(frame[begin : begin + (1 << 16)])
+    except zstandard.ZstdError as problem:
+        raise CodecError(f"zstd: {problem}", hint=_DAMAGED) from problem
+    if len(content) != num_bytes or decoder.unused_data:
+        raise CodecError(f"expected {num_bytes} bytes, got {len(content)}", hint=_DAMAGED)
+    return bytes(content)
+
+
+def _parse_zstd(data: bytes) -> bytes:
+    first = PRELUDE.size + CHECKSUM_BYTES
+    frame = data[first:]
+    if data[PRELUDE.size : first] != _checksum(data[: PRELUDE.size] + frame):
+        raise CodecError("the checksum differs", hint=_DAMAGED)
+    try:
+        size = zstandard.get_frame_parameters(frame).content_size
+    except zstandard.ZstdError as problem:
+        raise CodecError(f"zstd: {problem}", hint=_DAMAGED) from problem
+    return decompress_zstd(frame, size)
+
+
+def _parse_blocks(data: bytes) -> Blocks:
+    place = PRELUDE.size + HEADER.size
+    if len(data) < place + CHECKSUM_BYTES:
+        raise CodecError(f"the file is cut short after {len(data)} bytes, within its header", hint="copy it again")
+    content_bytes, block_bytes, window, hop, model, content_digest = HEADER.unpack_from(data, PRELUDE.size)
+    if not 1 <= block_bytes <= MAX_BLOCK_BYTES:
+        raise CodecError(f"the header claims blocks of {block_bytes} bytes", hint=_DAMAGED)
+    num_blocks = -(-content_bytes // block_bytes)
+    end = place + num_blocks * ENTRY.size
+    if end + CHECKSUM_BYTES > len(data):  # before anything is made of that size
+        raise CodecError(
+            f"the header claims {num_blocks} blocks, the file has {len(data)} bytes",
+            hint="cut short, or damaged: copy it again",
+        )
+    if data[end : end + CHECKSUM_BYTES] != _checksum(data[:end]):
+        raise CodecError("the header's checksum differs", hint=_DAMAGED)
+    entries = [ENTRY.unpack_from(data, place + index * ENTRY.size) for index in range(num_blocks)]
+    blocks: list[Block | None] = []
+    begin = end + CHECKSUM_BYTES
+    for index, (flagged, payload_crc, content_crc) in enumerate(entries):
+        payload = data[begin : begin + (flagged & ~_ZSTD_BLOCK)]
+        begin += flagged & ~_ZSTD_BLOCK
+        length = min(block_bytes, content_bytes - index * block_bytes)
+        whole = begin <= len(data) and _payload_crc(payload, index) == payload_crc
+        kept = Block(payload=payload, is_zstd=bool(flagged & _ZSTD_BLOCK), num_bytes=length, content_crc=content_crc)
+        blocks.append(kept if whole else None)
+    problem = None
+    if begin != len(data):
+        problem = f"the file has {len(data)} bytes, its header claims {begin}"
+    return Blocks(
+        content_bytes=content_bytes,
+        block_bytes=block_bytes,
+        window=window,
+        hop=hop,
+        model_sha256=model,
+        content_digest=content_digest,
+        blocks=tuple(blocks),
+        length_problem=problem,
+    )
+
+
+def _checksum(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=CHECKSUM_BYTES).digest()
+
+
+def _payload_crc(payload: bytes, index: int) -> int:
+    # the block's number goes in first: blocks that changed places do not pass
+    return zlib.crc32(payload, zlib.crc32(index.to_bytes(8, "little")))

@@ -1,0 +1,141 @@
+"""Blocks to frequencies and streams to blocks, whatever computes them.
+
+A block is coded by itself: its ids are BOS and its bytes, predicted within windows as the engine's rule says
+(`bytejepa.inference.engine`): windows begin at multiples of `hop`; when `window` ids are in, the first `hop` leave and the
+model is run again over those that stay.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from bytejepa.codec import coder
+from bytejepa.data.vocabulary import BOS, BYTE_OFFSET
+
+CHUNK_ROWS = 128
+"""Most positions of all lanes in one pass of a CPU: bounds its buffers."""
+STEPS_AT_ONCE = 32
+"""Decoded positions between two reports of progress."""
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes done since the last call."""
+Ids = npt.NDArray[np.int64]
+
+
+class LaneCoder(abc.ABC):
+    """The coder of one model, window and hop: one subclass for each way to compute the same integers."""
+
+    windows_at_once: ClassVar[int] = 1
+    """Windows of a block that are priced as lanes of one pass."""
+    chunk_rows: ClassVar[int] = CHUNK_ROWS
+
+    def __init__(self, window: int, hop: int) -> None:
+        self.window, self.hop = window, hop
+
+    @abc.abstractmethod
+    def start(self, num_lanes: int) -> Any:
+        """Return the state of lanes at a window's beginning."""
+
+    @abc.abstractmethod
+    def logits(self, state: Any, ids: Ids, position: int, first_wanted: int = 0) -> Ids:
+        """Return the logits after each of `ids` (L, N) from the `first_wanted`-th of each lane on, (L * n, 256), in binary
+        digits with 16 fraction bits, and move the state on. The ids stand at `position` in their windows; 0 begins one."""
+
+    @abc.abstractmethod
+    def frequencies(self, logits: Ids) -> Ids:
+        """Return integer frequencies of sum 2^24, (R, 256), from logits (R, 256); these may be overwritten."""
+
+    def price(self, block: bytes, on_progress: Progress | None = None) -> tuple[Ids, Ids]:
+        """Return (cumulative starts, frequencies) of a block's bytes, (N,) each, out of totals of 2^24."""
+        ids = ids_of(block)
+        starts, chosen = np.empty(len(block), np.int64), np.empty(len(block), np.int64)
+        plan = windows(len(block), self.window, self.hop)
+        state = self.start(min(self.windows_at_once, len(plan)))
+        for index in range(0, len(plan), self.windows_at_once):
+            together = plan[index : index + self.windows_at_once]
+            if len(together) < min(self.windows_at_once, len(plan)):
+                state = self.start(len(together))
+            self._price_windows(state, ids, together, starts, chosen)
+            if on_progress is not None:
+                on_progress(sum(end - first for _, end, first in together))
+        return starts, chosen
+
+    def decode(
+        self, streams: Sequence[bytes], lengths: Sequence[int], on_progress: Progress | None = None
+    ) -> list[bytes]:
+        """Return the blocks of `streams`, one lane each, whose lengths are known."""
+        longest, num_lanes = max(lengths), len(streams)
+        ids = np.full((num_lanes, longest + 1), BOS, dtype=np.int64)
+        state, decoder = self.start(num_lanes), coder.start_decoding(streams)
+        begin = position = 0
+        for t in range(longest):
+            if position == self.window:
+                begin += self.hop
+                position = self.window - self.hop
+                self._refill(state, ids[:, begin : begin + position])
+            table = self.frequencies(self.logits(state, ids[:, t : t + 1].copy(), position))
+            coder.decode_symbols(decoder, table, BYTE_OFFSET, ids[:, t + 1])
+            position += 1
+            if on_progress is not None and (t % STEPS_AT_ONCE == STEPS_AT_ONCE - 1 or t == longest - 1):
+                reported = t // STEPS_AT_ONCE * STEPS_AT_ONCE
+                on_progress(sum(max(0, min(length, t + 1) - reported) for length in lengths))
+        data = (ids[:, 1:] - BYTE_OFFSET).astype(np.uint8)
+        return [data[lane, :length].tobytes() for lane, length in enumerate(lengths)]
+
+    def _price_windows(self, state: Any, ids: Ids, plan: list[tuple[int, int, int]], starts: Ids, chosen: Ids) -> None:
+        """Fill starts and frequencies of the bytes that the windows of `plan` predict."""
+        length = max(end - begin for begin, end, _ in plan)
+        skipped = min(first - begin for begin, _, first in plan)
+        fed = np.full((len(plan), length), BYTE_OFFSET, np.int64)  # what follows a shorter window changes nothing in it
+        for lane, (begin, end, _) in enumerate(plan):
+            fed[lane, : end - begin] = ids[begin:end]
+        at_once = max(1, self.chunk_rows // len(plan))
+        for place in range(0, length, at_once):
+            part = np.ascontiguousarray(fed[:, place : place + at_once])
+            wanted = min(max(skipped - place, 0), part.shape[1])
+            table = self.logits(state, part, place, wanted)
+            if wanted == part.shape[1]:
+                continue
+            table = self.frequencies(table).reshape(len(plan), -1, 256)
+            for lane, (begin, end, first) in enumerate(plan):
+                low, high = max(begin + place + wanted, first), min(begin + place + part.shape[1], end)
+                if low < high:
+                    rows = table[lane, low - begin - place - wanted : high - begin - place - wanted]
+                    choose(rows, ids[low + 1 : high + 1], starts[low:high], chosen[low:high])
+
+    def _refill(self, state: Any, kept: Ids) -> None:
+        """Begin a window with the ids `kept` (L, n)."""
+        num_lanes, length = kept.shape
+        at_once = max(1, self.chunk_rows // num_lanes)
+        for position in range(0, length, at_once):
+            part = np.ascontiguousarray(kept[:, position : position + at_once])
+            self.logits(state, part, position, part.shape[1])
+
+
+def ids_of(block: bytes) -> Ids:
+    """Return BOS and the ids of a block's bytes, (N + 1,)."""
+    return np.concatenate(([BOS], np.frombuffer(block, np.uint8).astype(np.int64) + BYTE_OFFSET))
+
+
+def windows(length: int, window: int, hop: int) -> list[tuple[int, int, int]]:
+    """Return (begin, end, first) of every window of a block of `length` bytes: it feeds the ids begin .. end - 1 and
+    its predictions from `first` on count, that of position t being byte t."""
+    found, begin, first = [], 0, 0
+    while first < length:
+        end = min(begin + window, length)
+        found.append((begin, end, first))
+        begin, first = begin + hop, end
+    return found
+
+
+def choose(table: Ids, ids: Ids, starts: Ids, chosen: Ids) -> None:
+    """Fill cumulative starts and frequencies of the bytes `ids` (N,) from their frequency tables (N, 256)."""
+    symbols = ids - BYTE_OFFSET
+    rows = np.arange(len(symbols))
+    chosen[:] = table[rows, symbols]
+    starts[:] = table.cumsum(axis=1)[rows, symbols] - chosen
