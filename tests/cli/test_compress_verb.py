@@ -1,0 +1,71 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bytejepa.data.corpus import embedded_text
+from codec.models import GOLDEN_MODEL
+
+DATA = embedded_text("val")[:600]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "notes.txt"
+    path.write_bytes(DATA + bytes(range(156)))
+    return path
+
+
+def test_a_file_goes_and_comes_back(command: Callable, file: Path) -> None:
+    done = command("compress", file, "--model", GOLDEN_MODEL, "--json")
+    assert done.code == 0, done
+    record = json.loads(done.err)
+    packed = file.with_name("notes.txt.bjc")
+    assert record["compressed_bytes"] == packed.stat().st_size
+    assert record["content_bytes"] == 756
+    original = file.read_bytes()
+    file.unlink()
+    assert command("decompress", packed, "--model", GOLDEN_MODEL, "--test").code == 0
+    assert not file.exists()
+    assert command("decompress", packed, "--model", GOLDEN_MODEL).code == 0
+    assert file.read_bytes() == original
+
+
+def test_both_are_filters(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "bytejepa"]
+    options = ["-", "--model", str(GOLDEN_MODEL)]
+    packed = subprocess.run([*words, "compress", *options], input=DATA, capture_output=True, check=True)
+    back = subprocess.run([*words, "decompress", *options], input=packed.stdout, capture_output=True, check=True)
+    assert back.stdout == DATA
+    assert packed.stderr == back.stderr == b""
+
+
+def test_existing_files_are_kept(refuses: Callable, command: Callable, file: Path) -> None:
+    packed = file.with_name("notes.txt.bjc")
+    packed.write_bytes(b"old")
+    assert "exists" in refuses(2, "compress", file, "--model", GOLDEN_MODEL)
+    assert packed.read_bytes() == b"old"
+    assert command("compress", file, "--model", GOLDEN_MODEL, "--force").code == 0
+
+
+def test_damage_and_bad_input_get_one_line(refuses: Callable, command: Callable, file: Path) -> None:
+    packed = file.with_name("notes.txt.bjc")
+    assert command("compress", file, "--model", GOLDEN_MODEL, "--block-bytes", 300).code == 0
+    blob = bytearray(packed.read_bytes())
+    blob[-1] ^= 1
+    packed.write_bytes(blob)
+    target = file.with_name("out.bin")
+    assert "bytes 600 to 756" in refuses(6, "decompress", packed, "--model", GOLDEN_MODEL, "-o", target)
+    assert not target.exists()
+    kept = command("decompress", packed, "--model", GOLDEN_MODEL, "-o", target, "--keep-going")
+    assert kept.code == 6
+    assert "bytes 600 to 756" in kept.err
+    assert target.read_bytes() == DATA + bytes(156)
+    refuses(6, "decompress", file, "--model", GOLDEN_MODEL, "-o", file.with_name("x"))
+    refuses(2, "decompress", file, "--model", GOLDEN_MODEL)
+    refuses(3, "compress", file.with_name("missing"), "--model", GOLDEN_MODEL)
+    refuses(5, "compress", file, "--model", file, "-o", file.with_name("y"))
+    refuses(2, "compress", file, "--model", GOLDEN_MODEL, "--window", 99999, "-o", file.with_name("z"))

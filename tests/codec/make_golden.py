@@ -1,0 +1,26 @@
+"""Writes tests/golden/codec.json from tests/golden/codec.bjm: only on purpose, when the format takes a new version.
+
+    python tests/codec/make_golden.py
+
+It uses the PyTorch path; the test compares both paths with what it wrote.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from codec.golden import measured
+from codec.models import GOLDEN, golden_model
+
+
+def main() -> None:
+    from bytejepa.codec.torch_model import TorchCoder
+
+    found = measured(TorchCoder(golden_model(), 64, 32))
+    (GOLDEN / "codec.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

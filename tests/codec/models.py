@@ -1,0 +1,62 @@
+"""Small models in integer form, and inputs of every kind."""
+
+import functools
+import lzma
+import random
+import zlib
+from pathlib import Path
+
+from bytejepa.artifact.container import read_container
+from bytejepa.artifact.load import configuration_of
+from bytejepa.codec.integer_model import IntegerModel, integer_model
+from bytejepa.codec.lanes import LaneCoder
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN_MODEL = GOLDEN / "codec.bjm"
+
+GREETINGS = (
+    "All human beings are born free", "Alle Menschen sind frei", "Tous les êtres humains naissent libres",
+    "Todos los seres humanos nacen libres", "Tutti gli esseri umani nascono liberi", "Todos os seres humanos",
+    "Alle mennesker er født frie", "Alla människor är födda fria", "Kaikki ihmiset syntyvät vapaina",
+    "Wszyscy ludzie rodzą się wolni", "Všichni lidé rodí se svobodní", "Minden emberi lény szabadon születik",
+    "Toate ființele umane se nasc libere", "Бүх хүн тэгш эрхтэй", "Все люди рождаются свободными",
+    "Всі люди народжуються вільними", "Всички хора се раждат свободни", "Сва људска бића рађају се слободна",
+    "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι", "Bütün insanlar hür doğar", "Hamma odamlar erkin", "Барлық адамдар тең",
+    "יולדו בני האדם חופשיים", "يولد جميع الناس أحرارا", "تمام افراد بشر آزاد", "تمام انسان آزاد", "सभी मनुष्यों को",
+    "সমস্ত মানুষ স্বাধীনভাবে", "ਸਾਰਾ ਮਨੁੱਖੀ ਪਰਿਵਾਰ", "પ્રતિષ્ઠા અને અધિકારોની", "மனிதப் பிறிவியினர்", "ప్రతిపత్తిస్వత్వముల", "ಎಲ್ಲಾ ಮಾನವರೂ",
+    "മനുഷ്യരെല്ലാവരും", "มนุษย์ทั้งหลายเกิดมามีอิสระ", "ມະນຸດທຸກຄົນ", "លមនុស្សទាំងអស់", "人人生而自由", "すべての人間は", "모든 인간은",
+    "Tất cả mọi người sinh ra", "Semua orang dilahirkan merdeka",
+)  # fmt: skip
+"""The beginning of one sentence in more than 40 languages."""
+
+
+@functools.cache
+def golden_model() -> IntegerModel:
+    """The model whose numbers tests/golden pins."""
+    artifact = read_container(GOLDEN_MODEL)
+    return integer_model(artifact.stored, configuration_of(artifact.configuration, str(GOLDEN_MODEL)))
+
+
+@functools.cache
+def cpu_coder(window: int = 64, hop: int = 32) -> LaneCoder:
+    from bytejepa.codec.cpu import CpuCoder
+
+    return CpuCoder(golden_model(), window, hop)
+
+
+def inputs() -> dict[str, bytes]:
+    """One input of every kind, a few hundred bytes each."""
+    noise = random.Random(0).randbytes(700)
+    text = "\n".join(GREETINGS).encode()
+    return {
+        "empty": b"",
+        "one byte": b"\xff",
+        "two bytes": b"ab",
+        "all bytes": bytes(range(256)),
+        "zeros": bytes(500),
+        "periodic": b"abcab" * 120,
+        "noise": noise,
+        "languages": text,
+        "xz of text": lzma.compress(text),
+        "zlib of noise": zlib.compress(noise),
+    }

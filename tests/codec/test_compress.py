@@ -1,0 +1,241 @@
+"""Whatever goes in comes out; whatever is damaged is noticed."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bytejepa
+from bytejepa.codec import coder, container
+from bytejepa.codec.compress import Settings, codec_model, compress, decompress, restore
+from bytejepa.codec.lanes import windows
+from bytejepa.codec.torch_model import TorchCoder
+from bytejepa.data.corpus import embedded_text
+from bytejepa.errors import CodecError, ConfigError
+from codec.models import GOLDEN_MODEL, GREETINGS, cpu_coder, golden_model, inputs
+from small_models import small_model
+
+TEXT = embedded_text("val")[:1500]
+
+
+def small_file(data: bytes = TEXT, **changes: object) -> bytes:
+    """Blocks of 400 bytes, windows of 64."""
+    return compress(golden_model(), data, **{"block_bytes": 400, "window": 64, "hop": 32, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", inputs())
+def test_every_kind_of_input_comes_back(name: str) -> None:
+    data = inputs()[name]
+    blob = small_file(data)
+    assert decompress(golden_model(), blob) == data
+    frame = zstandard.ZstdCompressor(level=19).compress(data)
+    assert len(blob) <= 1.001 * len(frame) + 14
+
+
+@given(st.binary(max_size=300), st.integers(1, 80), st.integers(1, 40), st.integers(0, 40))
+def test_any_bytes_come_back(data: bytes, block_bytes: int, hop: int, more: int) -> None:
+    text = data if len(data) % 2 else bytes(32 + byte % 90 for byte in data)
+    blob = compress(golden_model(), text, block_bytes=block_bytes, window=min(hop + more, 48), hop=min(hop, 48))
+    assert decompress(golden_model(), blob) == text
+
+
+@given(st.text(max_size=120), st.sampled_from(GREETINGS))
+def test_text_in_any_language_comes_back(text: str, greeting: str) -> None:
+    data = (text + greeting).encode()
+    lane_coder = cpu_coder()
+    stream = coder.encode(*lane_coder.price(data))
+    assert lane_coder.decode([stream], [len(data)]) == [data]
+
+
+@pytest.mark.parametrize("border", [64, 96, 128, 256])
+def test_lengths_around_every_border(border: int) -> None:
+    # window 64, hop 32: windows end at 64, 96, 128 ...; blocks at 128 and 256
+    for length in range(border - 2, border + 3):
+        blob = small_file(TEXT[:length], block_bytes=128)
+        assert decompress(golden_model(), blob) == TEXT[:length]
+
+
+def test_nothing_about_the_computation_changes_the_file() -> None:
+    blob = small_file()
+    for settings in (
+        Settings(threads=1),
+        Settings(threads=2),
+        Settings(threads=3, lanes=1),
+        Settings(lanes=64),
+    ):
+        assert small_file(settings=settings) == blob
+        assert decompress(golden_model(), blob, settings=settings) == TEXT
+    on_torch, text = Settings(backend="torch", threads=1), TEXT[:130]
+    blob = small_file(text, block_bytes=50)
+    assert small_file(text, block_bytes=50, settings=on_torch) == blob
+    assert decompress(golden_model(), blob, settings=on_torch) == text
+
+
+def test_one_lane_encodes_and_eight_decode() -> None:
+    lane_coder = cpu_coder()
+    pieces = [TEXT[first : first + 100 + first % 7] for first in range(0, 800, 100)]
+    streams = [coder.encode(*lane_coder.price(piece)) for piece in pieces]
+    assert lane_coder.decode(streams, [len(piece) for piece in pieces]) == pieces
+    many = [streams[0]] * 64
+    assert lane_coder.decode(many, [len(pieces[0])] * 64) == [pieces[0]] * 64
+    torch_path = TorchCoder(golden_model(), 64, 32, container="float32")
+    assert torch_path.decode(streams[:3], [len(piece) for piece in pieces[:3]]) == pieces[:3]
+
+
+def test_text_of_its_domain_beats_zstd_and_costs_its_information() -> None:
+    blob = compress(golden_model(), TEXT, window=128)
+    assert len(blob) < 0.75 * len(container.zstd_compress(TEXT))
+    _, frequencies = cpu_coder().price(TEXT)
+    stream = coder.encode(*cpu_coder().price(TEXT))
+    assert 8 * len(stream) <= 1.005 * (24 - np.log2(frequencies)).sum()
+
+
+def test_what_zstd_compresses_better_is_left_to_it() -> None:
+    repeats = TEXT * 20
+    assert compress(golden_model(), repeats, window=64)[5] == container.KIND_ZSTD
+    noise = random.Random(1).randbytes(20_000)
+    assert len(compress(golden_model(), noise, window=64)) < 1.001 * len(noise) + 14
+    mixed = small_file(TEXT + random.Random(1).randbytes(400) + TEXT[:100])
+    parsed = container.parse(mixed)
+    assert isinstance(parsed, container.Blocks)
+    kinds = [block.is_zstd for block in parsed.blocks if block is not None]
+    assert True in kinds
+    assert False in kinds
+    assert decompress(golden_model(), mixed)[: len(TEXT)] == TEXT
+
+
+def test_another_model_is_refused() -> None:
+    blob = small_file()
+    other = small_model()
+    with pytest.raises(CodecError, match="made with the model"):
+        decompress(other, blob)
+
+
+def test_a_loaded_model_is_the_artifact() -> None:
+    loaded = bytejepa.load(GOLDEN_MODEL)
+    assert codec_model(loaded).sha256 == golden_model().sha256
+    assert bytejepa.decompress(loaded, bytejepa.compress(GOLDEN_MODEL, TEXT[:200])) == TEXT[:200]
+    with torch.no_grad():
+        loaded.token_embedding.weight[7] += 0.5  # no longer the artifact's weights
+    assert codec_model(loaded).sha256 != golden_model().sha256
+
+
+def test_a_damaged_block_loses_only_itself() -> None:
+    blob = bytearray(small_file())
+    blob[-5] ^= 1
+    with pytest.raises(CodecError, match="bytes 1200 to 1500"):
+        decompress(golden_model(), bytes(blob))
+    content, damaged = restore(golden_model(), bytes(blob))
+    assert content == TEXT[:1200] + bytes(300)
+    assert [(block.begin, block.num_bytes) for block in damaged] == [(1200, 300)]
+
+
+def check_corruption(kind: str, blob: bytes, random_numbers: random.Random) -> None:
+    """Damage a file in one way: it must be refused, with a CodecError."""
+    damaged = bytearray(blob)
+    place = random_numbers.randrange(len(blob))
+    if kind == "bit":
+        damaged[place] ^= 1 << random_numbers.randrange(8)
+    elif kind == "cut":
+        del damaged[place:]
+    elif kind == "appended":
+        damaged += random_numbers.randbytes(1 + place % 9)
+    elif kind == "swapped":
+        length = random_numbers.randrange(1, 60)
+        first, second = sorted(random_numbers.sample(range(len(blob) - length), 2))
+        a, b = damaged[first : first + length], damaged[second : second + length]
+        damaged[first : first + length], damaged[second : second + length] = b, a
+    elif kind == "overwritten":
+        damaged[place : place + 16] = random_numbers.randbytes(16)
+    if bytes(damaged) == blob:
+        return
+    with pytest.raises(CodecError):
+        decompress(golden_model(), bytes(damaged))
+
+
+KINDS = ("bit", "cut", "appended", "swapped", "overwritten")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_corruption_is_noticed(kind: str) -> None:
+    random_numbers = random.Random(kind)
+    blobs = [small_file(TEXT[:600]), container.whole_zstd_file(TEXT[:600])]
+    for index in range(60):
+        check_corruption(kind, blobs[index % 2], random_numbers)
+
+
+@pytest.mark.slow
+def test_ten_thousand_corruptions_are_noticed() -> None:
+    random_numbers = random.Random(0)
+    blobs = [small_file(TEXT[:600]), small_file(), container.whole_zstd_file(TEXT)]
+    for index in range(10_000):
+        check_corruption(KINDS[index % len(KINDS)], blobs[index % len(blobs)], random_numbers)
+
+
+def test_blocks_that_changed_places_are_noticed() -> None:
+    blob = small_file(TEXT[:800])
+    parsed = container.parse(blob)
+    assert isinstance(parsed, container.Blocks)
+    first, second = parsed.blocks
+    assert first is not None
+    assert second is not None
+    header = blob[: -len(first.payload) - len(second.payload)]
+    with pytest.raises(CodecError):
+        decompress(golden_model(), header + second.payload + first.payload)
+    # the same payload twice: its two checksums differ, for they know the block's place
+    twice = container.blocks_file(
+        TEXT[:400] * 2, [first, first], block_bytes=400, window=64, hop=32, model=golden_model().sha256
+    )
+    assert decompress(golden_model(), twice) == TEXT[:400] * 2
+    entries = container.PRELUDE.size + container.HEADER.size
+    assert twice[entries + 4 : entries + 8] != twice[entries + 16 : entries + 20]
+
+
+def test_hostile_headers_allocate_nothing() -> None:
+    # a valid checksum over a header that claims the world
+    for content_bytes, block_bytes in ((1 << 62, 1), (1 << 62, 1 << 20), (1 << 20, 1 << 31), (100, 0)):
+        header = container.PRELUDE.pack(container.MAGIC, 1, container.KIND_BLOCKS)
+        header += container.HEADER.pack(content_bytes, block_bytes, 64, 32, golden_model().sha256, bytes(16))
+        with pytest.raises(CodecError):
+            decompress(golden_model(), header + container._checksum(header) + bytes(100))
+    for window, hop in ((0, 0), (64, 65), (1 << 31, 1)):
+        blob = container.blocks_file(
+            b"ab", [container.make_block(b"ab", b"x", is_zstd=False)], block_bytes=400, window=window, hop=hop,
+            model=golden_model().sha256,
+        )  # fmt: skip
+        with pytest.raises(CodecError, match="window"):
+            decompress(golden_model(), blob)
+
+
+def test_foreign_and_newer_files_are_told_apart() -> None:
+    for blob, message in (
+        (b"", "not a file that bytejepa compressed"),
+        (b"PK\x03\x04" + bytes(90), "not a file that bytejepa compressed"),
+        (container.MAGIC, "cut short"),
+        (small_file()[:4] + b"\x02" + small_file()[5:], "version 2"),
+    ):
+        with pytest.raises(CodecError, match=message):
+            decompress(golden_model(), blob)
+
+
+def test_impossible_windows_are_refused() -> None:
+    for settings in ({"window": 0}, {"window": 1 << 20}, {"window": 64, "hop": 65}, {"hop": 0}, {"block_bytes": 0}):
+        with pytest.raises(ConfigError):
+            small_file(**settings)
+
+
+@given(st.integers(0, 500), st.integers(1, 90), st.integers(1, 90))
+def test_windows_are_the_engines(length: int, window: int, hop: int) -> None:
+    hop = min(hop, window)
+    predicted = []
+    for begin, end, first in windows(length, window, hop):
+        assert 0 < end - begin <= window
+        for t in range(first, end):
+            expected = 0 if t < window else -(-(t - window + 1) // hop) * hop
+            assert begin == expected
+            predicted.append(t)
+    assert predicted == list(range(length))

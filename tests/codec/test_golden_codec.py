@@ -1,0 +1,37 @@
+"""The format's own numbers: a change here breaks every file that exists."""
+
+import json
+
+import numpy as np
+
+from bytejepa.codec import coder
+from bytejepa.codec.compress import decompress
+from bytejepa.codec.torch_model import TorchCoder
+from codec.golden import TEXT, measured
+from codec.models import GOLDEN, cpu_coder, golden_model
+
+EXPECTED = json.loads((GOLDEN / "codec.json").read_text())
+
+
+def test_the_compiled_path_gives_the_golden_numbers() -> None:
+    assert measured(cpu_coder()) == EXPECTED
+
+
+def test_the_torch_path_gives_the_golden_numbers() -> None:
+    assert measured(TorchCoder(golden_model(), 64, 32)) == EXPECTED
+
+
+def test_golden_words_of_the_coder() -> None:
+    # computed by hand: [1/4, 1/2) begins at 0x40, [0, 1/2) at nothing, and two times the last 2^-24 at 2^48 - 1
+    half, quarter = 1 << 23, 1 << 22
+    assert coder.encode(np.array([quarter]), np.array([quarter])) == b"\x40"
+    assert coder.encode(np.array([0]), np.array([half])) == b""
+    assert coder.encode(np.array([half]), np.array([half])) == b"\x80"
+    assert coder.encode(np.array([], np.int64), np.array([], np.int64)) == b""
+    almost = (1 << 24) - 1
+    assert coder.encode(np.array([almost, almost]), np.array([1, 1])) == b"\xff" * 6
+
+
+def test_a_file_of_this_version_still_decodes() -> None:
+    blob = (GOLDEN / "codec_file.bjc").read_bytes()
+    assert decompress(golden_model(), blob) == TEXT

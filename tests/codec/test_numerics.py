@@ -1,0 +1,153 @@
+"""Integers that do not depend on batch, lanes, container or path, and that are near the float model."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bytejepa.artifact.load import build
+from bytejepa.artifact.packing import restore
+from bytejepa.artifact.store import store_weights
+from bytejepa.bits import bits_per_byte
+from bytejepa.codec import fixed_point as fp
+from bytejepa.codec.cpu import CpuCoder
+from bytejepa.codec.integer_model import integer_model
+from bytejepa.codec.lanes import LaneCoder
+from bytejepa.codec.torch_model import TorchCoder, square_root
+from bytejepa.errors import CodecError
+from bytejepa.scoring.evaluate import score
+from codec.models import GOLDEN_MODEL, cpu_coder, golden_model
+from small_models import random_ids, small_model
+
+EVERY_CODE: dict[str, Any] = {"small_tensor_elements": 0}
+"""Matrices as codes even in small models: kept as float16, the codec would have to quantise them itself."""
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no latents": {"jepa": {"enabled": False}},
+    "no injection": {"jepa": {"inject": False}},
+    "plain": {
+        "model": {"smear": False, "bigram_rows": None, "residual_mix": False, "skip_connections": False,
+                  "depth_scaled_norm": False, "xsa_last_layers": 0}
+    },
+    "odd widths": {"model": {"num_layers": 5, "model_dim": 40, "num_heads": 5, "num_kv_heads": 1, "mlp_ratio": 1.125},
+                   "jepa": {"latent_dim": 11, "hidden_dim": 7}},
+    "all dimensions rotate": {"model": {"rotary_dims": None}},
+    "kept as float16": {"artifact": {"small_tensor_elements": 4096}},
+}  # fmt: skip
+
+
+def integers(**sections: dict[str, Any]) -> Any:
+    model = small_model(**{"artifact": EVERY_CODE, **sections})
+    return integer_model(store_weights(dict(model.named_parameters()), model.config), model.config)
+
+
+def in_parts(lane_coder: LaneCoder, ids: np.ndarray, borders: list[int]) -> np.ndarray:
+    state = lane_coder.start(len(ids))
+    parts = [
+        lane_coder.logits(state, np.ascontiguousarray(ids[:, first:last]), first).reshape(len(ids), -1, 256)
+        for first, last in zip([0, *borders], [*borders, ids.shape[1]], strict=True)
+    ]
+    return np.concatenate(parts, axis=1)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_all_paths_give_the_same_integers(name: str) -> None:
+    model = integers(**STRUCTURES[name])
+    compiled, ids = CpuCoder(model, 32, 16), random_ids(3, 32).numpy()
+    expected = in_parts(compiled, ids, [])
+    assert np.array_equal(in_parts(compiled, ids, list(range(1, 32))), expected)
+    assert np.array_equal(in_parts(compiled, ids[1:2], [5, 6, 19]), expected[1:2])
+    for container in ("float64", "float32", "int64"):
+        torch_path = TorchCoder(model, 32, 16, container=container)
+        assert np.array_equal(in_parts(torch_path, ids, [1, 7, 8, 21]), expected), container
+
+
+@pytest.mark.compiled
+def test_compiled_torch_gives_the_same_integers() -> None:
+    model, ids = integers(), random_ids(2, 16).numpy()
+    assert np.array_equal(
+        in_parts(TorchCoder(model, 16, 8, compile=True), ids, [8]), in_parts(CpuCoder(model, 16, 8), ids, [])
+    )
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_integers() -> None:
+    model, ids = integers(), random_ids(4, 32).numpy()
+    for container in ("float64", "float32"):
+        on_gpu = TorchCoder(model, 32, 16, device="cuda", container=container)
+        assert np.array_equal(in_parts(on_gpu, ids, [1, 9]), in_parts(CpuCoder(model, 32, 16), ids, []))
+
+
+@pytest.mark.parametrize("name", [name for name in STRUCTURES if name != "kept as float16"])
+def test_logits_are_near_the_float_model(name: str) -> None:
+    model = small_model(**{"artifact": EVERY_CODE, **STRUCTURES[name]})
+    stored = store_weights(dict(model.named_parameters()), model.config)
+    quantised = build(model.config, {key: restore(value) for key, value in stored.items()}, source="test")
+    ids = random_ids(2, 32)
+    expected = quantised.logits(ids)[:, :, 4:].detach().numpy()
+    lane_coder = CpuCoder(integer_model(stored, model.config), 32, 16)
+    found = in_parts(lane_coder, ids.numpy(), []) / 2**fp.LOGIT_BITS * math.log(2)
+    assert np.sqrt(np.square(found - expected).mean()) < 0.005
+    assert np.abs(found - expected).max() < 0.05
+
+
+def test_bits_per_byte_are_those_of_the_float_artifact() -> None:
+    from bytejepa import load
+    from bytejepa.data.corpus import embedded_text
+
+    text = embedded_text("val")[:3000]
+    _, frequencies = CpuCoder(golden_model(), 128, 64).price(text)
+    nats = math.log(2) * (fp.TOTAL_BITS - np.log2(frequencies)).sum()
+    # the score gives some probability to the four specials, which the codec does not
+    expected = score(load(GOLDEN_MODEL), text, window=128, stride=64).bpb
+    assert bits_per_byte(nats, len(text)) == pytest.approx(expected, rel=0.003)
+
+
+def test_frequencies_are_whole_and_both_paths_agree() -> None:
+    random = np.random.default_rng(0)
+    logits = np.concatenate([
+        random.integers(-(40 << 16), 40 << 16, (50, 256)), np.zeros((1, 256), np.int64), random.integers(0, 3, (50, 256))
+    ])  # fmt: skip
+    logits[0, 7] = 90 << 16
+    table = cpu_coder().frequencies(logits.copy())
+    assert np.array_equal(TorchCoder(golden_model(), 8, 8).frequencies(logits.copy()), table)
+    assert (table >= 1).all()
+    assert (table.sum(axis=1) == 1 << 24).all()
+    shares = np.exp2((logits - logits.max(axis=1, keepdims=True)) / 2.0**16)
+    shares /= shares.sum(axis=1, keepdims=True)
+    assert np.abs(table / 2**24 - shares).max() < 2e-4
+
+
+def test_tables_are_the_nearest_integers() -> None:
+    j = np.arange(4096)
+    assert np.abs(fp.exp2_table() - 2.0**30 * np.exp2(-j / 4096)).max() <= 0.5001
+    assert np.abs(fp.tanh_table() - 2.0**24 * np.tanh(np.arange(2049) / 256)).max() <= 0.5001
+    assert np.abs(fp.sigmoid_table() - 2.0**15 / (1 + np.exp(-np.arange(1025) / 64))).max() <= 0.5001
+    cosines, sines = fp.rotary_tables(300, 16, 10_000.0)
+    angles = np.outer(np.arange(300), 10_000.0 ** (-np.arange(0, 16, 2) / 16))
+    assert np.abs(cosines - 2.0**14 * np.cos(angles)).max() <= 0.5001
+    assert np.abs(sines - 2.0**14 * np.sin(angles)).max() <= 0.5001
+
+
+def test_square_roots_are_exact() -> None:
+    root = torch.cat((torch.randint(1, 1 << 31, (1000,)), torch.tensor([1, 2, 3, (1 << 31) - 1])))
+    for offset, expected in ((0, root), (-1, root - 1), (1, root.where(root > 1, root))):
+        assert torch.equal(square_root(root * root + offset), expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"document_masking": True}},
+        {"model": {"attention_windows": (16,)}},
+        {"model": {"skip_gates": True}},
+        {"model": {"ngram_orders": (3,), "ngram_rows": 16, "ngram_dim": 4}},
+        {"jepa": {"context": "causal"}},
+    ],
+)
+def test_other_structures_are_refused(changes: dict[str, Any]) -> None:
+    section, settings = next(iter(changes.items()))
+    with pytest.raises(CodecError, match=rf"does not implement {section}\.{next(iter(settings))}"):
+        integers(**changes)
