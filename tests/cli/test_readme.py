@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bytejepa.presets import preset
 from conftest import MINIMAL
 
 ROOT = Path(__file__).parents[2]
@@ -102,10 +103,10 @@ def test_the_demo_runs_end_to_end(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(done.stdout)
-    # a busy machine trains fewer steps within the wallclock; what a quiet one reaches stands in docs/log.md
     assert record["artifact_sliding_bpb"] < record["xz_bpb"]
     assert record["quantization_loss_bpb"] < 0.01
     assert record["scored_bytes"] > 400_000
     assert (tmp_path / "demo" / "learning_curve.png").stat().st_size > 10_000
-    if record["artifact_sliding_bpb"] > 1.85 or record["smaller_than_xz"] < 0.15:
-        pytest.xfail(f"the demo's target of 1.85 bpb is open: {record['artifact_sliding_bpb']:.4f} (docs/log.md)")
+    if record["steps"] == preset("tiny").schedule.steps:  # a busy machine trains fewer steps within the wallclock
+        assert record["artifact_sliding_bpb"] <= 1.85
+        assert record["smaller_than_xz"] >= 0.15
