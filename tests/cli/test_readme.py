@@ -35,7 +35,17 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [json.dumps({"id": d.id, "text": d.data.decode()}) for d in documents]
     (folder / "corpus.jsonl").write_text("\n".join(lines))
     (folder / "notes.txt").write_bytes(documents[0].data[:3000])
+    (folder / "plan.toml").write_text(plan_of_the_docs())
     return folder
+
+
+def plan_of_the_docs() -> str:
+    """The plan file that docs/ablations.md shows, with runs that take a moment."""
+    text = (ROOT / "docs" / "ablations.md").read_text(encoding="utf-8")
+    (plan,) = re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL)
+    small = plan.replace("steps = 400", "steps = 2").replace("validation_bytes = 65536", "validation_bytes = 600")
+    assert small.count(" = 2 ") + small.count("= 600 ") == 2
+    return small
 
 
 def words_of(command: str) -> list[str]:
@@ -49,6 +59,8 @@ def words_of(command: str) -> list[str]:
         words += [*SMALL, "--force"]
     if " bench " in command:
         words += [*SMALL, "--steps=1"]
+    if " ablate " in command and "--list" not in command:
+        words += ["--seeds", "1", "2"]
     if " submission " in command:
         words += ["--score-bytes=2000"]
     launcher = [sys.executable, "-m", "torch.distributed.run"] if words[0] == "torchrun" else None
