@@ -298,8 +298,8 @@ def test_a_study_shows_its_differences(tmp_path: Path, minimal_run: Path, second
     assert "-0.0500 to -0.0100" in whole
     rows = read_csv(made, "ablation")
     assert [(row["variant"], row["verdict"]) for row in rows] == [("base", ""), ("other", "better")]
-    marked = re.findall(r">([-+]0\.\d{4} \w+)</text>", made.page.read_text())
-    assert marked == ["-0.0300 better"] * 2
+    marks = re.findall(r"<text[^>]*var\(--series-2\)[^>]*>([^<]*)<", made.page.read_text())
+    assert "-0.0300 better" in [mark.replace("−", "-") for mark in marks]
     assert {"learning_compared", "learning_curves", "learning_curves_2", "ablation"} <= set(page.ids)
 
 

@@ -85,12 +85,18 @@ def commands(runs: Sequence[LoggedRun]) -> list[str]:
         launcher = (
             ["bytejepa"] if ranks == 1 else ["torchrun", "--standalone", f"--nproc_per_node={ranks}", "-m", "bytejepa"]
         )
-        lines.append(shlex.join([*launcher, "train", *train_words(run.config), "--data", data, "--out", out]))
+        lines.append(_command([*launcher, "train", *train_words(run.config), "--data", data, "--out", out]))
     first = runs[0]
     data, artifact = str(first.manifest.get("data", {}).get("path", "SHARDS")), f"{Path(first.name).name}.bjm"
-    lines.append(shlex.join(["bytejepa", "export", first.name, "-o", artifact]))
-    lines.append(shlex.join(["bytejepa", "eval", artifact, "--data", data]))
+    lines.append(_command(["bytejepa", "export", first.name, "-o", artifact]))
+    lines.append(_command(["bytejepa", "eval", artifact, "--data", data]))
     return lines
+
+
+def _command(words: list[str]) -> str:
+    """Return a command line for a shell; one of many options takes a line for each."""
+    command = shlex.join(words)
+    return command.replace(" --", " \\\n    --") if len(command) > 100 else command
 
 
 def study_command(study: StudyResult | None, folder: Path | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,6 +90,19 @@ def plain_numbers(axis: Any) -> None:
 
     axis.set_major_formatter(FuncFormatter(label))
     axis.set_minor_formatter(NullFormatter())
+
+
+def log_axis(axis: Any) -> None:
+    """Make an axis logarithmic with ticks that can be read over any range; call it after drawing."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    # under a decade there may be no power of ten at all
+    axis.set_major_locator(MaxNLocator(4) if decades < 1 else LogLocator(subs=(1, 3) if decades < 2 else (1,)))
+    axis.set_minor_locator(NullLocator())
+    plain_numbers(axis)
 
 
 def draw_plots(plots: list[Plot]) -> Iterator[DrawnPlot]:

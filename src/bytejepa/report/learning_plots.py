@@ -11,10 +11,28 @@ from bytejepa.report.inputs import Configuration, LoggedRun
 from bytejepa.report.tables import Cell, Table
 
 CURVES = {
-    "train_bpb": ("train, one batch", FAINT),
+    "train_bpb": ("train, batches", FAINT),
     "val_bpb": ("validation, live weights", SERIES[1]),
     "val_bpb_average": ("validation, averaged weights (EMA)", SERIES[0]),
 }
+
+
+LATENTS = {
+    "jepa_explained_variance": (
+        "explained variance",
+        "Explained variance: share of the latents' variance that the predictor explains; 1 is all, 0 is what guessing "
+        "their mean would give, values under -1 may lie below the frame.",
+    ),
+    "jepa_effective_rank": (
+        "effective rank",
+        "Effective rank of the latents' covariance: how many dimensions they use; near 1 they have collapsed.",
+    ),
+    "jepa_latent_std": (
+        "standard deviation",
+        "Standard deviation: root mean variance of the latents' dimensions; 1 for a standard normal, 0 collapsed.",
+    ),
+}
+"""Logged key: (title of its panel, what it says)."""
 
 
 def learning_curves(configuration: Configuration, name: str) -> Plot:
@@ -131,18 +149,16 @@ def legend_below(figure: Any, layout: Layout) -> None:
 
 def latents(configurations: Sequence[Configuration]) -> Plot | None:
     """Return explained variance, effective rank and size of JEPA's latents over training; None if no run has them."""
-    keys = {
-        "jepa_explained_variance": "explained variance",
-        "jepa_effective_rank": "effective rank",
-        "jepa_latent_std": "standard deviation",
-    }
+    logged = {key for c in configurations for line in c.runs[0].metrics for key in LATENTS if key in line}
+    keys = {key: label for key, (label, _) in LATENTS.items() if key in logged}
     shown = [c for c in configurations if any(key in line for key in keys for line in c.runs[0].metrics)]
     if not shown:
         return None
 
     def draw(layout: Layout) -> Any:
-        figure = new_figure(layout, (7.2 if layout.is_narrow else 3.2) + _legend_inches(shown, layout))
-        panels = figure.subplots(*((3, 1) if layout.is_narrow else (1, 3)))
+        height = 2.4 * len(keys) if layout.is_narrow else 3.2
+        figure = new_figure(layout, height + _legend_inches(shown, layout))
+        panels = figure.subplots(*((len(keys), 1) if layout.is_narrow else (1, len(keys))), squeeze=False).flat
         for axes, (key, label) in zip(panels, keys.items(), strict=True):
             for index, configuration in enumerate(configurations):
                 if configuration in shown:  # so that colours are those of the other plots
@@ -152,7 +168,10 @@ def latents(configurations: Sequence[Configuration]) -> Plot | None:
             axes.set_xlabel("training text read, MB")
             axes.xaxis.get_major_locator().set_params(nbins=5)
             plain_numbers(axes.xaxis)
-            axes.set_ylim(*((-1, 1) if key == "jepa_explained_variance" else (0, None)))
+            if key != "jepa_explained_variance":
+                axes.set_ylim(0, None)
+            elif axes.get_ylim()[1] > -1:  # an untrained predictor's first values would flatten all others
+                axes.set_ylim(-1, 1)
         legend_below(figure, layout)
         return figure
 
@@ -160,10 +179,8 @@ def latents(configurations: Sequence[Configuration]) -> Plot | None:
         name="latents",
         title="JEPA's latents",
         caption=(
-            "Explained variance: share of the latents' variance that the predictor explains; 1 is all, 0 is what guessing "
-            "their mean would give, values under -1 lie below the frame. Effective rank of the latents' covariance, of at "
-            f"most {shown[0].config.jepa.latent_dim} dimensions; near 1 they have collapsed. Standard deviation: root mean "
-            "variance of the latents' dimensions; 1 for a standard normal, 0 collapsed. "
+            "".join(f"{LATENTS[key][1]} " for key in keys)
+            + f"There are {shown[0].config.jepa.latent_dim} dimensions. "
             f"On training batches, moving average of at most {SMOOTHED_LINES} logged ones; bands from the least to the largest seed. "
             + "; ".join(f"{c.label}: {c.seeds}" for c in shown) + "."
         ),

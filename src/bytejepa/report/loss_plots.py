@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bytejepa.report.drawing import Layout, Plot, new_figure, plain_numbers, style_of
+from bytejepa.report.drawing import Layout, Plot, log_axis, new_figure, plain_numbers, style_of
 from bytejepa.report.learning_plots import legend_below
 from bytejepa.report.losses import Bin, by_class, by_document, by_document_length, by_position
 from bytejepa.report.measurements import PricedText, RunMeasurements
@@ -162,6 +162,7 @@ def _document_plot(texts: Mapping[str, PricedText], how: str) -> Plot | None:
         return None
     bins = {label: by_document_length(of_run) for label, of_run in documents.items()}
     drawn = {label: [b for b in of_run if b.num_samples >= INTERVAL_FROM] for label, of_run in bins.items()}
+    drawn = {label: of_run if len(of_run) > 1 else [] for label, of_run in drawn.items()}
 
     def draw(layout: Layout) -> Any:
         figure = new_figure(layout, 3.4 if layout.is_narrow else 3.8)
@@ -172,8 +173,7 @@ def _document_plot(texts: Mapping[str, PricedText], how: str) -> Plot | None:
                 x, y = [d.num_bytes for d in of_run], [d.bpb for d in of_run]
                 axes.plot(x, y, linestyle="none", markersize=4, alpha=0.6, label=label, **style)
             _draw_bins(axes, drawn[label], offset=0, label="_" if count <= FEW_DOCUMENTS else label, style=style)
-        axes.set_xscale("log")
-        plain_numbers(axes.xaxis)
+        log_axis(axes.xaxis)
         axes.set_xlabel("length of the document, bytes")
         axes.set_ylabel("bits per byte")
         legend_below(figure, layout)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bytejepa.report.drawing import DEAD, FAINT, SERIES, Layout, Plot, new_figure, plain_numbers, style_of
+from bytejepa.report.drawing import DEAD, FAINT, SERIES, Layout, Plot, log_axis, new_figure, style_of
 from bytejepa.report.measurements import Flow, RunMeasurements, TensorFigures
 from bytejepa.report.tables import Table
 
@@ -74,8 +74,7 @@ def weights_plot(measured: RunMeasurements, *, name: str, about: str) -> Plot:
             axes.set_xlabel("block")
             axes.xaxis.get_major_locator().set_params(integer=True)
         panels[0].set_ylim(0, None)
-        panels[1].set_yscale("log")
-        plain_numbers(panels[1].yaxis)
+        log_axis(panels[1].yaxis)
         panels[0].set_title("RMS of the weights")
         panels[1].set_title("RMS of the quantisation error / RMS of the weights")
         if layout.is_narrow:
@@ -125,7 +124,6 @@ def gradient_plot(measured: RunMeasurements, *, name: str, about: str) -> Plot:
     def draw(layout: Layout) -> Any:
         figure = new_figure(layout, 0.9 + 0.19 * len(by_module))
         axes = figure.subplots()
-        axes.set_xscale("log")
         for row, (module, flow) in enumerate(flows.items()):
             if flow == "alive":
                 axes.plot([least, values[module]], [row, row], color=SERIES[0], linewidth=0.8, alpha=0.5)
@@ -139,7 +137,7 @@ def gradient_plot(measured: RunMeasurements, *, name: str, about: str) -> Plot:
         for label, flow in zip(axes.get_yticklabels(), flows.values(), strict=True):
             label.set_color(DEAD if flow == "dead" else FAINT)
         axes.tick_params(axis="y", length=0)
-        plain_numbers(axes.xaxis)
+        log_axis(axes.xaxis)
         axes.set_ylim(len(flows) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("RMS of the gradient per element")
@@ -204,7 +202,9 @@ def size_plot(measured: Mapping[str, RunMeasurements]) -> Plot:
                 left += size / 1e6
             axes.text(left + limit / 1e8, row, f"{left:.2f} MB, {1e6 * left / limit:.1%}", va="center", fontsize=9)
         axes.axvline(limit / 1e6, color=DEAD, linewidth=1.5)
-        axes.text(limit / 1e6, -0.62, f"budget {limit / 1e6:g} MB ", color=DEAD, ha="right", va="bottom", fontsize=9)
+        axes.text(
+            0.992 * limit / 1e6, -0.62, f"budget {limit / 1e6:g} MB", color=DEAD, ha="right", va="bottom", fontsize=9
+        )
         axes.set_yticks(range(len(segments)), list(segments) if len(segments) > 1 else [""])
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(segments) - 0.5, -0.9)

@@ -163,7 +163,7 @@ def run_table(inputs: ReportInputs, measured: Measured) -> Grid:
 
 def _run_row(configuration: str, run: LoggedRun, found: RunMeasurements | None) -> list[str]:
     scores = [f"{found.scores[stage].bpb:.4f}" if found else "–" for stage in ("raw", "average", "artifact")]
-    label = f"{configuration}: {run.name}" if configuration and configuration != run.name else run.name
+    label = run.name if configuration in run.name else f"{configuration}: {run.name}"
     return [
         label,
         str(run.seed),

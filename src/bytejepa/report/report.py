@@ -17,7 +17,7 @@ from bytejepa.report.inputs import ReportInputs, read_inputs
 from bytejepa.report.learning_plots import compared_curves, latents, learning_curves, throughput_plot
 from bytejepa.report.loss_plots import loss_plots, missing_losses
 from bytejepa.report.measurements import RunMeasurements
-from bytejepa.report.model_plots import gradient_plot, size_plot, weights_plot
+from bytejepa.report.model_plots import flow_of, gradient_plot, modules, size_plot, weights_plot
 from bytejepa.report.page import Section, render_page
 from bytejepa.report.study_plots import forest_plot
 
@@ -140,7 +140,10 @@ def _plan(inputs: ReportInputs, measured: dict[str, tuple[RunMeasurements, ...]]
             "Inside the model",
             "",
             inside[0] if inside else [],
-            list(zip(list(measured)[1:], inside[1:], strict=True)),
+            [
+                (_with_dead(label, measured[label][0]), plots)
+                for label, plots in zip(list(measured)[1:], inside[1:], strict=True)
+            ],
         ),
         ("Size", "", sizes, []),
         ("Latents", "", _present(latents(configurations)), []),
@@ -159,6 +162,12 @@ def _inside(label: str, index: int, of_runs: tuple[RunMeasurements, ...], many: 
         weights_plot(first, name=_numbered("weights", index), about=about),
         gradient_plot(first, name=_numbered("gradient_flow", index), about=about),
     ]
+
+
+def _with_dead(label: str, measured: RunMeasurements) -> str:
+    """Return the label of what is folded, with the dead modules that are to be found there."""
+    dead = [module for module, tensors in modules(measured.tensors).items() if flow_of(tensors) == "dead"]
+    return f"{label} (dead: {', '.join(dead)})" if dead else label
 
 
 def _numbered(name: str, index: int) -> str:

@@ -38,7 +38,7 @@ def forest_plot(study: StudyResult) -> Plot | None:
         axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
         axes.margins(x=0.08)
-        axes.set_xlabel("bpb minus the baseline's\n← better        worse →")
+        axes.set_xlabel("← better · bpb minus the baseline's · worse →")
         plain_numbers(axes.xaxis)
         axes.xaxis.get_major_locator().set_params(nbins=4 if layout.is_narrow else 8)
         return figure
@@ -76,10 +76,8 @@ def _draw_variant(axes: Any, row: int, variant: VariantSummary, differences: dic
     if variant.interval_low_bpb is not None and variant.interval_high_bpb is not None:
         axes.plot([variant.interval_low_bpb, variant.interval_high_bpb], [row, row], color=colour, linewidth=2)
     axes.plot([variant.difference_bpb], [row], "s", color=colour, markersize=7)
-    axes.annotate(
-        f"{variant.difference_bpb:+.4f} {variant.verdict}", (variant.difference_bpb, row), xytext=(0, 7),
-        textcoords="offset points", ha="center", fontsize=8 if layout.is_narrow else 8.5, color=colour,
-    )  # fmt: skip
+    words = f"{variant.difference_bpb:+.4f}{chr(10) if layout.is_narrow else ' '}{variant.verdict}"
+    axes.text(1.01, row, words, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=colour)
 
 
 def _seeds(study: StudyResult) -> str:
