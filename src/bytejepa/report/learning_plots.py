@@ -17,6 +17,7 @@ CURVES = {
 }
 
 
+CURVE_COLUMNS = ("configuration", "run", "seed", "step", "text_read_mb", "curve", "value")
 LATENTS = {
     "jepa_explained_variance": (
         "explained variance",
@@ -66,7 +67,7 @@ def _long_table(runs: Sequence[LoggedRun], keys: dict[str, Any], label: str | No
                 for key in keys
                 if key in line
             ]
-    return Table.of(("configuration", "run", "seed", "step", "text_read_mb", "curve", "value"), rows)
+    return Table.of(CURVE_COLUMNS, rows)
 
 
 def _draw_learning(configuration: Configuration, layout: Layout) -> Any:
@@ -107,7 +108,6 @@ def _frame_loss(axes: Any, highest: list[float]) -> None:
 def compared_curves(configurations: Sequence[Configuration]) -> Plot:
     """Return the averaged weights' validation loss of every configuration in one plot."""
     rows = [row for c in configurations for row in _long_table(c.runs, {"val_bpb_average": None}, c.label).rows]
-    columns = _long_table((), {}).columns
 
     def draw(layout: Layout) -> Any:
         figure = new_figure(layout, (3.4 if layout.is_narrow else 4.2) + _legend_inches(configurations, layout))
@@ -131,7 +131,7 @@ def compared_curves(configurations: Sequence[Configuration]) -> Plot:
             + ". Lines are means over the seeds, bands reach from the best to the worst. As logged while training, "
             "non-overlapping windows."
         ),
-        table=Table.of(columns, rows),
+        table=Table.of(CURVE_COLUMNS, rows),
         draw=draw,
     )
 
@@ -184,7 +184,7 @@ def latents(configurations: Sequence[Configuration]) -> Plot | None:
             f"On training batches, moving average of at most {SMOOTHED_LINES} logged ones; bands from the least to the largest seed. "
             + "; ".join(f"{c.label}: {c.seeds}" for c in shown) + "."
         ),
-        table=Table.of(_long_table((), {}).columns, [r for c in shown for r in _long_table(c.runs, keys, c.label).rows]),
+        table=Table.of(CURVE_COLUMNS, [r for c in shown for r in _long_table(c.runs, keys, c.label).rows]),
         draw=draw,
     )  # fmt: skip
 

@@ -129,8 +129,9 @@ def summary(configuration: Configuration, measured: Measured) -> list[Figure]:
         detail = f"{share:.1%} of {limit:,}" + (", mean" if len(sizes) > 1 else "")
         figures.append(Figure(label="bytes, weights and code", value=f"{statistics.fmean(sizes):,.0f}", detail=detail))
     read = f"{runs[0].metrics[-1]['num_bytes'] / 1e6:,.2f} MB read"
+    steps, _, spread = with_spread([run.last("step") for run in runs], ",.0f").partition(" ± ")
     figures.append(
-        Figure(label="steps", value=with_spread([run.last("step") for run in runs][:1], ",.0f"), detail=read)
+        Figure(label="steps", value=steps, detail=f"± {spread}, {read}" if spread not in ("", "0") else read)
     )
     rates = [mean_rate(run) for run in runs]
     rate = statistics.fmean(known) if (known := [value for value in rates if value]) else math.nan
@@ -228,7 +229,7 @@ def _provenance(run: LoggedRun) -> dict[str, str]:
     manifest = run.manifest
     versions = ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items())
     device = str(manifest.get("device", "unknown"))
-    known = {
+    return {
         "code": f"commit {manifest.get('git_commit') or 'unknown'}",
         "versions": f"Python {manifest.get('python', 'unknown')}, {versions}" if versions else "unknown",
         "machine": f"{manifest.get('processor', 'unknown')}, {manifest.get('physical_cores', '?')} cores",
@@ -238,4 +239,3 @@ def _provenance(run: LoggedRun) -> dict[str, str]:
         "fingerprint": f"{str(manifest.get('fingerprint', 'unknown'))[:16]}… of the configuration",
         "begun": str(manifest.get("created", "unknown")),
     }
-    return known
