@@ -88,10 +88,8 @@ def _ngram_row(m: ModelConfig, ids: list[int], starts: list[bool], t: int, n: in
         return m.ngram_rows - 1
     number = 0
     for value in reversed(run):
-        number = (number * 0x9E3779B97F4A7C15 + value) % 2**64
-    number = number * 0x9E3779B97F4A7C15 % 2**64
-    signed = number - 2**64 if number >= 2**63 else number
-    return (signed >> 32) % (m.ngram_rows - 1)
+        number = (number * 1_327_217_885 + value) % 2**31
+    return (number * 1_327_217_885 % 2**31) * (m.ngram_rows - 1) // 2**31
 
 
 def _block(

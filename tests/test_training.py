@@ -285,11 +285,24 @@ def test_the_clock_replays_its_log_and_drops_a_line_that_was_cut_off(tmp_path) -
     assert Clock(log).read(2) == live
 
 
+TECHNIQUES = {
+    "model": {
+        "document_masking": True, "smear_gate": "input", "skip_gates": True, "parallel_last_layers": 1,
+        "attention_gate_dims": 12, "value_embedding_last_layers": 1, "recurrent_layers": (0, 1), "ngram_orders": (3, 5),
+        "ngram_rows": 64,
+    },
+    "jepa": {"context": "causal", "horizons": 2, "next_bytes_weight": 0.1},
+    "optimizer": {"muon_row_normalization": True, "newton_schulz_coefficients": "polar_express"},
+}  # fmt: skip
+
+
 @pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled_training_takes_the_same_steps(minimal_config, embedded_shards, tmp_path) -> None:
+@pytest.mark.parametrize("options", [{}, TECHNIQUES], ids=["default", "every technique"])
+def test_compiled_training_takes_the_same_steps(options, minimal_config, embedded_shards, tmp_path) -> None:
     for mode in ("off", "on"):
-        train(quiet(minimal_config, training={"compile": mode, "log_every_steps": 1}), embedded_shards, tmp_path / mode)
+        config = replace(minimal_config, **options)
+        train(quiet(config, training={"compile": mode, "log_every_steps": 1}), embedded_shards, tmp_path / mode)
     eager, compiled = (
         [line["train_loss_nats"] for line in RunFolder(tmp_path / mode).read_metrics() if "train_loss_nats" in line]
         for mode in ("off", "on")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from typing import Any, Literal
 
@@ -26,9 +25,20 @@ Mask = Any
 Kernel = Literal["flash4", "flash3", "cudnn", "blocked", "flash", "flex", "math"]
 
 
-@functools.cache
+_available: dict[str, dict[Kernel, str | None]] = {}
+
+
 def available_backends(device_type: str) -> dict[Kernel, str | None]:
-    """Return for each kernel None if this machine has it, or else the reason why not."""
+    """Return for each kernel None if this machine has it, or else the reason why not.
+
+    Kept in a dictionary, into which torch.compile can look; functools.cache it would trace through, with a warning.
+    """
+    if device_type not in _available:
+        _available[device_type] = _find_backends(device_type)
+    return _available[device_type]
+
+
+def _find_backends(device_type: str) -> dict[Kernel, str | None]:
     cuda = device_type == "cuda" and torch.cuda.is_available()
     capability = torch.cuda.get_device_capability() if cuda else (0, 0)
     no_cuda = None if cuda else "needs a CUDA device"

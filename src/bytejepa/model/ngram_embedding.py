@@ -17,8 +17,10 @@ from bytejepa.config import EXACT_BIGRAM_ROWS
 from bytejepa.data.vocabulary import BYTE_OFFSET
 from bytejepa.model.layers import Linear
 
-HASH_MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)
-"""2^64 over the golden ratio, made odd, as a signed number: Fibonacci hashing (Knuth, TAOCP 3, 6.4)."""
+HASH_BITS = 31
+"""Hashes are numbers below 2^31, so that no product of two of them overflows 64 bits."""
+HASH_MULTIPLIER = 1_327_217_885
+"""2^31 over the golden ratio, to the nearest odd number: Fibonacci hashing (Knuth, TAOCP 3, 6.4)."""
 
 
 class BigramHash(nn.Module):
@@ -82,12 +84,15 @@ class NgramHash(nn.Module):
         position = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
         if document_start is not None:
             position = position - torch.where(document_start, position, 0).cummax(1).values
-        hashed, chosen = ids.long(), list[Tensor]()
+        hashed = ids.long()
+        chosen: list[Tensor] = []
+        low_bits = (1 << HASH_BITS) - 1
         for offset in range(1, self.reach + 1):
             earlier = F.pad(ids[:, :-offset], (min(offset, ids.size(1)), 0)).long()
-            hashed = hashed * HASH_MULTIPLIER + earlier  # products wrap around at 2^64 on every device
+            hashed = (hashed * HASH_MULTIPLIER + earlier) & low_bits
             if offset + 1 in self.orders:
-                row = (hashed * HASH_MULTIPLIER >> 32) % (self.rows - 1)
+                # a multiplication by the golden ratio moves the information into the high bits; those choose the row
+                row = ((hashed * HASH_MULTIPLIER & low_bits) * (self.rows - 1)) >> HASH_BITS
                 chosen.append(row.masked_fill(position < offset, self.rows - 1) + self.rows * len(chosen))
         return torch.stack(chosen, dim=-1)
 

@@ -126,7 +126,8 @@ class ByteLM(nn.Module):
         backend = choose_backend(self.attention_backend, x0.device.type, masked=self._is_masked(length))
         masks = self._masks(length, starts, x0.device, backend)
         windows, order = self.config.model.window_of_layer, self.config.model.layer_order
-        x, skips = x0, list[Tensor]()
+        x = x0
+        skips: list[Tensor] = []
         for place, layer in enumerate(order):
             block = self.blocks[layer]
             if place >= self.num_encoder_layers and skips:

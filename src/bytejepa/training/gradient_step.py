@@ -37,7 +37,12 @@ class _WeightedLoss(nn.Module):
 
     def forward(self, inputs: Tensor, targets: Tensor, jepa_lambda: Tensor, jepa: bool) -> tuple[Tensor, ...]:
         losses = self.model.losses(inputs, targets, jepa=jepa)
-        total = losses.ce + self.multi_token_weight * losses.multi_token + self.next_bytes_weight * losses.next_bytes
+        total = losses.ce
+        # terms that are always zero are left out: the compiler folds them, and then mistakes the sum for its detached part
+        if self.model.multi_token_heads:
+            total = total + self.multi_token_weight * losses.multi_token
+        if self.next_bytes_weight:
+            total = total + self.next_bytes_weight * losses.next_bytes
         if jepa:
             total = total + jepa_lambda * (losses.jepa_prediction + self.sigreg_weight * losses.sigreg)
         parts = (total, losses.ce.detach(), losses.jepa_prediction.detach(), losses.sigreg.detach())
