@@ -123,7 +123,7 @@ def rehearsal() -> tuple[RunConfig, RunConfig]:
     small = replace(
         preset("tiny"),
         model={"num_layers": 2, "model_dim": 32, "rotary_dims": 8, "xsa_last_layers": 1},
-        data={"sequence_bytes": 64, "batch_bytes": 256},
+        data={"sequence_bytes": 64, "batch_bytes": 256, "sequence_growth": None},
         training={"compile": "off"},
     )
     return small, replace(small, jepa={"gradient": "detached"})
@@ -152,7 +152,7 @@ def check_agreement(steps: int = 200, devices: Sequence[str] = ("cpu", "cuda")) 
     config = replace(
         preset("tiny"),
         model={"num_layers": 4, "num_heads": 2, "num_kv_heads": 1},
-        data={"sequence_bytes": 256, "batch_bytes": 4096},
+        data={"sequence_bytes": 256, "batch_bytes": 4096, "sequence_growth": None},
         schedule={"steps": steps},
         training={"warmup_steps": 0, "validate_every_steps": None},
     )

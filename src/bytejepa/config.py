@@ -310,7 +310,8 @@ class DataConfig(_Section):
     num_streams: PositiveInt = 1
     """For `sequential`: readers among which a step's ids are divided (the reference: one a GPU, 8)."""
     sequence_growth: tuple[tuple[float, int], ...] | None = None
-    """Pairs (progress, sequence_bytes) that replace sequence_bytes from that progress on; None: fixed."""
+    """Pairs (progress, ids) that replace sequence_bytes from that progress on; beginning at 0 they end at sequence_bytes;
+    None: fixed."""
     character_substitution: Fraction = 0.0
     """Share of training sequences in which one byte value is replaced throughout by a random Unicode character, which
     prepares a corpus of few symbols for others."""
@@ -318,6 +319,12 @@ class DataConfig(_Section):
     def __post_init__(self) -> None:
         _Section.__post_init__(self)
         stages = self.stages
+        growth = self.sequence_growth
+        if growth and growth[0][0] == 0 and growth[-1][1] != self.sequence_bytes:
+            raise ConfigError(
+                f"data.sequence_bytes {self.sequence_bytes} is not the last length of data.sequence_growth, {growth[-1][1]}",
+                hint="set both, or data.sequence_growth None",
+            )
         for begin, length in stages:
             if not 0 <= begin < 1 or length < 2:
                 raise ConfigError(

@@ -152,7 +152,7 @@ def test_text_that_is_not_utf8_is_kept_as_it_is(command: Callable[..., Any], tmp
 
 
 def test_too_little_text_for_a_sequence(refuses: Refuses, shards: Path, tmp_path: Path) -> None:
-    words = [w for w in MINIMAL if "sequence" not in w and "batch-bytes" not in w]
+    words = [w for w in MINIMAL if "sequence-bytes" not in w and "batch-bytes" not in w]
     line = refuses(
         DATA, "train", *words, "--data.sequence-bytes=65536", "--data.batch-bytes=131072", "--data", shards,
         "--out", tmp_path / "run",

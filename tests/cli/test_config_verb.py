@@ -85,7 +85,11 @@ def test_explain_is_a_table(command: Callable[..., Any]) -> None:
         (("--schedule.steps", "None", "--schedule.max-wallclock-s", "None"), "schedule: nothing ends the run"),
         (("--jepa.lambda-max", "nan"), "jepa.lambda_max: expected 0 or more, got nan"),
         (
-            ("--data.batch-bytes", "4096", "--data.sequence-bytes", "500"),
+            ("--data.sequence-bytes", "1024"),
+            "data.sequence_bytes 1024 is not the last length of data.sequence_growth, 512",
+        ),
+        (
+            ("--data.batch-bytes", "4096", "--data.sequence-bytes", "500", "--data.sequence-growth", "None"),
             "data.batch_bytes 4096 is not a multiple of data.sequence_bytes 500",
         ),
     ],

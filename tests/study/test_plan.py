@@ -1,0 +1,139 @@
+"""Plans: what a file may say, and that what it may not say is answered in one line with the nearest name."""
+
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bytejepa.config_json import to_dict
+from bytejepa.errors import ConfigError
+from bytejepa.presets import preset
+from bytejepa.study.plan import built_in_plans, load_plan, override
+from study.plans import small_plan, small_values
+
+
+def test_a_configuration_is_base_then_budget_then_plan_then_variant_then_seed() -> None:
+    plan = small_plan(overrides={**small_values()["overrides"], "jepa.chunk_bytes": 4})
+    config = plan.config(plan.variant("with"), 7)
+    assert (config.schedule.steps, config.schedule.max_bytes, config.schedule.max_wallclock_s) == (4, None, None)
+    assert (config.evaluation.window_bytes, config.evaluation.stride_bytes) == (64, 32)
+    assert (config.model.model_dim, config.jepa.chunk_bytes) == (32, 4)
+    assert (config.jepa.gradient, config.training.seed) == ("detached", 7)
+    assert config.model.embedding_std == preset("ablation").model.embedding_std
+
+
+def test_none_switches_off_only_what_can_be_off() -> None:
+    off = [{**v, "overrides": {"model.bigram_rows": "None"}} for v in small_values()["variants"]]
+    plan = small_plan(variants=off)
+    assert plan.config(plan.variants[0], 1).model.bigram_rows is None
+    with pytest.raises(ConfigError, match="model_dim"):
+        small_plan(overrides={"model.model_dim": "None"})
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"), [({"bytes": 1024}, (None, 1024, None)), ({"seconds": 2.5}, (None, None, 2.5))]
+)
+def test_budgets(budget: dict[str, Any], expected: tuple[object, ...]) -> None:
+    plan = small_plan(budget=budget)
+    schedule = plan.config(plan.variants[0], 1).schedule
+    assert (schedule.steps, schedule.max_bytes, schedule.max_wallclock_s) == expected
+
+
+def variants(**changes: Any) -> list[dict[str, Any]]:
+    control, tested = small_values()["variants"]
+    return [control, {**tested, **changes}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sedes": [1]}, "unknown entry 'sedes' (did you mean 'seeds'?)"),
+        ({"base": "ablatoin"}, "unknown preset 'ablatoin' (did you mean 'ablation'?)"),
+        ({"baseline": "withuot"}, "the baseline 'withuot' is no variant (did you mean 'without'?)"),
+        ({"seeds": []}, "one or more different seeds"),
+        ({"seeds": [1, 1]}, "one or more different seeds"),
+        ({"seeds": [1.5]}, "seeds: expected a list of whole numbers"),
+        ({"budget": {}}, "budget: expected one of steps, bytes, seconds, got none"),
+        ({"budget": {"steps": 3, "bytes": 9}}, "got steps, bytes"),
+        ({"budget": {"steps": 0}}, "budget.steps: expected a number above 0, got 0"),
+        ({"budget": {"stesp": 3}}, "unknown entry 'stesp' (did you mean 'steps'?)"),
+        ({"variants": variants()[:1]}, "two or more variants"),
+        ({"variants": variants(name="without")}, "different names"),
+        ({"variants": variants(name="../up")}, "'../up' is no name"),
+        ({"variants": variants(overrides={"jepa.gradent": "x"})}, "(did you mean 'gradient'?)"),
+        ({"variants": variants(overrides={"jepaa.gradient": "x"})}, "(did you mean 'jepa'?)"),
+        ({"variants": variants(overrides={"gradient": "detached"})}, "expected section.setting = value"),
+        ({"variants": variants(overrides={"jepa.lambda_max": -1})}, "jepa.lambda_max: expected 0 or more, got -1"),
+        ({"variants": variants(overides={})}, "unknown entry 'overides' (did you mean 'overrides'?)"),
+        ({"variants": variants(overrides={"data.order": "sequential"})}, "data.order is sequential, the baseline's is"),
+        ({"variants": variants(overrides={"training.compile": "on"})}, "training.compile is on, the baseline's is auto"),
+        ({"variants": variants(overrides={"schedule.steps": 9})}, "schedule.steps is 9, the baseline's is 4"),
+        ({"variants": variants(overrides={"schedule.warmdown_to": 0.5})}, "ends at learning-rate scale 0.5, expected 0"),
+        ({"evaluation": {"window_bytes": 64, "stride_bytes": 32}}, "validation_bytes is missing"),
+    ],
+)  # fmt: skip
+def test_an_impossible_plan_is_refused_in_one_line(
+    refuses: Callable[..., str], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(small_values(**changes)))
+    assert message in refuses(2, "ablate", path, "--out", tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_files_that_are_no_plans(refuses: Callable[..., str], tmp_path: Path) -> None:
+    assert "did you mean 'jepa'?" in refuses(2, "ablate", "jeppa", "--out", tmp_path / "study")
+    assert "No such file" in refuses(2, "ablate", tmp_path / "no.toml", "--out", tmp_path / "study")
+    (tmp_path / "bad.toml").write_text("name = ")
+    assert "not TOML" in refuses(2, "ablate", tmp_path / "bad.toml", "--out", tmp_path / "study")
+    (tmp_path / "list.json").write_text("[1]")
+    assert "expected a table" in refuses(2, "ablate", tmp_path / "list.json", "--out", tmp_path / "study")
+    assert "needs --out" in refuses(2, "ablate", "jepa")
+    assert "needs a plan" in refuses(2, "ablate")
+    assert "budget.steps" in refuses(2, "ablate", "jepa", "--steps", "0", "--out", tmp_path / "study")
+
+
+def test_a_variant_may_end_elsewhere_if_it_says_so() -> None:
+    ends = {"overrides": {"schedule.warmdown_to": 0.5}, "learning_rate_ends_at": 0.5}
+    plan = small_plan(variants=variants(**ends))
+    assert [plan.expected_learning_rate_end(variant) for variant in plan.variants] == [0.0, 0.5]
+
+
+@pytest.mark.parametrize("name", built_in_plans())
+def test_built_in_plans_change_one_thing_at_a_time(name: str) -> None:
+    plan = load_plan(name)
+    assert plan.name == name
+    assert len(plan.seeds) >= 3
+    baseline = to_dict(plan.config(plan.variant(plan.baseline), 1))
+    for variant in plan.variants:
+        assert variant.tests.endswith((".", "?"))
+        config = to_dict(plan.config(variant, 1))
+        changed = [s for s in config if config[s] != baseline[s]]
+        if variant.name not in (plan.baseline, "all-mended"):
+            assert len(changed) == 1, (variant.name, changed)
+    fingerprints = {json.dumps(to_dict(plan.config(variant, 1))) for variant in plan.variants}
+    assert len(fingerprints) == len(plan.variants)
+
+
+def test_toml_tables_and_dotted_names_say_the_same() -> None:
+    dotted, nested = '"jepa.gradient" = "detached"', 'jepa.gradient = "detached"'
+    plans = [small_plan(variants=variants(overrides=tomllib.loads(text))) for text in (dotted, nested)]
+    assert plans[0] == plans[1]
+
+
+def test_overriding_steps_and_seeds() -> None:
+    plan = override(small_plan(budget={"bytes": 1024}), steps=9, seeds=(5,))
+    assert (plan.budget.steps, plan.budget.bytes, plan.seeds) == (9, None, (5,))
+    with pytest.raises(ConfigError, match="seeds"):
+        override(plan, seeds=(-1,))
+
+
+def test_list_shows_plans_and_variants(command: Callable[..., Any]) -> None:
+    outcome = command("ablate", "--list")
+    assert outcome.code == 0
+    assert [name for name in built_in_plans() if name not in outcome.out] == []
+    assert "untrained-projector" in command("ablate", "jepa", "--list").out
+    assert set(json.loads(command("ablate", "--list", "--json").out)) == set(built_in_plans())
