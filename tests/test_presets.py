@@ -3,10 +3,12 @@
 import dataclasses
 
 import pytest
+import torch
 
 from bytejepa.config_json import to_dict
 from bytejepa.errors import ConfigError
-from bytejepa.presets import PRESETS, default, pr832, pr832_no_jepa, preset, tiny
+from bytejepa.model.transformer import ByteLM
+from bytejepa.presets import PRESETS, default, golf, golf_tiny, pr832, pr832_no_jepa, preset, tiny
 
 RUN_COMMAND = {  # spec section 8: the reference's environment variables
     "model": {
@@ -84,12 +86,43 @@ def test_tiny_has_the_structure_of_default() -> None:
 
 
 def test_presets_by_name() -> None:
-    assert set(PRESETS) == {"default", "pr832", "pr832-no-jepa", "tiny", "ablation", "ablation-pr832"}
+    assert set(PRESETS) == {
+        "default",
+        "pr832",
+        "pr832-no-jepa",
+        "tiny",
+        "golf",
+        "golf-tiny",
+        "ablation",
+        "ablation-pr832",
+    }
     assert preset("pr832") == pr832()
     with pytest.raises(ConfigError, match=r"unknown preset 'tny'.*did you mean 'tiny'"):
         preset("tny")
-    with pytest.raises(ConfigError, match="presets: default, pr832, pr832-no-jepa, tiny, ablation"):
+    with pytest.raises(ConfigError, match="presets: default, pr832, pr832-no-jepa, tiny, golf, golf-tiny, ablation"):
         preset("zzz")
+
+
+def test_golf_has_about_as_many_weights_as_the_budget_holds_at_3_55_bits() -> None:
+    with torch.device("meta"):
+        model = ByteLM(golf())
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert 34_000_000 < count < 36_000_000
+    assert count * 3.55 / 8 < golf().artifact.limit_bytes
+
+
+def test_golf_tiny_differs_from_tiny_as_golf_from_default() -> None:
+    small, full = to_dict(golf_tiny()), to_dict(golf())
+    plain_small, plain_full = to_dict(tiny()), to_dict(default())
+    changed = {
+        (section, name)
+        for section, settings in small.items()
+        for name, value in settings.items()
+        if value != plain_small[section][name]
+    }
+    assert changed
+    for section, name in changed:
+        assert small[section][name] == full[section][name] != plain_full[section][name]
 
 
 @pytest.mark.parametrize("name", PRESETS)
