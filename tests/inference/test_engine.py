@@ -83,7 +83,7 @@ def small_config(**changes: dict[str, Any]) -> RunConfig:
             "rotary_length_bytes": 64,
         },
         jepa={"latent_dim": 12, "hidden_dim": 20, "sigreg_directions": 4, "chunk_bytes": CHUNK},
-        data={"sequence_bytes": 64},
+        data={"sequence_bytes": 64, "sequence_growth": None},
         evaluation={"window_bytes": WINDOW, "stride_bytes": HOP},
     )
     return replace(base, **changes)
