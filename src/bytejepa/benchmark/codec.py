@@ -105,7 +105,7 @@ def other_compressors() -> dict[str, Callable[[bytes], int]]:
         import pyppmd
     except ImportError:
         return found
-    found["PPMd H -o16"] = lambda data: len(pyppmd.compress(data, max_order=16, mem_size=256 << 20))
+    found["PPMd H -o6"] = lambda data: len(pyppmd.compress(data, max_order=6, mem_size=256 << 20))
     return found
 
 

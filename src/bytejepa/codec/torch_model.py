@@ -175,14 +175,14 @@ class TorchCoder(LaneCoder):
             injection=zeros(num_lanes, m.width),
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, state: TorchState, ids: Ids, position: int, first_wanted: int = 0) -> Ids:
         """See `LaneCoder.logits`."""
         x = self._run(state, self._tensor(ids), position)[:, first_wanted:]
         found: Ids = self._logits(x).flatten(0, 1).cpu().numpy()
         return found
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def frequencies(self, logits: Ids) -> Ids:
         """See `LaneCoder.frequencies`."""
         logit = self._tensor(logits)
