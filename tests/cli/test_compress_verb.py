@@ -22,7 +22,7 @@ def file(tmp_path: Path) -> Path:
 def test_a_file_goes_and_comes_back(command: Callable, file: Path) -> None:
     done = command("compress", file, "--model", GOLDEN_MODEL, "--json")
     assert done.code == 0, done
-    record = json.loads(done.err)
+    record = json.loads(done.out)
     packed = file.with_name("notes.txt.bjc")
     assert record["compressed_bytes"] == packed.stat().st_size
     assert record["content_bytes"] == 756

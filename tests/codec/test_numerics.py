@@ -66,10 +66,9 @@ def test_all_paths_give_the_same_integers(name: str) -> None:
 
 @pytest.mark.compiled
 def test_compiled_torch_gives_the_same_integers() -> None:
-    model, ids = integers(), random_ids(2, 16).numpy()
-    assert np.array_equal(
-        in_parts(TorchCoder(model, 16, 8, compile=True), ids, [8]), in_parts(CpuCoder(model, 16, 8), ids, [])
-    )
+    model = integers(model={"num_layers": 1, "xsa_last_layers": 1}, jepa={"enabled": False})
+    compiled, ids = TorchCoder(model, 16, 8, compile=True), random_ids(2, 16).numpy()
+    assert np.array_equal(in_parts(compiled, ids, []), in_parts(CpuCoder(model, 16, 8), ids, []))
 
 
 @pytest.mark.gpu

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
 from bytejepa.cli.parsing import ConfigField, PresetField
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure speed: `bytejepa bench [PRESET] --what train|eval|prepare|load [--against plain] [--scaling]`."""
+    """Measure speed: `bytejepa bench [PRESET] --what train|eval|generate|codec|prepare|load [--against plain] [--scaling]`."""
 
     DEFAULT_PRESET: ClassVar[str] = "tiny"
 
     config: ConfigField
     preset: PresetField = "tiny"
-    what: Literal["train", "eval", "prepare", "load"] = "train"
+    what: Literal["train", "eval", "generate", "codec", "prepare", "load"] = "train"
     """What to measure."""
     against: Literal["plain"] | None = None
     """Run the plain eager writing of the same model and optimiser beside it, step by step in turn (train)."""
@@ -30,7 +33,13 @@ class Bench:
     steps: int = 10
     """Timed steps."""
     num_bytes: int = 65_536
-    """Bytes scored (eval)."""
+    """Bytes scored (eval), bytes of a block (codec, at most)."""
+    lanes: tuple[int, ...] = (1, 8)
+    """Texts that advance together (generate), blocks a thread decodes together (codec)."""
+    contexts: tuple[int, ...] = (64, 256)
+    """Ids before the timed byte (generate), windows (codec)."""
+    threads: int | None = None
+    """Threads (codec); default: one a processor."""
     megabytes: int = 100
     """Size of the input in MB (prepare)."""
     workers: int = 1
@@ -56,6 +65,10 @@ class Bench:
             report = bench.bench_load(self.config, device, steps=self.steps)
         elif self.what == "eval":
             report = bench.bench_eval(self.config, device, num_bytes=self.num_bytes, compile=compiled)
+        elif self.what == "generate":
+            report = self._generate(device)
+        elif self.what == "codec":
+            report = self._codec()
         elif self.scaling:
             report = bench.bench_scaling(self.config, device, steps=self.steps, compile=compiled)
             bench.plot_scaling(report, self.output)
@@ -73,6 +86,21 @@ class Bench:
         else:
             _print(report)
         return 0
+
+    def _generate(self, device: torch.device) -> dict[str, Any]:
+        from bytejepa.benchmark.generation import bench_generate
+
+        return bench_generate(
+            self.config, device, lanes=self.lanes, contexts=self.contexts, runs=3, at_least_s=self.steps / 10
+        )
+
+    def _codec(self) -> dict[str, Any]:
+        from bytejepa.benchmark.codec import bench_codec
+
+        num_bytes = min(self.num_bytes, 3 * max(self.contexts) // 2)  # one window and one hop
+        return bench_codec(
+            self.config, num_bytes=num_bytes, lanes=self.lanes, windows=self.contexts, threads=self.threads
+        )
 
 
 def _print(report: Any) -> None:
@@ -101,6 +129,17 @@ def _print(report: Any) -> None:
             for name, way in report["ways"].items()
         ]
         print_table("scoring", ["windows", "seconds", "bytes/s", "bpb"], rows)
+    if "codec" in report:
+        rows = [[r["what"], f"{r['window']}", f"{r['lanes']}", f"{r['bytes_per_s']:,.0f}"] for r in report["codec"]]
+        print_table("codec", ["", "window", "lanes", "bytes/s"], rows)
+    if "generate" in report:
+        columns = ("engine_bytes_per_s", "naive_bytes_per_s", "engine_bytes_per_cpu_s", "naive_bytes_per_cpu_s")
+        rows = [
+            [f"{r['lanes']}", f"{r['context']}", *(f"{r[c]:,.0f}" for c in columns), f"{r['speedup']:.1f}x"]
+            for r in report["generate"]
+        ]
+        titles = ["lanes", "context", "engine B/s", "naive B/s", "engine B/CPU-s", "naive B/CPU-s", "speed-up"]
+        print_table("generate", titles, rows)
 
 
 _SPEED_COLUMNS = ["ms a step", "fastest", "kB/s", "TFLOP/s", "utilisation", "peak memory"]

@@ -34,7 +34,7 @@ class _Common:
     device: str = "cpu"
     """cpu or cuda. The result does not depend on it."""
     json: bool = False
-    """Print sizes and speed as one JSON object on standard error."""
+    """Print sizes and speed as one JSON object: on standard output, or standard error where the result goes there."""
 
     def _read(self) -> bytes:
         if str(self.file) == "-":
@@ -76,26 +76,26 @@ class _Common:
                 on_progress=lambda done: bar.advance(task, done),
             )
 
-    def _report(self, began: float, compressed_bytes: int, content_bytes: int) -> None:
+    def _report(self, seconds: float, compressed_bytes: int, content_bytes: int, *, stdout_is_free: bool) -> None:
         import json
-        import time
 
-        from bytejepa.cli.terminal import note
+        from bytejepa.bits import format_bytes
+        from bytejepa.cli.terminal import note, print_json
 
-        seconds = time.perf_counter() - began
-        bpb = 8 * compressed_bytes / content_bytes if content_bytes else None
-        if self.json:
-            record = {
-                "content_bytes": content_bytes,
-                "compressed_bytes": compressed_bytes,
-                "bpb": bpb,
-                "seconds": seconds,
-                "bytes_per_s": content_bytes / seconds,
-            }
+        record = {
+            "content_bytes": content_bytes,
+            "compressed_bytes": compressed_bytes,
+            "bpb": 8 * compressed_bytes / content_bytes if content_bytes else None,
+            "seconds": seconds,
+            "bytes_per_s": content_bytes / seconds,
+        }
+        if self.json and stdout_is_free:
+            print_json(record)
+        elif self.json:
             note(json.dumps(record))
         elif sys.stderr.isatty():
-            rate = f"{content_bytes / seconds:,.0f} bytes/s"
-            note(f"{content_bytes:,} bytes, compressed {compressed_bytes:,} ({bpb or 0:.4f} bits a byte), {rate}")
+            sizes = f"{format_bytes(content_bytes)}, compressed {format_bytes(compressed_bytes)}"
+            note(f"{sizes} ({record['bpb'] or 0:.4f} bits a byte), {format_bytes(content_bytes / seconds)}/s")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,8 @@ class Compress(_Common):
                 self.model, data, block_bytes=self.block_bytes, window=self.window, hop=self.hop, settings=settings
             )
         self._write(target, blob)
-        self._report(began, len(blob), len(data))
+        seconds = time.perf_counter() - began
+        self._report(seconds, len(blob), len(data), stdout_is_free=target is not None)
         return 0
 
 
@@ -158,7 +159,8 @@ class Decompress(_Common):
                 content = decompress(self.model, blob, settings=settings)
         if not self.test:
             self._write(target, content)
-        self._report(began, len(blob), len(content))
+        seconds = time.perf_counter() - began
+        self._report(seconds, len(blob), len(content), stdout_is_free=self.test or target is not None)
         for block in damaged:
             note(f"{self.file}: bytes {block.begin} to {block.begin + block.num_bytes}: {block.reason}")
         if damaged:

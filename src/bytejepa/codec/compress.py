@@ -11,10 +11,10 @@ import dataclasses
 import os
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from bytejepa.artifact.container import read_container
 from bytejepa.artifact.load import configuration_of, load, stored_weights
@@ -36,6 +36,8 @@ INCOMPRESSIBLE = 0.98
 
 Model = IntegerModel | ByteLM | Path | str
 Backend = Literal["auto", "cpu", "torch"]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +57,9 @@ class Settings:
     @property
     def num_threads(self) -> int:
         """Threads to use."""
-        return self.threads or len(os.sched_getaffinity(0))
+        if self.threads:
+            return self.threads
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,10 +110,8 @@ def compress(
     if not 1 <= block_bytes <= container.MAX_BLOCK_BYTES:
         raise ConfigError(f"block bytes: expected 1 to {container.MAX_BLOCK_BYTES}, got {block_bytes}")
     chosen = _coder(integers, window, hop, settings)
-    progress = _synchronized(settings.on_progress)
     contents = [data[begin : begin + block_bytes] for begin in range(0, len(data), block_bytes)]
-    with ThreadPoolExecutor(settings.num_threads) as pool:
-        blocks = list(pool.map(lambda content: _encode_block(chosen, content, progress), contents))
+    blocks = _in_threads(lambda content, report: _encode_block(chosen, content, report), contents, settings)
     coded = container.blocks_file(data, blocks, block_bytes=block_bytes, window=window, hop=hop, model=integers.sha256)
     return coded if len(coded) < len(whole) else whole
 
@@ -176,14 +178,14 @@ def _coder(model: IntegerModel, window: int, hop: int, settings: Settings) -> La
     return CpuCoder(model, window, hop)
 
 
-def _encode_block(chosen: LaneCoder, content: bytes, progress: Progress | None) -> container.Block:
+def _encode_block(chosen: LaneCoder, content: bytes, report: Progress) -> container.Block:
     simple = container.zstd_compress(content)
     if len(simple) < INCOMPRESSIBLE * len(content):
-        payload = coder.encode(*chosen.price(content, progress))
+        payload = coder.encode(*chosen.price(content, report))
         if len(payload) < len(simple):
             return container.make_block(content, payload, is_zstd=False)
-    elif progress is not None:
-        progress(len(content))
+    else:
+        report(len(content))
     return container.make_block(content, simple, is_zstd=True)
 
 
@@ -191,28 +193,48 @@ def _decode_blocks(model: IntegerModel | None, parsed: container.Blocks, setting
     """Return the contents of all blocks; None for those that fail."""
     contents: list[bytes | None] = [None] * len(parsed.blocks)
     coded = []
-    progress = _synchronized(settings.on_progress)
     for index, block in enumerate(parsed.blocks):
-        if block is not None and block.is_zstd:
-            contents[index] = _zstd_content(block)
-        elif block is not None:
+        if block is not None and not block.is_zstd:
             coded.append(index)
-        if progress is not None and (block is None or block.is_zstd):
-            progress(parsed.num_bytes(index))
+            continue
+        if block is not None:
+            contents[index] = _zstd_content(block)
+        if settings.on_progress is not None:
+            settings.on_progress(parsed.num_bytes(index))
     if model is None or not coded:
         return contents
     _refuse_window(model, parsed)
     chosen = _coder(model, parsed.window, parsed.hop, settings)
 
-    def decode(indices: list[int]) -> None:
+    def decode(indices: list[int], report: Progress) -> list[bytes]:
         blocks = [block for block in (parsed.blocks[index] for index in indices) if block is not None]
-        decoded = chosen.decode([block.payload for block in blocks], [block.num_bytes for block in blocks], progress)
+        return chosen.decode([block.payload for block in blocks], [block.num_bytes for block in blocks], report)
+
+    groups = list(_groups(coded, settings))
+    for indices, decoded in zip(groups, _in_threads(decode, groups, settings), strict=True):
         for index, content in zip(indices, decoded, strict=True):
             contents[index] = content
+    return contents
+
+
+def _in_threads(work: Callable[[Item, Progress], Result], items: Sequence[Item], settings: Settings) -> list[Result]:
+    """Return the results of `work` on every item; an interruption or failure ends all threads at their next report."""
+    lock, stopped = threading.Lock(), threading.Event()
+
+    def report(num_bytes: int) -> None:
+        if stopped.is_set():
+            raise CodecError("stopped")
+        if settings.on_progress is not None:
+            with lock:
+                settings.on_progress(num_bytes)
 
     with ThreadPoolExecutor(settings.num_threads) as pool:
-        list(pool.map(decode, _groups(coded, settings)))
-    return contents
+        try:
+            return list(pool.map(lambda item: work(item, report), items))
+        except BaseException:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _groups(indices: list[int], settings: Settings) -> Iterator[list[int]]:
@@ -242,15 +264,3 @@ def _failure(damaged: list[Damage]) -> CodecError:
     where = f"bytes {first.begin} to {first.begin + first.num_bytes}: {first.reason}"
     more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
     return CodecError(f"{where}{more}", hint="restore the rest with --keep-going")
-
-
-def _synchronized(on_progress: Progress | None) -> Progress | None:
-    if on_progress is None:
-        return None
-    lock = threading.Lock()
-
-    def report(num_bytes: int) -> None:
-        with lock:
-            on_progress(num_bytes)
-
-    return report

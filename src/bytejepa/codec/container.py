@@ -28,6 +28,8 @@ ENTRY = struct.Struct("<III")
 """One block: bytes of its payload (top bit: zstd), CRC-32 of the payload, CRC-32 of the content."""
 CHECKSUM_BYTES, DIGEST_BYTES = 8, 16
 MAX_BLOCK_BYTES = 1 << 20
+MAX_ZSTD_EXPANSION = 1 << 15
+"""A block of zstd is 128 KiB at most and takes 4 bytes at least."""
 _ZSTD_BLOCK = 1 << 31
 _DAMAGED = "the file is damaged, copy it again"
 
@@ -129,18 +131,14 @@ def parse(data: bytes) -> bytes | Blocks:
 def decompress_zstd(frame: bytes, num_bytes: int) -> bytes:
     """Return the content of a frame that must have `num_bytes`. Raises: CodecError, without allocating more than that."""
     try:
-        found = zstandard.get_frame_parameters(frame)
-        if found.content_size != num_bytes:
-            raise CodecError(f"expected {num_bytes} bytes, the zstd frame has {found.content_size}", hint=_DAMAGED)
-        decoder = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
-        content = bytearray()
-        for begin in range(0, len(frame), 1 << 16):
-            content += decoder.decompress(frame[begin : begin + (1 << 16)])
-    except zstandard.ZstdError as problem:
-        raise CodecError(f"zstd: {problem}", hint=_DAMAGED) from problem
-    if len(content) != num_bytes or decoder.unused_data:
-        raise CodecError(f"expected {num_bytes} bytes, got {len(content)}", hint=_DAMAGED)
-    return bytes(content)
+        claimed = zstandard.get_frame_parameters(frame).content_size
+        if claimed != num_bytes:
+            raise CodecError(f"expected {num_bytes} bytes, the zstd frame has {claimed}", hint=_DAMAGED)
+        if num_bytes > len(frame) * MAX_ZSTD_EXPANSION:
+            raise CodecError(f"a zstd frame of {len(frame)} bytes cannot hold the {num_bytes} it claims", hint=_DAMAGED)
+        return zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(frame, allow_extra_data=False)
+    except (zstandard.ZstdError, MemoryError) as problem:
+        raise CodecError(f"zstd: {problem or 'out of memory'}", hint=_DAMAGED) from problem
 
 
 def _parse_zstd(data: bytes) -> bytes:

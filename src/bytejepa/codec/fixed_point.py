@@ -52,6 +52,10 @@ LOGIT_BITS = 16
 """Fraction bits of logits, in binary digits (log2)."""
 TOTAL_BITS = 24
 """Frequencies of the 256 bytes sum to 2^24; each is at least 1."""
+INVERSE_BITS = 46
+"""Fraction bits of the reciprocal of a softmax's sum."""
+FREQUENCY_BITS = 38
+"""Fraction bits of the reciprocal of a sum of byte weights."""
 INT16_MAX = (1 << 15) - 1
 MAX_WIDTH = 1024
 MAX_WINDOW = 1 << 15

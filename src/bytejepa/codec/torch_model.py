@@ -17,7 +17,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bytejepa.codec import fixed_point as fp
-from bytejepa.codec.forward import FREQUENCY_BITS, INVERSE_BITS
 from bytejepa.codec.integer_model import IntegerLatents, IntegerLayer, IntegerMatrix, IntegerModel
 from bytejepa.codec.lanes import Ids, LaneCoder
 
@@ -175,22 +174,22 @@ class TorchCoder(LaneCoder):
             injection=zeros(num_lanes, m.width),
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, state: TorchState, ids: Ids, position: int, first_wanted: int = 0) -> Ids:
         """See `LaneCoder.logits`."""
         x = self._run(state, self._tensor(ids), position)[:, first_wanted:]
         found: Ids = self._logits(x).flatten(0, 1).cpu().numpy()
         return found
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def frequencies(self, logits: Ids) -> Ids:
         """See `LaneCoder.frequencies`."""
         logit = self._tensor(logits)
         best = logit.argmax(-1, keepdim=True)  # the first of equals, checked by a test
         weight = self._exp2(rounded(logit.gather(-1, best) - logit, fp.LOGIT_BITS - fp.SOFTMAX_BITS))
-        total = torch.full_like(weight[:, :1], ((1 << fp.TOTAL_BITS) - 256) << FREQUENCY_BITS)
+        total = torch.full_like(weight[:, :1], ((1 << fp.TOTAL_BITS) - 256) << fp.FREQUENCY_BITS)
         gain = total // weight.sum(-1, keepdim=True)
-        table = 1 + ((weight * gain) >> FREQUENCY_BITS)
+        table = 1 + ((weight * gain) >> fp.FREQUENCY_BITS)
         table.scatter_add_(-1, best, (1 << fp.TOTAL_BITS) - table.sum(-1, keepdim=True))
         found: Ids = table.cpu().numpy()
         return found
@@ -262,7 +261,7 @@ class TorchCoder(LaneCoder):
         exponent = rounded((largest - scores).clamp_min(0) * multiplier, layer.score_shift)
         weight = self._exp2(exponent).masked_fill(~visible, 0)
         total = weight.sum(-1, keepdim=True)
-        shares = rounded(weight * (torch.full_like(total, fp.INT16_MAX << INVERSE_BITS) // total), INVERSE_BITS)
+        shares = rounded(weight * (torch.full_like(total, fp.INT16_MAX << fp.INVERSE_BITS) // total), fp.INVERSE_BITS)
         y = (shares.to(exact) @ values[:, :, None, :end].to(exact)).long()
         y = rounded(y, fp.ATTENTION_BITS).clamp(-fp.INT16_MAX, fp.INT16_MAX).permute(0, 3, 1, 2, 4)
         if layer.drop_own_value:

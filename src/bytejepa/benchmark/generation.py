@@ -1,7 +1,5 @@
 """Bytes a second of the incremental engine, by lanes and context, against a full forward pass for every byte.
 
-    python benchmarks/benchmark_generate.py --preset tiny --lanes 1 8 --context 64 256 --json
-
 Random weights: speed does not depend on them. The naive figure is what a generator without a cache reaches: the model
 is run over the whole context (in whole chunks) and the last logits are kept. Both are the best of a few runs.
 On a machine that others use, read the figures per second of CPU time.
@@ -9,22 +7,35 @@ On a machine that others use, read the figures per second of CPU time.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import os
-import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from bytejepa.benchmark.bench import surroundings
+from bytejepa.config import RunConfig
 from bytejepa.inference.engine import Engine
 from bytejepa.model.initialization import initialize
 from bytejepa.model.transformer import ByteLM
-from bytejepa.presets import PRESETS, preset
+
+
+def bench_generate(
+    config: RunConfig,
+    device: torch.device,
+    *,
+    lanes: Sequence[int],
+    contexts: Sequence[int],
+    runs: int,
+    at_least_s: float,
+) -> dict[str, Any]:
+    """Return one row for each number of lanes and context: see the module's docstring."""
+    model = initialize(ByteLM(config), 0).to(device).eval()
+    if device.type == "cuda":
+        model.compute_dtype = torch.bfloat16
+    rows = [measure(model, count, context, runs=runs, at_least_s=at_least_s) for count in lanes for context in contexts]
+    return {**surroundings(device), "generate": rows}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,67 +96,3 @@ def measure(model: ByteLM, lanes: int, context: int, *, runs: int, at_least_s: f
         "prefill_ids_per_s": lanes * context / filling.wall_s,
         "prefill_ids_per_cpu_s": lanes * context / filling.cpu_s,
     }
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="tiny")
-    parser.add_argument("--lanes", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--context", type=int, nargs="+", default=[64, 256, 480], help="ids before the timed bytes")
-    parser.add_argument("--runs", type=int, default=3, help="the best is kept")
-    parser.add_argument("--seconds", type=float, default=1.0, help="least time of one run")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    model = initialize(ByteLM(preset(options.preset)), 0).to(options.device).eval()
-    if options.device.startswith("cuda"):
-        model.compute_dtype = torch.bfloat16
-    results = [
-        measure(model, lanes, context, runs=options.runs, at_least_s=options.seconds)
-        for lanes in options.lanes
-        for context in options.context
-    ]
-    record = {
-        "preset": options.preset,
-        "device": options.device,
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "load_1min": os.getloadavg()[0],
-        "results": results,
-    }
-    if options.json:
-        print(json.dumps(record, indent=1))
-        return
-    table = Table(title=f"{options.preset}, {options.device}, {options.threads} thread(s), torch {torch.__version__}")
-    columns = (
-        "lanes",
-        "context",
-        "engine B/s",
-        "naive B/s",
-        "engine B/CPU-s",
-        "naive B/CPU-s",
-        "speed-up",
-        "prefill ids/CPU-s",
-    )
-    for column in columns:
-        table.add_column(column, justify="right")
-    rates = ("engine_bytes_per_s", "naive_bytes_per_s", "engine_bytes_per_cpu_s", "naive_bytes_per_cpu_s")
-    for row in results:
-        shown = (f"{row[name]:,.0f}" for name in rates)
-        table.add_row(
-            f"{row['lanes']}",
-            f"{row['context']}",
-            *shown,
-            f"{row['speedup']:.1f}x",
-            f"{row['prefill_ids_per_cpu_s']:,.0f}",
-        )
-    Console(width=120).print(table)
-
-
-if __name__ == "__main__":
-    main()

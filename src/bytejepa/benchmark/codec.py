@@ -1,0 +1,135 @@
+"""The codec's speed by lanes and window, against float32 stepping, and its ratio against other compressors."""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import brotli
+import numpy as np
+import torch
+import zstandard
+
+from bytejepa.artifact.store import store_weights
+from bytejepa.benchmark.bench import surroundings
+from bytejepa.codec.compress import Model, Settings, codec_model, compress, decompress
+from bytejepa.codec.cpu import CpuCoder
+from bytejepa.codec.integer_model import IntegerModel, integer_model
+from bytejepa.config import RunConfig
+from bytejepa.data.vocabulary import BYTE_OFFSET
+from bytejepa.errors import ConfigError
+from bytejepa.inference.engine import Engine
+from bytejepa.model.initialization import initialize
+from bytejepa.model.transformer import ByteLM
+
+
+def bench_codec(
+    config: RunConfig, *, num_bytes: int, lanes: Sequence[int], windows: Sequence[int], threads: int | None
+) -> dict[str, Any]:
+    """Return bytes a second of the codec on blocks of `num_bytes` random bytes, with random weights.
+
+    For every window (hop: half of it): encoding one block a thread, decoding so many lanes a thread, and what
+    float32 stepping reaches with as many lanes in all (without an entropy coder, at 3/4 of the window).
+    """
+    threads = threads or len(os.sched_getaffinity(0))
+    model = initialize(ByteLM(config), 0).eval()
+    integers = integer_model(store_weights(dict(model.named_parameters()), config), config)
+    block = np.random.default_rng(0).bytes(num_bytes)
+    rows = []
+    for window in windows:
+        if not 2 <= window <= integers.longest_window:
+            raise ConfigError(f"bench window: expected 2 to {integers.longest_window} ids for this model, got {window}")
+        rows += _codec_rows(integers, block, window, lanes, threads)
+        rows += [_float_row(model, window, count * threads) for count in lanes]
+    return {
+        **surroundings(torch.device("cpu")),
+        "codec_threads": threads,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "block_bytes": num_bytes,
+        "codec": rows,
+    }
+
+
+def _codec_rows(
+    model: IntegerModel, block: bytes, window: int, lanes: Sequence[int], threads: int
+) -> list[dict[str, Any]]:
+    coder = CpuCoder(model, window, window // 2)
+    coder.price(block[:2])  # compiles, or reads the compiled code
+    coder.decode([block], [2])
+    with ThreadPoolExecutor(threads) as pool:
+
+        def rate(task: Callable[[int], Any], num_bytes: int) -> float:
+            began = time.perf_counter()
+            list(pool.map(task, range(threads)))
+            return threads * num_bytes / (time.perf_counter() - began)
+
+        rows = [_row("encode", window, 1, rate(lambda _: coder.price(block), len(block)))]
+        for count in lanes:
+            streams, lengths = [block] * count, [len(block)] * count  # any bytes decode to something
+            measured = rate(lambda _, s=streams, n=lengths: coder.decode(s, n), count * len(block))
+            rows.append(_row("decode", window, count, measured))
+    return rows
+
+
+def _row(what: str, window: int, lanes: int, bytes_per_s: float) -> dict[str, Any]:
+    return {"what": what, "window": window, "lanes": lanes, "bytes_per_s": bytes_per_s}
+
+
+def _float_row(model: ByteLM, window: int, lanes: int) -> dict[str, Any]:
+    engine = Engine(model)
+    state = engine.start(num_lanes=lanes)
+    position = min(window * 3 // 4, engine.window - 1)
+    engine.feed(state, torch.full((lanes, 1), BYTE_OFFSET))
+    steps, began = 0, time.perf_counter()
+    while steps < 3 or time.perf_counter() - began < 1:
+        state.position = position  # what the cache holds does not change the speed
+        engine.step(state, torch.full((lanes,), BYTE_OFFSET))
+        steps += 1
+    return _row("float32 steps", window, lanes, lanes * steps / (time.perf_counter() - began))
+
+
+def other_compressors() -> dict[str, Callable[[bytes], int]]:
+    """Return by name functions from data to its compressed length; PPMd where pyppmd is installed."""
+    found: dict[str, Callable[[bytes], int]] = {
+        "zstd -19": lambda data: len(zstandard.ZstdCompressor(level=19).compress(data)),
+        "xz -9e": lambda data: len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)),
+        "brotli -11": lambda data: len(brotli.compress(data, quality=11, lgwin=24)),
+        "bzip2 -9": lambda data: len(bz2.compress(data, 9)),
+    }
+    try:
+        import pyppmd
+    except ImportError:
+        return found
+    found["PPMd H -o6"] = lambda data: len(pyppmd.compress(data, max_order=6, mem_size=256 << 20))
+    return found
+
+
+def compare(model: Model | None, texts: dict[str, bytes], *, settings: Settings | None = None) -> list[dict[str, Any]]:
+    """Return one row a text: bits per byte of the codec and of the others, and the codec's bytes a second.
+
+    Every file is decompressed again and compared. The model's bytes are not counted in any figure.
+    """
+    integers, others, rows = codec_model(model), other_compressors(), []
+    for name, text in texts.items():
+        began = time.perf_counter()
+        blob = compress(integers, text, settings=settings)
+        encoded = time.perf_counter()
+        assert decompress(integers, blob, settings=settings) == text, f"{name} did not come back"
+        decoded = time.perf_counter()
+        bpb = {"bytejepa": 8 * len(blob) / len(text)}
+        bpb |= {other: 8 * length(text) / len(text) for other, length in others.items()}
+        rows.append(
+            {
+                "text": name,
+                "num_bytes": len(text),
+                "bpb": bpb,
+                "encode_bytes_per_s": len(text) / (encoded - began),
+                "decode_bytes_per_s": len(text) / (decoded - encoded),
+            }
+        )
+    return rows

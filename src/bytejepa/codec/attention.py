@@ -1,0 +1,139 @@
+"""Attention of the compiled path: heads, caches, softmax and weighted values, all integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from bytejepa.codec.fixed_point import (
+    ATTENTION_BITS,
+    INT16_MAX,
+    INVERSE_BITS,
+    NORMED_BITS,
+    PRENORM_LIMIT,
+    ROTARY_BITS,
+    SOFTMAX_BITS,
+)
+from bytejepa.codec.kernels import clamped, normalize, rounded
+from bytejepa.codec.tiles import compiled, multiply_wide
+
+
+@compiled
+def _turn(x: Any, cosines: Any, sines: Any, position: int) -> None:
+    """Rotate a head `x` (E,) in place."""
+    half = cosines.shape[1]
+    for i in range(half):
+        a, b = np.int64(x[i]), np.int64(x[half + i])
+        cos, sin = np.int64(cosines[position, i]), np.int64(sines[position, i])
+        x[i] = clamped(rounded(a * cos + b * sin, ROTARY_BITS), INT16_MAX)
+        x[half + i] = clamped(rounded(b * cos - a * sin, ROTARY_BITS), INT16_MAX)
+
+
+@compiled
+def _softmax(scores: Any, length: int, multiplier: int, shift: int, exp2: Any, weights: Any, out: Any) -> None:
+    """Fill `out` int16 with probabilities of sum about 2^15 - 1 over the first `length` scores."""
+    largest = scores[0]
+    for j in range(1, length):
+        largest = max(largest, scores[j])
+    half = np.int64(1) << (shift - 1)
+    total = np.int64(0)
+    for j in range(length):
+        exponent = ((np.int64(largest) - np.int64(scores[j])) * multiplier + half) >> shift
+        weight = exp2[exponent & ((1 << SOFTMAX_BITS) - 1)] >> min(exponent >> SOFTMAX_BITS, 63)
+        weights[j] = weight
+        total += weight
+    inverse = (np.int64(INT16_MAX) << INVERSE_BITS) // total
+    for j in range(length):
+        out[j] = (weights[j] * inverse + (np.int64(1) << (INVERSE_BITS - 1))) >> INVERSE_BITS
+
+
+@compiled
+def heads(
+    sums: Any, multiplier: Any, shift: Any, constant: int, epsilon: int, sign: Any, cosines: Any, sines: Any,
+    keys: Any, values: Any, layer: int, lane: int, position: int, queries: Any, own: Any,
+) -> None:  # fmt: skip
+    """Fill `queries` (G, N * H / G, E) and the values `own` (N, G, E) of one lane from `sums` (N, .), and the caches."""
+    count, G, E = own.shape
+    per_group = queries.shape[1] // count
+    H = G * per_group
+    head = np.empty(E, np.int64)
+    for n in range(count):
+        for h in range(H + 2 * G):
+            limit = PRENORM_LIMIT if h < H + G else INT16_MAX
+            begin = h * E
+            for e in range(E):
+                i = begin + e
+                head[e] = clamped(rounded(np.int64(sums[n, i]) * multiplier[i], shift[i]), limit)
+            if h >= H + G:
+                for e in range(E):
+                    own[n, h - H - G, e] = head[e]
+                continue
+            normalize(head, E, constant, epsilon, NORMED_BITS, INT16_MAX, head)
+            _turn(head, cosines, sines, position + n)
+            if h < H:
+                for e in range(E):
+                    queries[h // per_group, n * per_group + h % per_group, e] = sign[h] * head[e]
+            else:
+                for e in range(E):
+                    keys[layer, lane, h - H, (position + n) // 16, e // 2, (position + n) % 16, e % 2] = head[e]
+        for group in range(G):
+            for e in range(E):
+                values[layer, lane, group, e // 16, (position + n) // 2, e % 16, (position + n) % 2] = own[n, group, e]
+
+
+@compiled
+def attend(
+    queries: Any, keys: Any, values: Any, layer: int, lane: int, position: int, multiplier: Any, score_shift: int,
+    exp2: Any, y: Any,
+) -> None:  # fmt: skip
+    """Fill `y` (N, H * E) int16 from `queries` (G, N * H / G, E) int16 of one lane."""
+    G, num_rows, E = queries.shape
+    per_group = num_rows // y.shape[0]
+    positions, outputs = keys.shape[3] * 16, values.shape[3] * 16
+    scores = np.empty((4, positions), np.int32)
+    weights = np.empty(positions, np.int64)
+    shares = np.zeros((4, positions), np.int16)
+    sums = np.empty((4, outputs), np.int32)
+    scores_at, shares_at, sums_at = scores.ctypes.data, shares.ctypes.data, sums.ctypes.data
+    for group in range(G):
+        cache = 2 * positions * ((layer * keys.shape[1] + lane) * G + group)
+        group_keys, group_values = keys.ctypes.data + cache * E, values.ctypes.data + cache * outputs
+        for first in range(0, num_rows, 4):
+            rows = min(4, num_rows - first)
+            context = position + (first + rows - 1) // per_group + 1
+            at = queries.ctypes.data + 2 * E * (group * num_rows + first)
+            multiply_wide(at, E, rows, group_keys, 16 * E, (context + 31) // 32 * 2, E // 2, scores_at, positions)
+            for row in range(rows):
+                length = position + (first + row) // per_group + 1
+                head = group * per_group + (first + row) % per_group
+                _softmax(scores[row], length, multiplier[head], score_shift, exp2, weights, shares[row])
+                for j in range(length, min(context + 1, positions)):
+                    shares[row, j] = 0
+            pairs = (context + 1) // 2
+            multiply_wide(
+                shares_at, positions, rows, group_values, 16 * positions, outputs // 16, pairs, sums_at, outputs
+            )
+            for row in range(rows):
+                n, head = (first + row) // per_group, group * per_group + (first + row) % per_group
+                for e in range(E):
+                    y[n, head * E + e] = clamped(rounded(np.int64(sums[row, e]), ATTENTION_BITS), INT16_MAX)
+
+
+@compiled
+def drop_own_values(y: Any, own: Any) -> None:
+    """Take the component along their own value out of the heads' outputs `y` (N, H * E) (XSA)."""
+    count, G, E = own.shape
+    per_group = y.shape[1] // (G * E)
+    for n in range(count):
+        for h in range(G * per_group):
+            value = own[n, h // per_group]
+            dot, squares = np.int64(0), np.int64(0)
+            for e in range(E):
+                dot += np.int64(y[n, h * E + e]) * value[e]
+                squares += np.int64(value[e]) * value[e]
+            if squares == 0:
+                continue
+            share = (dot << 16) // squares
+            for e in range(E):
+                y[n, h * E + e] = clamped(y[n, h * E + e] - rounded(share * value[e], 16), INT16_MAX)
