@@ -61,7 +61,8 @@ class Scorer:
     def __init__(self, model: ByteLM, *, compile: bool = False, prune: bool = True) -> None:  # noqa: A002 - torch's word
         self.model = model
         self.prune = prune
-        self._losses = torch.compile(self._batch_losses) if compile else self._batch_losses
+        # shapes are few (whole windows, the last ones, a ragged tail); made symbolic they fail to compile (PyTorch 2.13)
+        self._losses = torch.compile(self._batch_losses, dynamic=False) if compile else self._batch_losses
 
     def _batch_losses(self, ids: Int[Tensor, "B T"], targets: Int[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         scored = targets.size(1)
