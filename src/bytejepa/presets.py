@@ -81,16 +81,15 @@ def tiny() -> RunConfig:
 def golf() -> RunConfig:
     """`default` with what proved itself and a larger model, about 35 million weights; full size, 600 s on 8 GPUs.
 
-    Hashed runs of 3 to 6 ids, an input-dependent smear, value embeddings, row-normalised Muon, documents kept apart,
-    windows in most blocks, sequences that grow, a larger query gain and more weight decay. docs/techniques.md says what
-    each was measured to be worth, at what size, and what is taken over from others' measurements. To fit its weights
-    into the budget takes fewer bits a weight than matrix_bits 6.
+    Hashed runs of 3 to 6 ids and sequences that grow, both measured here; documents kept apart, windows in most blocks,
+    a larger query gain, more weight decay, more and wider blocks: taken over from others' measurements
+    (docs/techniques.md). To fit its weights into the budget takes fewer bits a weight than matrix_bits 6.
     """
     local, full = 1024, 0
     return replace(
         default(),
         model={
-            **_PROVEN_MODEL,
+            **_NGRAMS,
             "num_layers": 14,
             "mlp_ratio": 3.0,
             "query_gain": 4.0,
@@ -98,22 +97,16 @@ def golf() -> RunConfig:
             "attention_windows": (*(local, local, local, local, full) * 2, local, local, local, full),
         },
         data={"sequence_growth": ((0.0, 1024), (0.4, 2048), (0.7, 4096))},
-        optimizer={**_PROVEN_OPTIMIZER, "muon_weight_decay": 0.085},
+        optimizer={"muon_weight_decay": 0.085},
     )
 
 
 def golf_tiny() -> RunConfig:
-    """`golf`'s structure at the size of `tiny`, for comparisons on a CPU, without windows and documents."""
-    return replace(tiny(), model=_PROVEN_MODEL, optimizer=_PROVEN_OPTIMIZER)
+    """`tiny` with the tables of `golf`: what proved itself at this size, for comparisons on a CPU."""
+    return replace(tiny(), model=_NGRAMS)
 
 
-_PROVEN_MODEL: dict[str, Any] = {
-    "ngram_orders": (3, 4, 5, 6),
-    "ngram_dim": 16,
-    "smear_gate": "input",
-    "value_embedding_last_layers": 2,
-}
-_PROVEN_OPTIMIZER: dict[str, Any] = {"muon_row_normalization": True}
+_NGRAMS: dict[str, Any] = {"ngram_orders": (3, 4, 5, 6), "ngram_dim": 16}
 
 
 def ablation() -> RunConfig:
