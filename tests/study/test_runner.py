@@ -264,6 +264,17 @@ def test_folders_that_are_not_this_study_are_refused(
     assert started == []
 
 
+def test_force_runs_anew_whatever_was_there(
+    copied: Path, embedded_shards: Path, started: list[tuple[str, str]]
+) -> None:
+    (copied / "study.json").write_text("damaged")
+    with pytest.raises(CheckpointError, match="damaged"):
+        run_study(PLAN, copied, data=embedded_shards)
+    study = run_study(override(PLAN, seeds=(1,)), copied, data=embedded_shards, force=True)
+    assert started == [("train", "without_seed_1"), ("train", "with_seed_1")]
+    assert study.is_complete
+
+
 def test_other_data_has_other_fingerprints(tmp_path: Path, embedded_shards: Path) -> None:
     from bytejepa.study.environment import data_sha256
 

@@ -68,7 +68,8 @@ def run_study(
     `force`: run everything anew. Raises: ConfigError, DataError; CheckpointError if `out` holds another study, is in use,
     or began in another environment; Interrupted after a signal (the same command goes on).
     """
-    _refuse_other_study(plan, out, force=force)
+    if not force:
+        _refuse_other_study(plan, out)
     with file_errors_as(CheckpointError, "create the study folder", out):
         out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
@@ -77,12 +78,14 @@ def run_study(
             return study.go()
 
 
-def _refuse_other_study(plan: Plan, out: Path, *, force: bool) -> None:
+def _refuse_other_study(plan: Plan, out: Path) -> None:
     if (out / FILE_NAME).is_file():
         found = read_study(out).plan.name
-        if found != plan.name and not force:
-            raise CheckpointError(f"{out} holds the study {found!r}, not {plan.name!r}", hint="name another --out")
-    elif out.is_dir() and not force and [entry for entry in out.iterdir() if entry.name not in _OWN_ENTRIES]:
+        if found != plan.name:
+            raise CheckpointError(
+                f"{out} holds the study {found!r}, not {plan.name!r}", hint="name another --out, or --force"
+            )
+    elif out.is_dir() and [entry for entry in out.iterdir() if entry.name not in _OWN_ENTRIES]:
         raise CheckpointError(f"{out} is not empty and holds no study", hint="name another --out")
 
 
