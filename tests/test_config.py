@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from bytejepa import config as configuration
 from bytejepa.config import (
     ArtifactConfig,
     DataConfig,
@@ -26,6 +25,7 @@ from bytejepa.config import (
     TrainingConfig,
     replace,
 )
+from bytejepa.config_fields import ranges_of
 from bytejepa.config_json import fingerprint, from_dict, to_dict
 from bytejepa.errors import ConfigError
 from bytejepa.presets import PRESETS
@@ -35,7 +35,7 @@ SECTIONS = typing.get_type_hints(RunConfig)
 
 def bounded_settings() -> Iterator[tuple[str, str, Range]]:
     for section, kind in SECTIONS.items():
-        for name, bounds in configuration._ranges(kind).items():
+        for name, bounds in ranges_of(kind).items():
             yield section, name, bounds
 
 

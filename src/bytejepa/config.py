@@ -1,301 +1,23 @@
 """The configuration of a run: frozen dataclasses in which every field carries its unit and its range.
 
 `RunConfig` is the sum of its sections; the presets in `bytejepa.presets` are functions that derive one from another.
-`None` means off. Checks happen on construction, so a configuration that exists is possible. This module imports neither
-torch nor numpy: `bytejepa --help` and `bytejepa config` answer at once.
+What the network is stands in `config_model`, ranges and their check in `config_fields`. `None` means off. Checks happen on
+construction, so a configuration that exists is possible. This module imports neither torch nor numpy:
+`bytejepa --help` and `bytejepa config` answer at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-import types
-import typing
 from typing import Annotated, Any, Literal
 
+from bytejepa.config_fields import Fraction, NonNegative, NonNegativeInt, PositiveInt, Range, Section
+from bytejepa.config_model import JepaConfig, ModelConfig
 from bytejepa.errors import ConfigError
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Range:
-    """Inclusive bounds of a number, kept in a field's annotation so that check, help and docs cannot disagree."""
-
-    low: float
-    high: float = float("inf")
-
-    def __str__(self) -> str:
-        low, high = _in_full(self.low), _in_full(self.high)
-        return f"{low} or more" if self.high == float("inf") else f"{low} to {high}"
-
-
-def _in_full(value: float) -> str:
-    """Return a number with all the digits of its whole part, which `g` would round."""
-    return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:g}"
-
-
-EXACT_BIGRAM_ROWS = 256 * 256 + 1
-"""Rows of the exact table of byte pairs: one a pair, and one for what is not a pair of bytes."""
-
-PositiveInt = Annotated[int, Range(1)]
-NonNegativeInt = Annotated[int, Range(0)]
-NonNegative = Annotated[float, Range(0)]
-Fraction = Annotated[float, Range(0, 1)]
-
-
-class _Section:
-    """Checks every annotated range on construction."""
-
-    __slots__ = ()
-
-    def __post_init__(self) -> None:
-        for name, bounds in _ranges(type(self)).items():  # type: ignore[arg-type]
-            value = getattr(self, name)
-            if value is not None and not (bounds.low <= value <= bounds.high and math.isfinite(value)):
-                section = type(self).__name__.removesuffix("Config").lower()
-                raise ConfigError(f"{section}.{name}: expected {bounds}, got {_in_full(value)}")
-
-
-@functools.cache
-def _ranges(section: Any) -> dict[str, Range]:
-    ranges = {}
-    for name, annotation in typing.get_type_hints(section, include_extras=True).items():
-        parts = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else ()
-        for part in (annotation, *parts):
-            for extra in getattr(part, "__metadata__", ()):
-                if isinstance(extra, Range):
-                    ranges[name] = extra
-    return ranges
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig(_Section):
-    """The backbone (spec section 2)."""
-
-    num_layers: Annotated[int, Range(1, 256)] = 13
-    """Transformer blocks."""
-    model_dim: Annotated[int, Range(8, 16384)] = 512
-    """Width D of the residual stream."""
-    num_heads: PositiveInt = 8
-    """Query heads H; head width is model_dim / num_heads, an even number."""
-    num_kv_heads: PositiveInt = 4
-    """Key/value heads G; divides num_heads."""
-    mlp_ratio: Annotated[float, Range(0.125, 16)] = 2.0
-    """Width of the MLP's hidden layer, in model widths."""
-    rotary_dims: PositiveInt | None = 16
-    """Leading dimensions of each head that rotate with the position; even; None: all of them."""
-    rotary_base: Annotated[float, Range(1)] = 10_000.0
-    """Base of the rotary frequencies."""
-    rotary_length_bytes: PositiveInt = 4096
-    """Context up to which rotary_base holds; beyond it the base grows (NTK scaling)."""
-    query_gain: NonNegative = 1.5
-    """Initial value of the learned gain of each query head."""
-    logit_softcap: Annotated[float, Range(1)] = 30.0
-    """Bound c of the logits: c tanh(logits / c)."""
-    xsa_last_layers: NonNegativeInt = 4
-    """Last blocks whose heads drop the component along their own value vector (XSA)."""
-    depth_scaled_norm: bool = True
-    """Scale the normalised input of block i by 1/sqrt(i+1) (LN scale)."""
-    residual_mix: bool = True
-    """Mix the first layer's input back into every block with learned weights."""
-    skip_connections: bool = True
-    """Learned U-Net skips from the first half of the blocks to the second."""
-    skip_gates: bool = False
-    """Interpolate between skip and residual by a learned sigmoid gate a dimension instead of adding the skip."""
-    parallel_last_layers: NonNegativeInt = 0
-    """Last blocks whose MLP reads the normalised input that their attention reads (parallel residuals)."""
-    recurrent_layers: tuple[int, int] | None = None
-    """First and last block, counted from 0, of a run of blocks that is passed twice (depth recurrence); None: no such run."""
-    attention_gate_dims: PositiveInt | None = None
-    """Leading dimensions of a block's normalised input from which each head's output is gated; None: no gates."""
-    value_embedding_last_layers: NonNegativeInt = 0
-    """Last blocks whose values have a learned embedding of the current id added."""
-    smear: bool = True
-    """Mix each embedding with its predecessor's through a learned gate (SmearGate)."""
-    smear_gate: Literal["constant", "input"] = "constant"
-    """`constant`: one gate a dimension; `input`: it also moves with the current embedding, and takes nothing across a
-    BOS even without document masking."""
-    bigram_rows: Annotated[int, Range(2, 1 << 20)] | None = 4096
-    """Rows of the hashed table of byte pairs (BigramHash); None: no table."""
-    bigram_table: Literal["hash", "exact"] = "hash"
-    """`hash`: pairs share rows; `exact`: each of the 65,536 pairs has its own, and bigram_rows is 65,537."""
-    bigram_dim: PositiveInt = 32
-    """Width of a row of the bigram table, before its projection to model_dim."""
-    bigram_projection_init: Literal["zero", "orthogonal"] = "orthogonal"
-    """`zero`, with a table that starts at zero too, never gets a gradient (spec section 7, item 1)."""
-    ngram_orders: tuple[int, ...] | None = None
-    """Lengths n of the runs of last ids that have hashed tables besides the pairs' (NgramHash), 3 to 16 and rising;
-    None: none."""
-    ngram_rows: Annotated[int, Range(2, 1 << 22)] = 16_384
-    """Rows of each order's table."""
-    ngram_dim: PositiveInt = 32
-    """Width of a row of these tables; the rows of all orders are projected to model_dim together."""
-    output_projection_init: Literal["zero", "scaled"] = "scaled"
-    """Projections that end a branch: zero, or orthogonal with gain 1/sqrt(2 num_layers) (item 5)."""
-    embedding_std: NonNegative = 0.005
-    """Standard deviation of the token embedding's normal initialisation."""
-    attention_windows: tuple[int, ...] | None = None
-    """Bytes each block can look back, its own included: one number a block, or one for all; 0: no bound; None: all unbounded."""
-    document_masking: bool = False
-    """Attention, smear, bigram and JEPA do not look across a BOS."""
-    multi_token_heads: Annotated[int, Range(0, 8)] = 0
-    """Extra heads trained to predict bytes further ahead; dropped from the artifact."""
-
-    def __post_init__(self) -> None:
-        _Section.__post_init__(self)
-        if self.model_dim % self.num_heads or (self.model_dim // self.num_heads) % 2:
-            raise ConfigError(
-                f"model.model_dim {self.model_dim} must be an even multiple of model.num_heads {self.num_heads}",
-                hint=f"got a head width of {self.model_dim / self.num_heads:g}",
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"model.num_kv_heads {self.num_kv_heads} does not divide model.num_heads {self.num_heads}"
-            )
-        if self.rotary_dims is not None and (self.rotary_dims % 2 or self.rotary_dims > self.head_dim):
-            raise ConfigError(
-                f"model.rotary_dims: expected an even number up to the head width {self.head_dim}, got {self.rotary_dims}"
-            )
-        if self.xsa_last_layers > self.num_layers:
-            raise ConfigError(
-                f"model.xsa_last_layers {self.xsa_last_layers} is more than model.num_layers {self.num_layers}"
-            )
-        self._check_tables()
-        self._check_techniques()
-        windows = self.attention_windows
-        if windows is not None and (len(windows) not in (1, self.num_layers) or min(windows) < 0):
-            raise ConfigError(
-                f"model.attention_windows: expected 1 or {self.num_layers} numbers of 0 or more, got {' '.join(map(str, windows))}"
-            )
-
-    def _check_tables(self) -> None:
-        if self.bigram_table == "exact" and self.bigram_rows != EXACT_BIGRAM_ROWS:
-            raise ConfigError(
-                f"model.bigram_table exact: expected model.bigram_rows {EXACT_BIGRAM_ROWS}, got {self.bigram_rows}"
-            )
-        orders = self.ngram_orders
-        if orders is not None and (
-            not orders or not 3 <= min(orders) <= max(orders) <= 16 or sorted(set(orders)) != list(orders)
-        ):
-            raise ConfigError(
-                f"model.ngram_orders: expected rising numbers from 3 to 16, got {' '.join(map(str, orders)) or 'none'}",
-                hint="pairs are model.bigram_rows and model.bigram_table",
-            )
-
-    def _check_techniques(self) -> None:
-        for name in ("parallel_last_layers", "value_embedding_last_layers"):
-            if getattr(self, name) > self.num_layers:
-                raise ConfigError(f"model.{name} {getattr(self, name)} is more than model.num_layers {self.num_layers}")
-        if self.skip_gates and not self.skip_connections:
-            raise ConfigError("model.skip_gates needs model.skip_connections")
-        if self.smear_gate == "input" and not self.smear:
-            raise ConfigError("model.smear_gate input needs model.smear")
-        if self.attention_gate_dims is not None and self.attention_gate_dims > self.model_dim:
-            raise ConfigError(
-                f"model.attention_gate_dims {self.attention_gate_dims} is more than model.model_dim {self.model_dim}"
-            )
-        if self.recurrent_layers is not None:
-            first, last = self.recurrent_layers
-            if not 0 <= first <= last < self.num_layers:
-                raise ConfigError(
-                    f"model.recurrent_layers: expected two rising numbers from 0 to {self.num_layers - 1}, got {first} {last}"
-                )
-
-    @property
-    def layer_order(self) -> tuple[int, ...]:
-        """The blocks in the order in which they are passed; a recurrent one is there twice."""
-        layers = tuple(range(self.num_layers))
-        if self.recurrent_layers is None:
-            return layers
-        first, last = self.recurrent_layers
-        return layers[: last + 1] + layers[first:]
-
-    @property
-    def smear_stops_at_bos(self) -> bool:
-        """Whether the smear takes nothing across a BOS."""
-        return self.document_masking or self.smear_gate == "input"
-
-    @property
-    def head_dim(self) -> int:
-        """Width E of one head."""
-        return self.model_dim // self.num_heads
-
-    @property
-    def mlp_dim(self) -> int:
-        """Width M of the MLP's hidden layer."""
-        return int(self.mlp_ratio * self.model_dim)
-
-    @property
-    def window_of_layer(self) -> tuple[int | None, ...]:
-        """Bytes each block can look back, one entry a block; None: no bound."""
-        windows = self.attention_windows or (0,)
-        return tuple(w or None for w in (windows * self.num_layers if len(windows) == 1 else windows))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class JepaConfig(_Section):
-    """The latent side path and its two losses (spec section 3)."""
-
-    enabled: bool = True
-    """Whether the module exists at all; the other settings only matter if so."""
-    chunk_bytes: PositiveInt = 8
-    """Bytes P pooled into one latent."""
-    latent_dim: PositiveInt = 256
-    """Width Z of a latent."""
-    hidden_dim: PositiveInt = 256
-    """Hidden width of the projector; the predictor's is latent_dim."""
-    inject: bool = True
-    """Add the predicted latent, projected, to the last residual."""
-    losses: bool = True
-    """Train with the prediction loss and SIGReg; off: the path learns from the byte loss alone."""
-    context: Literal["pooled", "causal"] = "pooled"
-    """What a chunk's latent is predicted from: `pooled`: the latent of the chunk before; `causal`: the residual at its
-    last position, which has seen all that came before."""
-    horizons: Annotated[int, Range(1, 8)] = 1
-    """Chunks ahead of which latents are predicted; only the next one's is injected, the other predictors are in no
-    artifact."""
-    next_bytes_weight: NonNegative = 0.0
-    """Weight of the loss of predicting a chunk's bytes, all at once, from its predicted latent; 0: not predicted. The
-    head is in no artifact."""
-    gradient: Literal["detached", "backbone"] = "backbone"
-    """`detached`: the path reads a detached residual and its latent is detached before injection, as in the
-    reference; `backbone`: both gradients flow, so the latent losses shape the backbone (spec section 7, item 2)."""
-    lambda_max: NonNegative = 0.001
-    """Largest weight of the latent losses in the sum."""
-    lambda_zero_until: Fraction = 0.3
-    """Progress until which lambda is zero."""
-    lambda_ramp_until: Fraction = 0.8
-    """Progress at which lambda has risen linearly to lambda_max."""
-    lambda_after: Literal["zero", "hold"] = "zero"
-    """What lambda is after the ramp: zero (reference), or held at lambda_max."""
-    sigreg_weight: NonNegative = 0.02
-    """Weight of SIGReg relative to the prediction loss."""
-    sigreg_directions: PositiveInt = 256
-    """Directions S on which SIGReg projects."""
-    sigreg_knots: Annotated[int, Range(2, 1024)] = 17
-    """Frequencies K at which SIGReg compares characteristic functions."""
-    sigreg_standardize: bool = False
-    """Centre and scale every latent dimension first, as the reference does: SIGReg is then blind to mean and scale
-    and cannot object to a collapse (spec section 7, item 12)."""
-    sigreg_group_sequences: PositiveInt | None = None
-    """Sequences whose latents form one SIGReg sample: fixed, the loss does not depend on ranks or micro-batches;
-    None: all of a micro-batch."""
-
-    def __post_init__(self) -> None:
-        _Section.__post_init__(self)
-        if self.lambda_zero_until > self.lambda_ramp_until:
-            raise ConfigError(
-                f"jepa.lambda_zero_until {self.lambda_zero_until:g} is after jepa.lambda_ramp_until {self.lambda_ramp_until:g}"
-            )
-        if not self.losses and (self.context == "causal" or self.horizons > 1):
-            raise ConfigError(
-                f"jepa.context {self.context} and jepa.horizons {self.horizons} need jepa.losses",
-                hint="without them nothing trains the projector or the predictors of later chunks",
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig(_Section):
+class DataConfig(Section):
     """What one step reads."""
 
     sequence_bytes: Annotated[int, Range(2, 1 << 20)] = 4096
@@ -317,7 +39,7 @@ class DataConfig(_Section):
     prepares a corpus of few symbols for others."""
 
     def __post_init__(self) -> None:
-        _Section.__post_init__(self)
+        Section.__post_init__(self)
         stages = self.stages
         growth = self.sequence_growth
         if growth and growth[0][0] == 0 and growth[-1][1] != self.sequence_bytes:
@@ -353,7 +75,7 @@ class DataConfig(_Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """Muon on the matrices, AdamW on the rest (spec section 4)."""
 
     matrix_lr: NonNegative = 0.025
@@ -391,7 +113,7 @@ class OptimizerConfig(_Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ScheduleConfig(_Section):
+class ScheduleConfig(Section):
     """When training ends and how the learning rate gets there. Whichever bound comes first ends it."""
 
     steps: PositiveInt | None = 9000
@@ -413,7 +135,7 @@ class ScheduleConfig(_Section):
     """First share of the run over which the learning rate rises linearly from zero."""
 
     def __post_init__(self) -> None:
-        _Section.__post_init__(self)
+        Section.__post_init__(self)
         if self.steps is None and self.max_bytes is None and self.max_wallclock_s is None:
             raise ConfigError(
                 "schedule: nothing ends the run",
@@ -427,7 +149,7 @@ AttentionBackend = Literal["auto", "flash4", "flash3", "cudnn", "blocked", "flas
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """How the run is carried out."""
 
     seed: NonNegativeInt = 1337
@@ -469,7 +191,7 @@ class TrainingConfig(_Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """How a score is taken."""
 
     window_bytes: Annotated[int, Range(2, 1 << 20)] = 4096
@@ -480,7 +202,7 @@ class EvaluationConfig(_Section):
     """Ids a forward pass while scoring."""
 
     def __post_init__(self) -> None:
-        _Section.__post_init__(self)
+        Section.__post_init__(self)
         if self.stride_bytes > self.window_bytes:
             raise ConfigError(
                 f"evaluation.stride_bytes {self.stride_bytes} is more than evaluation.window_bytes {self.window_bytes}"
@@ -488,7 +210,7 @@ class EvaluationConfig(_Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ArtifactConfig(_Section):
+class ArtifactConfig(Section):
     """How weights become a file (spec section 5)."""
 
     matrix_bits: Annotated[int, Range(2, 8)] = 6
@@ -507,7 +229,7 @@ class ArtifactConfig(_Section):
     """Budget for code plus compressed weights, in decimal bytes."""
 
     def __post_init__(self) -> None:
-        _Section.__post_init__(self)
+        Section.__post_init__(self)
         if self.scales == "reference_floor" and (self.matrix_bits, self.other_bits, self.clip) != (6, 8, "max"):
             raise ConfigError(
                 f"artifact.scales reference_floor is the reference's rule: expected matrix_bits 6, other_bits 8, clip max, "

@@ -6,7 +6,8 @@ import dataclasses
 import typing
 
 from bytejepa.cli.parsing import ConfigField, PresetField
-from bytejepa.config import Range, RunConfig
+from bytejepa.config import RunConfig
+from bytejepa.config_fields import Range
 from bytejepa.config_json import fingerprint, to_dict
 from bytejepa.presets import PRESETS
 

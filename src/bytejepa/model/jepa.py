@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from bytejepa.config import JepaConfig
+from bytejepa.config_model import JepaConfig
 from bytejepa.data.vocabulary import VOCABULARY_SIZE
 from bytejepa.model.layers import Linear, rms_norm
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from bytejepa.config import EXACT_BIGRAM_ROWS
+from bytejepa.config_model import EXACT_BIGRAM_ROWS
 from bytejepa.data.vocabulary import BYTE_OFFSET
 from bytejepa.model.layers import Linear
 

@@ -14,12 +14,11 @@ PERMITTED = ("torch", "numpy", "zstandard")
 """Packages that a script may import when it is loaded; brotli is imported where it is used, by runs that use it."""
 
 _PROGRAM = ("bytejepa.submission.program", "main")
-_SECTIONS = "bytejepa.config"
 
 
 def readable_script(config: RunConfig) -> str:
     """Return the source of a script that repeats a run of `config`: its settings are the script's defaults."""
-    sections = [(_SECTIONS, type(part).__name__) for part in (config, *_sections(config).values())]
+    sections = [_place(part) for part in (config, *_sections(config).values())]
     made = bundle(_PROGRAM, permitted=PERMITTED, also=sections)
     introduction = (
         '"""Train a byte-level language model, pack it, read it back and score it in bits per byte.\n\n'
@@ -51,11 +50,16 @@ def _sections(config: RunConfig) -> dict[str, object]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
+def _place(section: object) -> Place:
+    """Return where the class of a section is defined."""
+    return type(section).__module__, type(section).__name__
+
+
 def _config_source(config: RunConfig, names: Mapping[Place, str]) -> str:
     """Return the expression that makes `config`, one setting a line."""
-    lines = [f"{names[_SECTIONS, 'RunConfig']}("]
+    lines = [f"{names[_place(config)]}("]
     for name, section in _sections(config).items():
-        lines.append(f"    {name}={names[_SECTIONS, type(section).__name__]}(")
+        lines.append(f"    {name}={names[_place(section)]}(")
         lines += [
             f"        {setting.name}={getattr(section, setting.name)!r},"
             for setting in dataclasses.fields(section)  # type: ignore[arg-type]

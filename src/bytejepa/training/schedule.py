@@ -5,7 +5,8 @@ Time comes from outside (see `clock`), so a run under a wallclock cap can be rep
 
 from __future__ import annotations
 
-from bytejepa.config import JepaConfig, OptimizerConfig, ScheduleConfig
+from bytejepa.config import OptimizerConfig, ScheduleConfig
+from bytejepa.config_model import JepaConfig
 
 
 def progress(schedule: ScheduleConfig, *, step: int, num_bytes: int, elapsed_s: float) -> float:
