@@ -72,7 +72,7 @@ def tiny() -> RunConfig:
             "muon_momentum_start": 0.85,
             "muon_momentum_warmup_steps": 100,
         },
-        schedule={"steps": 2000, "max_wallclock_s": 280.0, "warmdown_fraction": 0.6},
+        schedule={"steps": 2000, "max_wallclock_s": 270.0, "warmdown_fraction": 0.6},
         training={"ema_decay": 0.99, "warmup_steps": 1, "validate_every_steps": 300, "validation_bytes": 65_536},
         evaluation={"window_bytes": 512, "stride_bytes": 128},
     )
