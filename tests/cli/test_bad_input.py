@@ -1,4 +1,4 @@
-"""Bad input: exactly one line on stderr, the documented exit code, no traceback, nothing lost (issue 2, "Bad input")."""
+"""Bad input: exactly one line on stderr, the documented exit code, no traceback, nothing lost."""
 
 import errno
 import os
@@ -106,10 +106,12 @@ def test_validation_ids_are_checked_at_export(
     assert not (tmp_path / "model.bjm").exists()
 
 
-def test_a_validation_split_of_nothing(refuses: Refuses, shards: Path, minimal_artifact: Path) -> None:
+def test_a_validation_split_of_nothing(refuses: Refuses, shards: Path, tmp_path: Path, minimal_artifact: Path) -> None:
     write_shard(shards / "fineweb_val_000000.bin", np.array([BOS], dtype=np.uint16))
-    line = refuses(DATA, "eval", minimal_artifact, "--data", shards, "--json")
-    assert "has 1 ids to read: scoring needs a BOS and at least one byte" in line
+    words = "has 1 ids to read: scoring needs a BOS and at least one byte"
+    assert words in refuses(DATA, "eval", minimal_artifact, "--data", shards, "--json")
+    assert words in refuses(DATA, "train", *MINIMAL, "--data", shards, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_manifest_that_does_not_match(command: Callable[..., Any], embedded_shards: Path, tmp_path: Path) -> None:
@@ -125,6 +127,55 @@ def test_a_manifest_that_does_not_match(command: Callable[..., Any], embedded_sh
     assert "the manifest says" in outcome.err
     (folder / "manifest.json").write_text("{")
     outcome = command("prepare", "--verify", folder)
+    assert (outcome.code, outcome.err.count("\n")) == (DATA, 1)
+
+
+def unlike_its_manifest(folder: Path, split: str, how: str) -> str:
+    """Change a folder so that its manifest is no longer true; returns what the message must say."""
+    path = folder / f"fineweb_{split}_000000.bin"
+    if how == "a shard too many":
+        shutil.copy(path, folder / f"fineweb_{split}_000001.bin")
+        return f"fineweb_{split}_000001.bin is not in the manifest"
+    if how == "a shard too few":
+        path.rename(folder / f"fineweb_{split}_000001.bin")
+        return f"fineweb_{split}_000000.bin is missing"
+    if how == "another shard":
+        write_shard(path, np.array([BOS, *ids_from_bytes(TEXT)], dtype=np.uint16))
+        return "ids: the manifest says"
+    if how == "a changed byte":
+        data = bytearray(path.read_bytes())
+        data[-2] ^= 1
+        path.write_bytes(data)
+        return "was changed since the manifest was made"
+    assert how == "no JSON"
+    (folder / "manifest.json").write_text('{"format": ')
+    return "manifest.json is no JSON object"
+
+
+@pytest.mark.parametrize("how", ["a shard too many", "a shard too few", "another shard", "a changed byte", "no JSON"])
+def test_no_score_of_a_split_that_is_not_what_the_manifest_says(
+    refuses: Refuses, embedded_shards: Path, tmp_path: Path, minimal_artifact: Path, how: str
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(embedded_shards, folder)
+    words = unlike_its_manifest(folder, "val", how)
+    assert words in refuses(DATA, "eval", minimal_artifact, "--data", folder)
+
+
+@pytest.mark.parametrize("how", ["a shard too many", "a shard too few", "another shard", "no JSON"])
+def test_no_training_on_a_split_that_is_not_what_the_manifest_says(
+    refuses: Refuses, embedded_shards: Path, tmp_path: Path, how: str
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(embedded_shards, folder)
+    words = unlike_its_manifest(folder, "train", how)
+    assert words in refuses(DATA, "train", *MINIMAL, "--data", folder, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_verifying_bare_shards_that_are_damaged_is_one_line(command: Callable[..., Any], shards: Path) -> None:
+    damaged(shards, "val", "truncated")
+    outcome = command("prepare", "--verify", shards)
     assert (outcome.code, outcome.err.count("\n")) == (DATA, 1)
 
 

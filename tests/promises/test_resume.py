@@ -193,6 +193,7 @@ def test_settings_of_the_run_hold_and_other_data_is_refused(config, embedded_sha
     run, other = tmp_path / "run", tmp_path / "other"
     train(config, embedded_shards, run)
     shutil.copytree(embedded_shards, other)
+    (other / "manifest.json").unlink()
     import numpy as np
 
     write_shard(other / "fineweb_train_000000.bin", np.full(5000, 70, dtype=np.uint16))

@@ -20,9 +20,8 @@ from bytejepa.artifact.load import build, load, run_weights
 from bytejepa.artifact.store import code_bytes, store_weights
 from bytejepa.config import RunConfig
 from bytejepa.config_json import to_dict
-from bytejepa.data.loader import IdStream
-from bytejepa.data.shards import check_ids
-from bytejepa.errors import ArtifactError, DataError
+from bytejepa.data.loader import IdStream, leading_ids
+from bytejepa.errors import ArtifactError
 from bytejepa.model.transformer import TRAINING_ONLY
 from bytejepa.scoring.evaluate import Score, Scorer
 from bytejepa.training.distributed import Ranks
@@ -148,17 +147,6 @@ def validation_ids(run: Path, config: RunConfig, data: Path | None, limit: int |
     place = data or Path(recorded)
     stream = IdStream.open(place, "val")
     return leading_ids(stream, limit or config.training.validation_bytes or stream.num_ids, place)
-
-
-def leading_ids(stream: IdStream, limit: int, place: Path) -> npt.NDArray[np.uint16]:
-    """Return the first `limit` ids of a validation split. Raises: DataError if there is nothing to score among them."""
-    ids = stream.read(0, min(stream.num_ids, limit))
-    if len(ids) < 2:
-        raise DataError(
-            f"the validation split of {place} has {len(ids)} ids to read: scoring needs a BOS and at least one byte"
-        )
-    check_ids(ids, place)
-    return ids
 
 
 def _provenance(run: Path) -> dict[str, Any]:

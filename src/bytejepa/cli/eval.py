@@ -82,8 +82,7 @@ class Evaluate:
             raise ConfigError(f"--max-bytes: expected 1 or more, got {self.max_bytes}")
         import numpy as np
 
-        from bytejepa.artifact.export import leading_ids
-        from bytejepa.data.loader import IdStream
+        from bytejepa.data.loader import IdStream, leading_ids
         from bytejepa.data.vocabulary import BOS, ids_from_bytes
 
         if self.data.is_dir():

@@ -82,7 +82,7 @@ class Prepare:
         from bytejepa.data.manifest import verify
 
         result = verify(folder)
-        if not result.has_manifest:
+        if not result.has_manifest and result.is_good:
             note(f"{folder} has no manifest: only the format and the ids are checked")
         if self.json:
             print_json(result)

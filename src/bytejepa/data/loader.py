@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bytejepa.config import DataConfig
 from bytejepa.data.augmentation import substitute_character
+from bytejepa.data.manifest import check_split
 from bytejepa.data.shards import Split, check_ids, find_shards, open_shard
 from bytejepa.errors import DataError
 
@@ -38,10 +39,13 @@ class IdStream:
     def open(cls, directory: Path, split: Split, *, check: bool = False) -> IdStream:
         """Return the stream of the memory-mapped shards of `split` ("train" or "val") in `directory`.
 
-        `check` reads every id once. Raises: DataError for a missing, damaged or foreign shard.
+        `check` reads every id once. Raises: DataError for a missing, damaged or foreign shard, and where the folder has
+        a manifest also for shards that it does not promise (by name and length; with `check` by their digests).
         """
         paths = find_shards(directory, split)
         shards = [open_shard(path) for path in paths]
+        num_ids = {path.name: len(shard) for path, shard in zip(paths, shards, strict=True)}
+        check_split(directory, split, num_ids, digests=check)
         if check:
             for path, shard in zip(paths, shards, strict=True):
                 check_ids(shard, path)
@@ -59,6 +63,17 @@ class IdStream:
             count -= len(part)
             position = (position + len(part)) % self.num_ids
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def leading_ids(stream: IdStream, limit: int, place: Path) -> npt.NDArray[np.uint16]:
+    """Return the first `limit` ids of a validation split. Raises: DataError if there is nothing to score among them."""
+    ids = stream.read(0, min(stream.num_ids, limit))
+    if len(ids) < 2:
+        raise DataError(
+            f"the validation split of {place} has {len(ids)} ids to read: scoring needs a BOS and at least one byte"
+        )
+    check_ids(ids, place)
+    return ids
 
 
 def _random(purpose: str) -> np.random.Generator:

@@ -147,7 +147,7 @@ def load_manifest(directory: Path) -> Manifest:
     if found != (MANIFEST_FORMAT, MANIFEST_VERSION):
         raise DataError(
             f"{path} has format {found[0]!r} version {found[1]!r}: expected {MANIFEST_FORMAT!r} {MANIFEST_VERSION}",
-            hint="prepare the data again with this version",
+            hint="prepare the data again with this version, or remove a file that is no manifest of it",
         )
     try:
         return _manifest_from_json(content)
@@ -222,6 +222,30 @@ def verify(directory: Path) -> VerifyResult:
         num_ids=num_ids,
         problems=tuple(problems),
     )
+
+
+def check_split(directory: Path, split: Split, num_ids: dict[str, int], *, digests: bool = False) -> None:
+    """Check that the shards of a split, {file name: number of ids}, are those that the folder's manifest promises.
+
+    Names and lengths cost nothing; `digests` reads every byte. A folder without a manifest promises nothing.
+
+    Raises:
+        DataError: a shard is missing, was added or changed, or the manifest cannot be read.
+    """
+    if not (directory / MANIFEST_NAME).is_file():
+        return
+    record = load_manifest(directory).splits.get(split)
+    promised = {} if record is None else {file.name: file for file in record.files}
+    hint = "prepare or copy the data again; `bytejepa prepare --verify` names everything that is wrong"
+    for name in sorted(promised.keys() ^ num_ids.keys()):
+        what = "is missing" if name in promised else "is not in the manifest"
+        raise DataError(f"{directory} is not what its manifest says: {name} {what}", hint=hint)
+    for name, count in num_ids.items():
+        path = directory / name
+        if count != promised[name].num_ids:
+            raise DataError(f"shard {path} holds {count} ids: the manifest says {promised[name].num_ids}", hint=hint)
+        if digests and file_sha256(path) != promised[name].sha256:
+            raise DataError(f"shard {path} was changed since the manifest was made", hint=hint)
 
 
 def _verify_shard(path: Path, promised: ShardRecord | None) -> int:

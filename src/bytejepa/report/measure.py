@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from bytejepa.artifact.container import Container, read_container
-from bytejepa.artifact.export import ExportResult, export, leading_ids
+from bytejepa.artifact.export import ExportResult, export
 from bytejepa.artifact.load import build, run_weights
 from bytejepa.bits import NATS_PER_BIT, bits_per_byte
 from bytejepa.config import RunConfig, replace
-from bytejepa.data.loader import IdStream
+from bytejepa.data.loader import IdStream, leading_ids
 from bytejepa.data.vocabulary import BYTE_OFFSET
 from bytejepa.errors import DataError
 from bytejepa.model.initialization import fill_sigreg_directions, initialize

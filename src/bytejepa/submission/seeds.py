@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bytejepa.artifact.export import leading_ids, write_artifact
+from bytejepa.artifact.export import write_artifact
 from bytejepa.artifact.load import build, run_weights
 from bytejepa.config import RunConfig, replace
 from bytejepa.config_json import to_dict
-from bytejepa.data.loader import IdStream
+from bytejepa.data.loader import IdStream, leading_ids
 from bytejepa.data.vocabulary import BOS
 from bytejepa.errors import ArtifactError, CheckpointError, DataError
 from bytejepa.scoring.evaluate import Score, Scorer

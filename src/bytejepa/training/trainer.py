@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bytejepa.config import RunConfig
-from bytejepa.data.loader import IdStream, Loader
+from bytejepa.data.loader import IdStream, Loader, leading_ids
 from bytejepa.errors import ConfigError, DataError
 from bytejepa.model.attention import choose_backend
 from bytejepa.model.initialization import initialize
@@ -102,12 +102,11 @@ class Trainer:
     def _validation_ids(self, data: Path) -> npt.NDArray[np.uint16] | None:
         try:
             stream = IdStream.open(data, "val", check=True)
+            return leading_ids(stream, self.config.training.validation_bytes or stream.num_ids, data)
         except DataError:
             if self.config.training.validate_every_steps is not None:
                 raise
             return None
-        count = min(stream.num_ids, self.config.training.validation_bytes or stream.num_ids)
-        return stream.read(0, count)
 
     def state(self) -> dict[str, Tensor]:
         """Return every tensor that decides how the run goes on (a collective call)."""
