@@ -39,7 +39,9 @@ def test_the_first_target_of_a_window() -> None:
 
 @pytest.mark.parametrize(("window", "stride"), [(4, 0), (4, 5), (0, 0), (-1, 1)])
 def test_an_impossible_stride_is_refused(window: int, stride: int) -> None:
-    with pytest.raises(ConfigError, match=f"stride must be from 1 to the window {window}, got {stride}"):
+    in_window = f"stride must be from 1 to the window {window}, got {stride}"
+    expected = in_window if window > 0 else f"the window must be 1 or more, got {window}"
+    with pytest.raises(ConfigError, match=expected):
         list(plan_windows(10, window=window, stride=stride))
 
 

@@ -91,15 +91,17 @@ def demo(
 ) -> DemoResult:
     """Run everything in `folder` and return what was measured.
 
-    Raises: CheckpointError if `folder` holds a run and `force` is not given, and whatever the parts raise.
+    Raises: CheckpointError if `folder` is not empty and `force` is not given, and whatever the parts raise.
     """
     begin = time.perf_counter()
     report = on_stage or _ignore
     data, run, artifact = folder / "data", folder / "run", folder / "model.bjm"
-    if artifact.exists() and not force:
-        raise CheckpointError(f"{folder} holds a demo already", hint="run it again with --force")
     with file_errors_as(CheckpointError, "create", folder):
         folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not force:
+            raise CheckpointError(
+                f"{folder} is not empty", hint="name another folder, or replace an earlier demo in it with --force"
+            )
     write_embedded_shards(data)
     trained = train(config, data, run, force=force, on_progress=on_train)
     exported = export(

@@ -1,7 +1,9 @@
 """Bad input: exactly one line on stderr, the documented exit code, no traceback, nothing lost."""
 
 import errno
+import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -224,6 +226,24 @@ def test_impossible_windows(refuses: Refuses, shards: Path, minimal_artifact: Pa
     refuses(CONFIG, "eval", minimal_artifact, "--data", shards, *words)
 
 
+def test_an_impossible_stride_on_a_file_shorter_than_the_window(
+    refuses: Refuses, tmp_path: Path, minimal_artifact: Path
+) -> None:
+    (tmp_path / "short.txt").write_bytes(b"hello")
+    assert "stride must be" in refuses(CONFIG, "eval", minimal_artifact, "--data", tmp_path / "short.txt", "--stride=0")
+
+
+def test_a_window_longer_than_the_data_scores_every_byte(
+    command: Callable[..., Any], tmp_path: Path, minimal_artifact: Path
+) -> None:
+    (tmp_path / "short.txt").write_bytes(b"hello")
+    words = ("--data", tmp_path / "short.txt", "--window", 4096, "--stride", 512, "--json")
+    outcome = command("eval", minimal_artifact, *words)
+    assert (outcome.code, outcome.err.count("\n")) == (0, 1)
+    scores = json.loads(outcome.out)["scores"]
+    assert {name: score["num_bytes"] for name, score in scores.items()} == {"non-overlapping": 5, "sliding": 5}
+
+
 @pytest.mark.parametrize("place", [0, 9, 30, 200, -40, -1])
 def test_any_flipped_byte_of_an_artifact_is_noticed(
     refuses: Refuses, tmp_path: Path, shards: Path, minimal_artifact: Path, place: int
@@ -288,6 +308,7 @@ def test_existing_outputs_are_refused_and_kept(
     (run / "notes.txt").write_text("mine")
     assert "exists already" in refuses(ARTIFACT, "export", minimal_run, "-o", out, "--no-score")
     assert "is not empty" in refuses(RUN, "train", *MINIMAL, "--data", shards, "--out", run)
+    assert "is not empty" in refuses(RUN, "demo", "--out", run)
     assert out.read_bytes() == b"mine"
     assert (run / "notes.txt").read_text() == "mine"
 
@@ -332,6 +353,30 @@ def test_a_full_disk_at_a_checkpoint(
     assert "cannot write checkpoint" in line
     assert "No space left on device" in line
     assert checkpoint.read_newest(run / "checkpoints").position.step == 1
+
+
+def test_a_full_disk_under_the_output(refuses: Refuses, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bytejepa.cli.terminal.print_json", no_space)
+    assert "No space left on device" in refuses(1, "config", "tiny", "--json")
+
+
+def test_a_full_disk_under_the_clock(refuses: Refuses, tmp_path: Path, shards: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no device that is always full")
+    words = ("--data", shards, "--out", tmp_path / "run")
+    # a log that leads to the full device stands for a disk that fills up between two checkpoints
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bytejepa.training.loop.Clock", lambda _: full_clock())
+        line = refuses(RUN, "train", *MINIMAL, *words)
+    assert "cannot write /dev/full: No space left on device" in line
+
+
+def full_clock() -> Any:
+    from bytejepa.training.clock import Clock
+
+    clock = Clock()
+    clock._file = Path("/dev/full").open("a", encoding="ascii")  # noqa: SIM115 - the clock closes it
+    return clock
 
 
 def test_a_full_disk_at_prepare(refuses: Refuses, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -385,6 +430,14 @@ def test_cuda_where_there_is_none(refuses: Refuses, shards: Path, tmp_path: Path
     assert "no CUDA device" in refuses(CONFIG, "train", *MINIMAL, "--training.device=cuda", *words)
     assert "needs a CUDA device" in refuses(CONFIG, "train", *MINIMAL, "--training.precision=bfloat16", *words)
     assert "no CUDA device" in refuses(CONFIG, "eval", minimal_artifact, "--data", shards, "--device", "cuda")
+
+
+def test_a_pickle_that_is_no_model_is_one_line_of_our_own(process: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "final_model.pt"
+    path.write_bytes(pickle.dumps({"a": 1}, protocol=4))  # of which torch warns, on stderr, beside refusing it
+    done = process("import-pr832", path, "-o", tmp_path / "model.bjm")
+    assert (done.code, done.out, done.err.count("\n")) == (ARTIFACT, "", 1)
+    assert "nothing in it was executed" in done.err
 
 
 def test_a_failure_as_a_process_has_the_same_code(process: Callable[..., Any], tmp_path: Path) -> None:

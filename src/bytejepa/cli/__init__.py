@@ -10,6 +10,7 @@ Exit codes: 0 done, 1 other failure, 2 impossible or unknown setting, 3 data, 4 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import importlib.metadata
@@ -75,8 +76,21 @@ def _run(verb: str, rest: list[str]) -> int:
         return 130
     except BrokenPipeError:
         # the reader of our output went away, as `| head` does; nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except (
+        OSError
+    ) as problem:  # a full disk under stdout or a log, a device that fails: nothing that a traceback explains
+        _drop_output()
+        where = f" {problem.filename}" if problem.filename else ""
+        print(f"bytejepa {verb}: cannot go on{where}: {problem.strerror or problem}", file=sys.stderr)
+        return BytejepaError.exit_code
+
+
+def _drop_output() -> None:
+    """Send what is still to be written to stdout nowhere, so that leaving does not fail on it again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run() -> None:

@@ -39,6 +39,7 @@ class Evaluate:
         """Score and print bits per byte."""
         from bytejepa.artifact.load import load
         from bytejepa.cli.terminal import note, print_json, print_table
+        from bytejepa.scoring.windows import check_windows
         from bytejepa.training.distributed import join, leave
 
         ranks = join(self.device)
@@ -46,11 +47,12 @@ class Evaluate:
         ids, text = self._ids()
         evaluation = model.config.evaluation
         window = evaluation.window_bytes if self.window is None else self.window
+        stride = min(evaluation.stride_bytes, window) if self.stride is None else self.stride
+        check_windows(window=window, stride=stride)
         if len(ids) - 1 < window:
             note(
                 f"the data has {len(ids) - 1} ids to score, fewer than the window of {window}: one shorter window is used"
             )
-        stride = min(evaluation.stride_bytes, window) if self.stride is None else self.stride
         strides = {"non-overlapping": window} | ({} if self.no_sliding or stride == window else {"sliding": stride})
         scores = {}
         for name, every in strides.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -217,11 +218,16 @@ def _decompressed(data: bytes, path: Path) -> bytes:
 
 def _restricted_load(data: bytes, path: Path) -> Any:
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols and TorchScript: the refusal says enough
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as problem:  # torch raises many kinds; all mean the same to the user
-        reason = (str(problem).splitlines() or ["it ends too early"])[0][:160]
+        # Torch's own text recommends loading the file with code and all, so only what it names is taken from it.
+        foreign = re.search(r"GLOBAL (\S+)", str(problem))
+        named = f": it asks for {foreign[1]}" if foreign else ""
         raise ArtifactError(
-            f"{path}: not a file of tensors and plain data: {reason}", hint="nothing in it was executed"
+            f"{path}: not a file of tensors and plain data{named}",
+            hint="nothing in it was executed; expected the reference's final_model.pt or final_model.int6.ptz",
         ) from None
 
 

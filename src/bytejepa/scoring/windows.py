@@ -32,16 +32,23 @@ class Window:
         return self.begin + self.length - self.scored + 1
 
 
+def check_windows(*, window: int, stride: int) -> None:
+    """Raise a ConfigError if not 1 <= stride <= window."""
+    if window < 1:
+        raise ConfigError(f"the window must be 1 or more, got {window}", hint="use --window")
+    if not 1 <= stride <= window:
+        raise ConfigError(
+            f"stride must be from 1 to the window {window}, got {stride}", hint="use --stride and --window"
+        )
+
+
 def plan_windows(num_targets: int, *, window: int, stride: int) -> Iterator[Window]:
     """Yield the windows that price each of `num_targets` targets once, in order.
 
     `stride` equal to `window` is non-overlapping evaluation. Input shorter than a window gets one shorter window.
     Raises: ConfigError if not 1 <= stride <= window.
     """
-    if not 1 <= stride <= window:
-        raise ConfigError(
-            f"stride must be from 1 to the window {window}, got {stride}", hint="use --stride and --window"
-        )
+    check_windows(window=window, stride=stride)
     end = 0
     for begin in itertools.count(0, stride):
         if end >= num_targets:

@@ -6,8 +6,11 @@ they are read; a resumed run replays what was written and goes on from there, so
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
+
+from bytejepa.errors import CheckpointError, file_errors_as
 
 
 class Clock:
@@ -21,7 +24,10 @@ class Clock:
         self._running_since: float | None = None
 
     def read(self, step: int) -> float:
-        """Return the seconds elapsed at the start of `step`: as logged if the log has it, else as measured and logged."""
+        """Return the seconds elapsed at the start of `step`: as logged if the log has it, else as measured and logged.
+
+        Raises: CheckpointError if the log cannot be written.
+        """
         if step < len(self.readings):
             self._elapsed_s = self.readings[step]
             if self._running_since is not None:
@@ -31,8 +37,9 @@ class Clock:
         self.resume()
         self.readings.append(self._elapsed_s)
         if self._file is not None:
-            self._file.write(f"{self._elapsed_s!r}\n")
-            self._file.flush()
+            with file_errors_as(CheckpointError, "write", self._file.name):
+                self._file.write(f"{self._elapsed_s!r}\n")
+                self._file.flush()
         return self._elapsed_s
 
     def resume(self) -> None:
@@ -49,7 +56,8 @@ class Clock:
     def close(self) -> None:
         """Close the log."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take is tried once more, in vain
+                self._file.close()
 
 
 def _read_log(path: Path) -> list[float]:
