@@ -18,6 +18,9 @@ TIME_LIMIT_S = 600.0
 STEP_TOLERANCE_S = 1.0
 """A run stops at the first step past the cap; logs of accepted records end up to a second over it."""
 MEBIBYTES_LIMIT = 16 * 1024 * 1024
+_VALIDATION_AS_TRAINING = re.compile(
+    r"\b(?:ln|cp|mv|rsync|install)\b[^|;&]*?[/_\s-]val(?:idation)?[^/\s]*\.bin\b[^|;&]*?\S*[/_\s-]train[^/\s]*(?:\.bin|/)"
+)
 _MEBIBYTES = re.compile(
     r"16\s*\*\s*1024\s*\*\s*1024|16\s*\*\s*1024\s*\*\*\s*2|16\s*\*\s*2\s*\*\*\s*20|16\s*<<\s*20|16[_,]?777[_,]?216|\b16(?:\.0)? ?MiB\b"
 )
@@ -90,11 +93,17 @@ def _total_of(log: TrainingLog, code: int | None) -> int | None:
 
 
 def _claimed_total(submission: Submission) -> int | None:
-    for key in ("bytes_total", "artifact_bytes", "total_bytes", "artifact_size_bytes", "submission_bytes"):
-        value = submission.claims.get(key)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    return None
+    """Return the largest total that submission.json claims, of the whole or of any seed."""
+    per_seed = submission.claims.get("seed_results")
+    parts = [submission.claims, *(per_seed.values() if isinstance(per_seed, dict) else per_seed or ())]
+    found = [
+        value
+        for part in parts
+        if isinstance(part, dict)
+        for key in ("bytes_total", "artifact_bytes", "total_bytes", "artifact_size_bytes", "submission_bytes")
+        if isinstance(value := part.get(key), int) and not isinstance(value, bool)
+    ]
+    return max(found, default=None)
 
 
 def _cap(totals: list[tuple[int, Evidence]]) -> Finding:
@@ -218,18 +227,29 @@ def time_findings(submission: Submission) -> list[Finding]:
 
 
 def _evaluation_seconds(log: TrainingLog) -> float | None:
-    """Return the seconds of the reported evaluation: its own line's, or those of the rounded line beside it."""
+    """Return the seconds of the reported evaluation: its own line's, those of the rounded line beside it, or the sum."""
     final = log.final
-    if final is None:
-        return None
-    if final.evaluation_s is not None:
-        return final.evaluation_s
-    near = [
-        s.evaluation_s
-        for s in log.scores
-        if s.is_final and abs(s.bpb - final.bpb) < 1e-4 and s.evaluation_s is not None
-    ]
-    return near[-1] if near else None
+    if final is None or final.evaluation_s is not None:
+        own = None if final is None else final.evaluation_s
+    else:
+        near = [
+            s.evaluation_s
+            for s in log.scores
+            if s.is_final and abs(s.bpb - final.bpb) < 1e-4 and s.evaluation_s is not None
+        ]
+        own = near[-1] if near else None
+    return max((seconds for seconds in (own, log.evaluation_s) if seconds is not None), default=None)
+
+
+def data_findings(submission: Submission) -> list[Finding]:
+    """Judge the commands that lay out the data: validation shards under the name of training shards."""
+    check = "data.training_files"
+    lines = [line for text in submission.commands for line in text.replace("\\\n", " ").splitlines()]
+    passed_on = tuple(Evidence(text=line.strip()[:200]) for line in lines if _VALIDATION_AS_TRAINING.search(line))
+    if passed_on:
+        summary = "validation shards are given the name of training shards: the model is trained on what it is scored on"
+        return [Finding(check=check, status=Status.FAIL, summary=summary, evidence=passed_on)]
+    return [Finding(check=check, status=Status.PASS, summary="no command passes validation shards off as training shards")]
 
 
 def folder_findings(submission: Submission) -> list[Finding]:

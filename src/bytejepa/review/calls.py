@@ -196,7 +196,8 @@ class Calls(Library):
                 owner.payload = item
             owner.constant = UNKNOWN
         self.accumulate(node, incoming)
-        if (not owner.models or owner.kind == "sequence") and owner.kind != "optimizer":
+        takes_items = owner.kind == "sequence" or name in ("append", "extend", "insert", "appendleft")
+        if (not owner.models or takes_items) and owner.kind != "optimizer":  # weights take no data in
             absorb(owner, incoming)
         return owner
 

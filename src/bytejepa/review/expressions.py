@@ -157,8 +157,9 @@ class Expressions(Machine):
         values = [self.evaluate(part) for part in (node.left, *node.comparators)]
         result = combine(*values)
         result.labels -= {FORWARD}
-        shipped = any(STORED in v.labels and VALIDATION not in v.labels for v in values)
-        if shipped and isinstance(node.ops[0], ast.Eq | ast.NotEq) and any(self._is_ids(v) for v in values):
+        shipped = [v for v in values if STORED in v.labels]
+        others = [v for v in values if not any(v is s for s in shipped)]
+        if shipped and isinstance(node.ops[0], ast.Eq | ast.NotEq) and any(self._is_ids(v) for v in others):
             result.labels |= {MATCHED}
         outcome: Any = True
         for operation, left, right in zip(node.ops, values, values[1:], strict=False):

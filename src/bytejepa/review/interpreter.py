@@ -19,6 +19,7 @@ from bytejepa.review.machine import MAX_STATEMENTS, Frame, OutOfSteps
 from bytejepa.review.program import Module, Program
 from bytejepa.review.values import (
     FORWARD,
+    HASHED,
     MATCHED,
     UNKNOWN,
     VALIDATION,
@@ -113,6 +114,8 @@ class Interpreter(Binding):
         elif before.is_known or before.kind == "module":
             self.assign(node.target, result)
         else:  # a tensor changes in place, and whoever passed it in sees it
+            if isinstance(node.op, ast.Add) and HASHED in value.labels:  # a histogram of hashes
+                self.update_table(before, value, node)
             absorb(before, result)
             before.loops |= result.loops
 

@@ -125,7 +125,9 @@ class Library(Subscripts):
             return result
         if DECOMPRESSORS.match(name):
             self.emit("unpack", node, combine(*everything), name)
-            return combine(*everything)
+            result = combine(*everything)
+            result.labels |= {STORED}
+            return result
         if name in ("torch.autograd.grad", "torch.func.grad"):
             self.emit("gradient", node, combine(*arguments[:1]), name)
             self.emit("step", node, combine(*arguments[:1]), name, other=combine(*arguments[1:2]))

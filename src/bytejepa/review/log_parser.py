@@ -16,9 +16,10 @@ _NUMBER = r"(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)"
 _SCORE = re.compile(
     r"^(?P<label>[^=\n]*?)\s*(?:stride[:=]\d+\s+)?\bval_loss[:=]\s*" + _NUMBER + r",?\s+val_bpb[:=]\s*" + _NUMBER
 )
-_STEP = re.compile(r"\bstep[:=]?\s*(\d+)\s*/\s*(\d+)")
+_STEP = re.compile(r"(?:\bstep[:=]?\s*|^)(\d+)\s*/\s*(\d+)")
 _TRAIN_TIME = re.compile(r"\btrain_time[:=]\s*" + _NUMBER + r"\s*(ms|s|m)\b")
 _EVAL_TIME = re.compile(r"\b(?:eval_time|elapsed)[:=]\s*" + _NUMBER + r"\s*(ms|s)\b")
+_TOTAL_EVAL_TIME = re.compile(r"\btotal_eval_time[:=]\s*" + _NUMBER + r"\s*(ms|s)\b")
 _STEP_AVERAGE = re.compile(r"\bstep_avg[:=]\s*" + _NUMBER + r"\s*ms")
 _SIZE = re.compile(
     r"^(?P<what>Serialized model|Total submission size|Code size|Submission size)(?P<how>[^:]*):\s*([\d,_]+)\s*bytes",
@@ -29,7 +30,7 @@ _PARAMETERS = re.compile(r"\bmodel_params[:=]\s*([\d,_]+)")
 _PAIR = re.compile(r"^([a-z][a-z0-9_]*)[:=](-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|True|False|None)$")
 _SETTING = re.compile(r"^\s*([a-z][a-z0-9_]*):\s+(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|True|False)\s*$")
 _COUNTS = {
-    "bytes": re.compile(r"\b(?:val|scored|target|eval|total)_?bytes[:=]\s*([\d,_]+)"),
+    "bytes": re.compile(r"\b(?:val|scored|eval)_?bytes[:=]\s*([\d,_]+)"),
     "documents": re.compile(r"\b(?:val_)?(?:docs|documents)[:=]\s*([\d,_]+)"),
     "tokens": re.compile(r"\bval_loader:.*\btokens[:=]\s*([\d,_]+)|\bval_tokens[:=]\s*([\d,_]+)"),
 }
@@ -75,6 +76,8 @@ class TrainingLog:
     planned_steps: int | None
     train_s: float | None
     step_ms: float | None
+    evaluation_s: float | None
+    """Seconds of the whole evaluation, where the log sums them up."""
     code_bytes: int | None
     model_bytes: int | None
     total_bytes: int | None
@@ -112,7 +115,7 @@ def _literal(text: str) -> Any:
 def parse_log(text: str, file: str) -> TrainingLog:
     """Return the facts of a log; what it does not say is None or empty."""
     found: dict[str, Any] = dict.fromkeys(
-        ("seed", "steps", "planned", "train_s", "step_ms", "code", "model", "total", "line", "parameters")
+        ("seed", "steps", "planned", "train_s", "step_ms", "evaluation_s", "code", "model", "total", "line", "parameters")
     )
     compressor = ""
     scores: list[ScoreLine] = []
@@ -128,6 +131,8 @@ def parse_log(text: str, file: str) -> TrainingLog:
             found["steps"], found["planned"] = int(match[1]), int(match[2])
         if match := _TRAIN_TIME.search(line):
             found["train_s"] = _seconds(match[1], match[2])
+        if match := _TOTAL_EVAL_TIME.search(line):
+            found["evaluation_s"] = _seconds(match[1], match[2])
         if match := _STEP_AVERAGE.search(line):
             found["step_ms"] = float(match[1])
         if match := _SIZE.match(line):
@@ -138,14 +143,15 @@ def parse_log(text: str, file: str) -> TrainingLog:
             found["parameters"] = _integer(match[1])
         for name, pattern in _COUNTS.items():
             if match := pattern.search(line):
-                counts[name] = _integer(next(group for group in match.groups() if group))
+                count = _integer(next(group for group in match.groups() if group))
+                counts[name] = max(count, counts.get(name, 0))  # parts are logged beside the whole
         if found["steps"] is None:  # what is printed during training differs from seed to seed
             settings |= _settings(line)
     seed_in_name = re.search(r"seed[_-]?(\d+)|_s(\d+)\b", file)
     seed = int(seed_in_name[1] or seed_in_name[2]) if seed_in_name else found["seed"]
     return TrainingLog(
         file=file, seed=seed, scores=tuple(scores), steps=found["steps"], planned_steps=found["planned"], train_s=found["train_s"],
-        step_ms=found["step_ms"], code_bytes=found["code"], model_bytes=found["model"], total_bytes=found["total"],
+        step_ms=found["step_ms"], evaluation_s=found["evaluation_s"], code_bytes=found["code"], model_bytes=found["model"], total_bytes=found["total"],
         size_line=found["line"], compressor=compressor, parameters=found["parameters"], settings=settings, counts=counts,
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bytejepa.errors import DataError
-from bytejepa.review.budget import folder_findings, size_findings, time_findings
+from bytejepa.review.budget import data_findings, folder_findings, size_findings, time_findings
 from bytejepa.review.findings import Evidence, Finding, Review, Status, Weight, judge
 from bytejepa.review.scores import score_findings
 from bytejepa.review.source_scan import scan_source
@@ -51,6 +51,7 @@ def review_submission(path: Path, *, run: bool = False) -> Review:
         *size_findings(submission),
         *time_findings(submission),
         *score_findings(submission),
+        *data_findings(submission),
     ]
     facts = _facts(submission, findings)
     if submission.script is not None:

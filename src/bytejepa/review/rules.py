@@ -6,11 +6,13 @@ byte is scored? `relation` answers it for one change and one score from their or
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterable
 
 from bytejepa.review.findings import Evidence, Finding, Status, Weight
 from bytejepa.review.interpreter import Interpreter
+from bytejepa.review.program import Module
 from bytejepa.review.values import (
     AHEAD,
     BEHIND,
@@ -106,9 +108,12 @@ def training_findings(facts: Facts) -> list[Finding]:
     slots: list[tuple[Event, Event, str]] = []
     legal: list[Event] = []
     for step in facts.steps:
-        verdicts = [(score, relation(step, score)) for score in facts.scores if _same_model(facts, step, score)]
-        bad = [(step, score, how) for score, how in verdicts if how in ("before", "again", "ahead")]
         fresh = step.other is not None and FRESH in step.other.labels and not step.other.models
+        scores = [score for score in facts.scores if _same_model(facts, step, score)]
+        if fresh:  # a delta acts on what is computed with it; one that a hook adds leaves no trace in the call
+            scores = [score for score in scores if FRESH in score.value.labels] or scores
+        verdicts = [(score, relation(step, score)) for score in scores]
+        bad = [(step, score, how) for score, how in verdicts if how in ("before", "again", "ahead")]
         if bad:
             (slots if fresh else illegal).append(bad[-1])
         elif any(how == "legal" for _, how in verdicts):
@@ -161,8 +166,7 @@ def _slot(facts: Facts, slots: list[tuple[Event, Event, str]]) -> list[Finding]:
     step, score, _ = slots[0]
     module = facts.interpreter.program.module_of(step.file)
     bound = step.value.bound_text
-    only_context = PREFIX in step.value.labels and bool(bound) and module is not None
-    if only_context and module is not None and re.search(r"[\[,]\s*" + re.escape(bound) + r"\s*:", module.source):
+    if module is not None and bound and PREFIX in step.value.labels and _begins_at(module, bound):
         summary = "a per-window delta is optimised on the context before the scored positions (context-only SLOT, no ruling yet)"
         status, weight = Status.UNKNOWN, Weight.RULING
     else:
@@ -170,6 +174,16 @@ def _slot(facts: Facts, slots: list[tuple[Event, Event, str]]) -> list[Finding]:
         status, weight = Status.FAIL, Weight.RULE
     evidence = facts.evidence([step], "step") + facts.evidence([score], "score")
     return [Finding(check=check, status=status, weight=weight, summary=summary, evidence=evidence)]
+
+
+def _begins_at(module: Module, bound: str) -> bool:
+    """Return whether some slice begins where another ends: at `bound`, or at a name that is another name for it."""
+    names = {bound}
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.value, ast.Name):
+            pair = {ast.unparse(node.targets[0]), node.value.id}
+            names |= pair if bound in pair else set()
+    return any(re.search(r"[\[,]\s*" + re.escape(name) + r"\s*:", module.source) for name in names)
 
 
 def _legal(facts: Facts, legal: list[Event], has_illegal: bool) -> list[Finding]:
@@ -344,5 +358,7 @@ def coverage_findings(facts: Facts) -> list[Finding]:
 
 def _in_evaluation(facts: Facts, event: Event) -> bool:
     """Return whether the artifact was loaded before, other than in a loop that goes on training afterwards."""
-    loaded = [e for e in facts.of("unpack") if e.order < event.order and not set(e.loops) & set(event.loops)]
-    return bool(loaded) and bool(facts.packs)
+    packed = min((pack.order for pack in facts.packs), default=None)
+    return packed is not None and any(
+        packed < e.order < event.order and not set(e.loops) & set(event.loops) for e in facts.of("unpack")
+    )

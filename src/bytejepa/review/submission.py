@@ -28,6 +28,7 @@ _WEIGHTS = (
     ".npy",
     ".pkl",
 )
+_LOGGED_SCORE = re.compile(r"^.*\bval_bpb[:=]\s*\d", re.MULTILINE)
 _FENCE = re.compile(r"```[a-z]*\n(.*?)```", re.DOTALL)
 
 
@@ -48,6 +49,8 @@ class Submission:
     """Files that look like a packed model."""
     settings: dict[str, str]
     """Environment variables that the README's run command, or a shell script beside it, sets."""
+    commands: tuple[str, ...]
+    """Code blocks of the README and shell scripts."""
 
     @property
     def title(self) -> str:
@@ -75,6 +78,7 @@ def read_submission(root: Path) -> Submission:
     claims, problem_text = _claims(root / "submission.json")
     logs = _logs(files)
     script = _script(root, files)
+    commands = (*_FENCE.findall(text), *(_read(path) for path in files if path.suffix == ".sh"))
     return Submission(
         root=root,
         readme=text,
@@ -83,7 +87,8 @@ def read_submission(root: Path) -> Submission:
         script=script,
         logs=logs,
         weights=tuple(path for path in files if path.suffix in _WEIGHTS and "tokenizer" not in path.name),
-        settings=_settings(text, [_read(path) for path in files if path.suffix == ".sh"]),
+        settings=_settings(commands),
+        commands=commands,
     )
 
 
@@ -110,12 +115,11 @@ def _logs(files: list[Path]) -> tuple[TrainingLog, ...]:
     logs: list[TrainingLog] = []
     seen: dict[str, str] = {}
     for path in files:
-        looks_like_log = path.suffix == ".log" or (
-            path.suffix == ".txt" and ("log" in path.name.lower() or "train" in path.name.lower())
-        )
-        if not looks_like_log or "requirements" in path.name:
+        if path.suffix not in (".log", ".txt") or "requirements" in path.name:
             continue
         text = _read(path, MAX_LOG_BYTES)
+        if path.suffix == ".txt" and not _LOGGED_SCORE.search(text):
+            continue
         if text in seen.values():
             name = next(name for name, other in seen.items() if other == text)
             if "seed" in path.name and "seed" not in name:
@@ -134,10 +138,10 @@ def _script(root: Path, files: list[Path]) -> Path | None:
     return next(iter(named or scripts), None)
 
 
-def _settings(readme: str, shell: list[str]) -> dict[str, str]:
+def _settings(commands: tuple[str, ...]) -> dict[str, str]:
     """Return the environment of the first command that runs the script; a later ablation command does not count."""
     settings: dict[str, str] = {}
-    for text in [*_FENCE.findall(readme), *shell]:
+    for text in commands:
         if re.search(r"torchrun|train_gpt|python3? ", text):
             settings |= {name: value.strip("\"'") for name, value in _ENVIRONMENT.findall(text) if "$" not in value}
             if settings:

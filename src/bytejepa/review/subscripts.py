@@ -82,11 +82,14 @@ class Subscripts(Expressions):
         ):
             self.emit("lookup", node, index, other=owner)
 
+    def _slice(self, node: ast.Slice) -> Value:
+        bounds = combine(self.evaluate(node.lower), self.evaluate(node.upper))
+        return Value(loops=bounds.loops, labels=bounds.labels & {AHEAD, BEHIND})
+
     def _sliced(self, owner: Value, bounds: ast.Slice, node: ast.Subscript) -> Value:
         lower, upper = self.evaluate(bounds.lower), self.evaluate(bounds.upper)
-        result = combine(owner, lower, upper)
+        result = combine(owner)  # bounds say which part it is, not where its content came from
         result.loops = owner.loops | lower.loops | upper.loops
-        result.labels -= {AHEAD, BEHIND} - owner.labels
         if owner.is_known and lower.is_known and upper.is_known and isinstance(owner.constant, str | bytes | tuple):
             try:
                 result.constant = owner.constant[lower.constant : upper.constant]

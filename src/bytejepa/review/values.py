@@ -129,6 +129,13 @@ def merge(first: Value | None, second: Value | None) -> Value:
     if first is second:
         return first
     same = type(first.constant) is type(second.constant) and first.constant == second.constant
+    items = [_items(first), _items(second)]
+    known = first.is_known and same
+    if items[0] is not None and items[1] is not None and len(items[0]) == len(items[1]) and not known:
+        pairs = [merge(one, other) for one, other in zip(*items, strict=True)]
+        result = combine(first, second, *pairs)
+        result.kind, result.payload, result.origin = "sequence", pairs, first.origin or second.origin
+        return result
     if first.kind == second.kind == "data" or first.payload is not second.payload:
         result = combine(first, second)
         result.loops = first.loops | second.loops
@@ -140,6 +147,11 @@ def merge(first: Value | None, second: Value | None) -> Value:
         absorb(result, second)
     result.constant = first.constant if same else UNKNOWN
     return result
+
+
+def _items(value: Value) -> list[Value] | None:
+    """Return the items of a list or tuple whose items are known one by one, None of anything else."""
+    return value.payload if value.kind == "sequence" and isinstance(value.payload, list) else None
 
 
 @dataclasses.dataclass(slots=True, eq=False)
