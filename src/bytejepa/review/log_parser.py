@@ -19,7 +19,7 @@ _SCORE = re.compile(
 _STEP = re.compile(r"(?:\bstep[:=]?\s*|^)(\d+)\s*/\s*(\d+)")
 _TRAIN_TIME = re.compile(r"\btrain_time[:=]\s*" + _NUMBER + r"\s*(ms|s|m)\b")
 _EVAL_TIME = re.compile(r"\b(?:eval_time|elapsed)[:=]\s*" + _NUMBER + r"\s*(ms|s)\b")
-_TOTAL_EVAL_TIME = re.compile(r"\btotal_eval_time[:=]\s*" + _NUMBER + r"\s*(ms|s)\b")
+_TOTAL_EVAL_TIME = re.compile(r"\btotal_eval_time[:=]\s*" + _NUMBER + r"\s*(ms|s)\b", re.IGNORECASE)
 _STEP_AVERAGE = re.compile(r"\bstep_avg[:=]\s*" + _NUMBER + r"\s*ms")
 _SIZE = re.compile(
     r"^(?P<what>Serialized model|Total submission size|Code size|Submission size)(?P<how>[^:]*):\s*([\d,_]+)\s*bytes",
@@ -115,7 +115,19 @@ def _literal(text: str) -> Any:
 def parse_log(text: str, file: str) -> TrainingLog:
     """Return the facts of a log; what it does not say is None or empty."""
     found: dict[str, Any] = dict.fromkeys(
-        ("seed", "steps", "planned", "train_s", "step_ms", "evaluation_s", "code", "model", "total", "line", "parameters")
+        (
+            "seed",
+            "steps",
+            "planned",
+            "train_s",
+            "step_ms",
+            "evaluation_s",
+            "code",
+            "model",
+            "total",
+            "line",
+            "parameters",
+        )
     )
     compressor = ""
     scores: list[ScoreLine] = []
@@ -151,8 +163,9 @@ def parse_log(text: str, file: str) -> TrainingLog:
     seed = int(seed_in_name[1] or seed_in_name[2]) if seed_in_name else found["seed"]
     return TrainingLog(
         file=file, seed=seed, scores=tuple(scores), steps=found["steps"], planned_steps=found["planned"], train_s=found["train_s"],
-        step_ms=found["step_ms"], evaluation_s=found["evaluation_s"], code_bytes=found["code"], model_bytes=found["model"], total_bytes=found["total"],
-        size_line=found["line"], compressor=compressor, parameters=found["parameters"], settings=settings, counts=counts,
+        step_ms=found["step_ms"], evaluation_s=found["evaluation_s"], code_bytes=found["code"], model_bytes=found["model"],
+        total_bytes=found["total"], size_line=found["line"], compressor=compressor, parameters=found["parameters"],
+        settings=settings, counts=counts,
     )  # fmt: skip
 
 

@@ -136,7 +136,9 @@ def _other_split(log: TrainingLog, tokens: int, published: int) -> Finding:
         status=Status.UNKNOWN,
         weight=Weight.NOTE,
         summary="the log is of another export of the data: its bytes are not known here, and val_bpb cannot be recomputed",
-        evidence=(Evidence(file=log.file, text=f"{tokens:,} validation tokens, the published split has {published:,}"),),
+        evidence=(
+            Evidence(file=log.file, text=f"{tokens:,} validation tokens, the published split has {published:,}"),
+        ),
     )
 
 
