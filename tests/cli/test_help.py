@@ -90,19 +90,38 @@ def test_an_unknown_preset_is_answered_with_the_nearest(refuses: Callable[..., s
     ],
 )
 def test_an_unknown_option_is_answered_with_the_nearest(
-    command: Callable[..., Any], words: tuple[str, ...], nearest: str
+    refuses: Callable[..., str], words: tuple[str, ...], nearest: str
 ) -> None:
-    outcome = command(*words)
-    assert outcome.code == 2
-    assert nearest in outcome.err
-    assert "Traceback" not in outcome.err
-    assert outcome.out == ""
+    line = refuses(2, *words)
+    assert line.startswith(f"bytejepa {words[0]}: unrecognized options: {words[-2]}")
+    assert f"did you mean {nearest}" in line
 
 
-def test_a_value_of_the_wrong_type_names_the_option(command: Callable[..., Any]) -> None:
-    outcome = command("config", "tiny", "--model.num-layers", "many")
-    assert outcome.code == 2
-    assert "--model.num-layers" in outcome.err
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("config", "tiny", "--model.num-layers", "many"),
+            "error parsing --model.num-layers: invalid literal for int()",
+        ),
+        (("config", "tiny", "--jepa.gradient", "detachd"), "invalid choice 'detachd' for argument '--jepa.gradient'"),
+        (("config", "tiny", "--model.attention-windows", "x"), "error parsing --model.attention-windows: no type"),
+        (("config", "tiny", "--model.num-layers"), "missing value for argument '--model.num-layers'"),
+        (("eval", "model.bjm"), "missing from bytejepa eval: --data PATH"),
+        (("eval", "model.bjm", "more", "--data", "x"), "unrecognized options: more (see bytejepa eval --help)"),
+    ],
+)
+def test_words_that_cannot_be_parsed_are_refused_in_one_line(
+    refuses: Callable[..., str], words: tuple[str, ...], said: str
+) -> None:
+    assert refuses(2, *words).startswith(f"bytejepa {words[0]}: {said}")
+
+
+def test_an_error_reads_the_same_where_boxes_cannot_be_drawn(process: Callable[..., Any]) -> None:
+    expected = "bytejepa config: unrecognized options: --nope (see bytejepa config tiny --help)\n"
+    for encoding in ("ascii", "utf-8"):
+        done = process("config", "tiny", "--nope", PYTHONIOENCODING=encoding)
+        assert (done.code, done.out, done.err) == (2, "", expected)
 
 
 def test_a_value_out_of_range_is_refused_in_one_line(refuses: Callable[..., str]) -> None:

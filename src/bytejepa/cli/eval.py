@@ -26,7 +26,7 @@ class Evaluate:
     """Context of a window, in ids; default: as the model's configuration says."""
     stride: int | None = None
     """Ids scored a window in sliding evaluation; default: as the model's configuration says."""
-    no_sliding: bool = False
+    no_sliding: tyro.conf.FlagCreatePairsOff[bool] = False
     """Only non-overlapping windows."""
     max_bytes: int | None = None
     """Score only this many leading ids."""

@@ -26,7 +26,7 @@ class Export:
     """Leading ids of the validation split that are scored; default: as while training."""
     stride: int | None = None
     """Ids scored a window; default: the window, non-overlapping."""
-    no_score: bool = False
+    no_score: tyro.conf.FlagCreatePairsOff[bool] = False
     """Write the artifact without scoring."""
     force: bool = False
     """Replace an existing file."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import itertools
+import re
 import typing
 from typing import Any, Protocol, TypeVar
 
 import tyro
 
 from bytejepa.config import RunConfig
+from bytejepa.errors import ConfigError
 from bytejepa.presets import PRESETS, preset
 
 
@@ -20,6 +25,9 @@ class Command(Protocol):
         ...
 
 
+_ORNAMENTS = re.compile(r"\x1b\[[\d;]*m|[│╭╮╰╯]")
+"""Colours and the sides of a box."""
+
 Verb = TypeVar("Verb", bound=Command)
 
 
@@ -27,8 +35,8 @@ def parse(verb_class: type[Verb], verb: str, words: list[str]) -> Verb:
     """Return an instance of `verb_class` made from `words`.
 
     A class with a field `config` takes the name of a preset as its first word; every setting of the preset can then be
-    overridden by name (`--model.num-layers 6`). Exits with code 2 and a message for what cannot be parsed.
-    Raises: ConfigError for an unknown preset or an impossible combination of settings.
+    overridden by name (`--model.num-layers 6`). Exits with code 0 after printing help that is asked for.
+    Raises: ConfigError for words that cannot be parsed, an unknown preset or an impossible combination of settings.
     """
     kept_unparsed = {}
     if "config" in {field.name for field in dataclasses.fields(verb_class)}:  # type: ignore[arg-type]
@@ -36,7 +44,33 @@ def parse(verb_class: type[Verb], verb: str, words: list[str]) -> Verb:
         kept_unparsed = {"config": preset(name), "preset": name}
     program = f"bytejepa {verb}" + (f" {kept_unparsed['preset']}" if kept_unparsed else "")
     defaults = _with_defaults(verb_class, kept_unparsed) if kept_unparsed else tyro.MISSING_NONPROP
-    return tyro.cli(verb_class, args=words, prog=program, default=defaults)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(verb_class, args=words, prog=program, default=defaults)
+    except SystemExit as left:
+        if not left.code:  # help was asked for
+            raise
+    message, hint = _in_one_line(said.getvalue(), program)
+    raise ConfigError(message, hint=hint)
+
+
+def _in_one_line(box: str, program: str) -> tuple[str, str]:
+    """Return (message, hint) out of the box that tyro draws around an error: a title, the error, and help below rules."""
+    rows = [_ORNAMENTS.sub("", row).strip() for row in box.splitlines()[1:]]
+    sections = [
+        list(part)
+        for is_rule, part in itertools.groupby(rows, key=lambda row: bool(row) and not row.strip("─-"))
+        if not is_rule
+    ]
+    message = " ".join(sections[0] if sections else box.split()).partition(" Got errors:")[0]
+    below = sections[1:-1]  # the last section says where help is
+    if message.startswith("Unrecognized"):
+        nearest = [name for part in below for row in part for name in re.findall(r"^--[\w.-]+", row)]
+        hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"see {program} --help"
+    else:
+        hint = " ".join(row for part in below for row in part if row != "Argument helptext:") or f"see {program} --help"
+    return message[:1].lower() + message[1:], hint
 
 
 def _preset_word(verb_class: type[Any], words: list[str]) -> tuple[str, list[str]]:
