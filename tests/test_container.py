@@ -190,7 +190,7 @@ def test_line_ends_changed_by_a_text_transfer():
     refused(example_bytes().replace(b"\r\n", b"\n"), "is not a bytejepa artifact")
 
 
-@pytest.mark.parametrize("version", [2, 7])
+@pytest.mark.parametrize("version", [3, 7])
 def test_newer_versions(version):
     refused(seal({}, version=version), f"was written by a newer version {version} of the format")
 

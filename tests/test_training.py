@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
+from bytejepa.artifact.export import export
+from bytejepa.artifact.packing import restore
+from bytejepa.artifact.store import store_weights
 from bytejepa.bits import bits_from_nats
 from bytejepa.config import RunConfig, replace
 from bytejepa.errors import CheckpointError, ConfigError
 from bytejepa.model.initialization import initialize
-from bytejepa.model.quantization import CLIP_MAX, dequantize, quantize_rows
 from bytejepa.model.transformer import ByteLM
 from bytejepa.training import checkpoint
 from bytejepa.training.averaging import WeightAverage
@@ -180,31 +182,64 @@ def quantized_loss(config: RunConfig, *, compile: bool) -> tuple[float, float, f
     step = GradientStep(model, config, compile=compile)
     plain = float(step(ids[:, :-1], ids[:, 1:], jepa_lambda=0.0, quantized=False).ce)
     through = float(step(ids[:, :-1], ids[:, 1:], jepa_lambda=0.0, quantized=True).ce)
+    stored = store_weights({name: p.detach() for name, p in model.named_parameters()}, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.startswith("blocks.") and parameter.ndim == 2 and not name.endswith("residual_mix"):
-                rounded = quantize_rows(parameter, bits=config.artifact.matrix_bits, clip=CLIP_MAX)
-                parameter.copy_(dequantize(rounded))
+            if name.startswith("blocks."):
+                parameter.copy_(restore(stored[name]) if parameter.ndim == 2 else parameter)
         return plain, through, float(model.losses(ids[:, :-1], ids[:, 1:]).ce)
 
 
-def test_quantization_aware_training_sees_the_quantized_weights(minimal_config) -> None:
-    plain, through, quantized = quantized_loss(replace(minimal_config, artifact={"matrix_bits": 2}), compile=False)
+QUANTISERS = (
+    {"matrix_bits": 2},
+    {"matrix_bits": 3, "clip": "max"},
+    {"matrix_bits": 3, "clip": "standard_deviations", "clip_standard_deviations": 2.5, "scale_digits": 3},
+    {"scales": "reference_floor", "clip": "max"},
+)
+
+
+@pytest.mark.parametrize("settings", QUANTISERS)
+def test_quantization_aware_training_sees_the_weights_that_the_artifact_will_hold(minimal_config, settings) -> None:
+    config = replace(minimal_config, artifact={"small_tensor_elements": 1024, **settings})
+    plain, through, quantized = quantized_loss(config, compile=False)
     assert through == pytest.approx(quantized, abs=1e-6)
     assert abs(through - plain) > 1e-5
 
 
+def test_matrices_that_the_artifact_keeps_as_they_are_are_trained_as_they_are(minimal_config) -> None:
+    config = replace(minimal_config, artifact={"matrix_bits": 2, "small_tensor_elements": 1 << 20})
+    plain, through, _ = quantized_loss(config, compile=False)
+    assert through == plain
+
+
 @pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_quantization_aware_training_takes_effect_when_compiled(minimal_config) -> None:
-    plain, through, quantized = quantized_loss(replace(minimal_config, artifact={"matrix_bits": 2}), compile=True)
+@pytest.mark.parametrize("settings", [QUANTISERS[0], QUANTISERS[2]])
+def test_quantization_aware_training_takes_effect_when_compiled(minimal_config, settings) -> None:
+    config = replace(minimal_config, artifact={"small_tensor_elements": 1024, **settings})
+    plain, through, quantized = quantized_loss(config, compile=True)
     assert through == pytest.approx(quantized, abs=1e-5)
     assert abs(through - plain) > 1e-5
 
 
+def test_quantization_aware_training_lowers_what_rounding_costs(minimal_config, embedded_shards, tmp_path) -> None:
+    settings = {"matrix_bits": 2, "clip": "max", "small_tensor_elements": 512}
+    costs = {}
+    for start in (None, 0.0):
+        config = quiet(minimal_config, artifact=settings, training={"qat_start": start}, schedule={"steps": 40})
+        train(config, embedded_shards, tmp_path / str(start))
+        scores = export(tmp_path / str(start), tmp_path / f"{start}.bjm", score_bytes=1000).scores
+        costs[start] = scores["artifact"].bpb - scores["average"].bpb
+    assert costs[0.0] < 0.5 * costs[None]
+
+
 def test_late_quantization_begins_where_it_says(minimal_config, embedded_shards, tmp_path) -> None:
     for name, start in (("never", None), ("late", 0.5)):
-        config = quiet(minimal_config, artifact={"matrix_bits": 2}, training={"qat_start": start, "log_every_steps": 1})
+        config = quiet(
+            minimal_config,
+            artifact={"matrix_bits": 2, "small_tensor_elements": 512},
+            training={"qat_start": start, "log_every_steps": 1},
+        )
         train(config, embedded_shards, tmp_path / name)
     never, late = (
         [line["train_loss_nats"] for line in RunFolder(tmp_path / name).read_metrics() if "train_loss_nats" in line]

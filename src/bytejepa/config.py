@@ -163,7 +163,8 @@ class TrainingConfig(Section):
     swa_every_steps: PositiveInt = 50
     """Steps between two weights that enter the SWA average."""
     qat_start: Fraction | None = None
-    """Progress from which the matrices are trained through their quantiser (0: from the start); None: off."""
+    """Progress from which the matrices of the blocks are trained as the artifact will round them, to the nearest code at
+    the same scales (0: from the start); None: off."""
     multi_token_weight: NonNegative = 0.1
     """Weight of each extra head's loss (model.multi_token_heads)."""
     warmup_steps: NonNegativeInt = 20
@@ -219,12 +220,28 @@ class ArtifactConfig(Section):
     """Bits of a weight of the embeddings and JEPA matrices."""
     scales: Literal["per_row", "reference_floor"] = "per_row"
     """`per_row`: each row its own step; `reference_floor`: never under 1/31 (int6) or 1/127 (int8), item 6."""
-    clip: Literal["max", "mean_squared_error"] = "mean_squared_error"
-    """What a row's range covers: its largest weight, or the range with the least squared error."""
+    clip: Literal["max", "mean_squared_error", "standard_deviations", "sensitivity"] = "mean_squared_error"
+    """What a row's range covers: its largest weight; the range with the least squared error; a multiple of its root mean
+    square (SDClip); or a range inverse to how much the row matters, its root mean square gradient, times that of its inputs."""
+    clip_standard_deviations: Annotated[float, Range(0.1, 10_000)] = 12.85
+    """For the clip `standard_deviations`, and on average for `sensitivity`: range of a block's matrix in root mean squares.
+    Larger is coarser and smaller on disk; `bytejepa export --fit` finds it."""
+    other_clip_standard_deviations: Annotated[float, Range(0.1, 10_000)] = 20.0
+    """For `standard_deviations`: the same of the embeddings and JEPA matrices."""
+    scale_digits: Annotated[int, Range(1, 10)] = 10
+    """For these two: binary digits of a row's scale that are kept."""
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """Each weight to the nearest code, or column by column with the error spread over later columns (GPTQ)."""
+    gptq_damping: Annotated[float, Range(1e-6, 1)] = 0.01
+    """For `gptq`: what is added to the inputs' second moments, relative to their mean."""
+    calibration_bytes: PositiveInt = 32_768
+    """Ids of training text on which `gptq` and `sensitivity` observe the model."""
+    hidden_order: Literal["as_trained", "by_scale"] = "as_trained"
+    """Order of hidden units, which changes nothing but the sum's rounding: by scale, rows that are alike stand together."""
     small_tensor_elements: NonNegativeInt = 4096
     """Tensors of at most this many elements are stored as float16 (reference: 65,536)."""
-    codecs: tuple[Literal["zstd", "brotli"], ...] = ("zstd", "brotli")
-    """Compressors tried on each stream; the smallest result is kept."""
+    codecs: tuple[Literal["rans", "zstd", "brotli"], ...] = ("zstd", "brotli")
+    """Compressors tried on each stream; the smallest result is kept. `rans` codes the codes of all matrices together."""
     limit_bytes: PositiveInt = 16_000_000
     """Budget for code plus compressed weights, in decimal bytes."""
 

@@ -98,10 +98,14 @@ def test_quantising_stored_weights_again_changes_little(weight, bits):
 
 
 @settings(max_examples=60, deadline=None)
-@given(tensors=stored_tensors, codecs=st.lists(st.sampled_from(sorted(CODECS)), min_size=1, max_size=3))
-def test_packing_brings_every_bit_back(tensors, codecs):
-    packed = pack(tensors, codecs=codecs)
-    again = unpack(packed.records, packed.payload)
+@given(
+    tensors=stored_tensors,
+    codecs=st.lists(st.sampled_from(sorted(CODECS)), min_size=1, max_size=3),
+    joint=st.booleans(),
+)
+def test_packing_brings_every_bit_back(tensors, codecs, joint):
+    packed = pack(tensors, codecs=["rans", *codecs] if joint else codecs)
+    again = unpack(packed.records, packed.payload, packed.joint)
     assert list(again) == list(tensors)
     for name, stored in tensors.items():
         assert bits_of(again[name]) == bits_of(stored)

@@ -4,7 +4,7 @@ Schemes: `int2_rows` ... `int8_rows` (a `QuantizedMatrix`: a stream of codes and
 (one stream). A code takes a whole byte before the compressor: bit-packed codes hide their frequencies from a byte
 compressor and come out about a fifth larger. Scalars wider than a byte are split into byte planes, lowest byte first,
 so that sign and exponent bytes stand together. Every stream is compressed by the smallest of the allowed codecs and
-names it.
+names it. Codes whose codec is `rans` lie in one joint stream behind the tensors (`joint_codes`).
 
 Source: spec section 5 (one value to a byte, zstd level 22); `docs/artifact.md` states the layout for other readers.
 """
@@ -13,25 +13,23 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-import zstandard
 from torch import Tensor
 
+from bytejepa.artifact.codecs import CODECS, StreamRecord, require_codec, smallest, zstd_probe_bytes
+from bytejepa.artifact.joint_codes import JointRecord, bits_of_matrices, check_joint, decode_joint, encode_joint
 from bytejepa.errors import ArtifactError
 from bytejepa.model.quantization import CLIP_MAX, ClipRule, QuantizedMatrix, dequantize, quantize_rows, to_float16
 
 StoredTensor = QuantizedMatrix | Tensor
 """A tensor as it is stored: int rows, or a float16 or float32 tensor."""
 
-ZSTD_LEVEL = 22
-ZSTD_WINDOW_BYTES = 8 << 20  # what RFC 8878 asks every decoder to support; larger only for a larger content
-BROTLI_QUALITY = 11
-BROTLI_WINDOW_BITS = 24  # 16 MiB, the largest of the standard format
 MAX_ELEMENTS = 1 << 28
 """Most numbers, scales included, in one artifact: 1 GiB as float32, many times what 16 MB can usefully hold."""
 MAX_DIMENSIONS = 8
@@ -40,14 +38,10 @@ ROW_SCHEMES = {f"int{bits}_rows": bits for bits in range(2, 9)}
 FLOAT_SCHEMES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 SCHEMES = (*ROW_SCHEMES, *FLOAT_SCHEMES)
 DEFAULT_CODECS = ("zstd", "raw")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StreamRecord:
-    """One compressed stream: the codec that made it and its length."""
-
-    codec: str
-    num_bytes: int
+JOINT_CODEC = "rans"
+"""Codec of codes that lie in the joint stream; only for codes, and their own stream is then empty."""
+PROBE_MARGIN = 1.02
+"""How far above the joint stream a quick probe may stay for a matrix to be tried with every codec."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +65,11 @@ class TensorRecord:
         return sum(stream.num_bytes for stream in self.streams)
 
     @property
+    def is_joint(self) -> bool:
+        """Whether its codes lie in the joint stream."""
+        return self.scheme in ROW_SCHEMES and self.streams[:1] == (StreamRecord(codec=JOINT_CODEC, num_bytes=0),)
+
+    @property
     def num_elements(self) -> int:
         """Numbers in the tensor, without scales."""
         return math.prod(self.shape)
@@ -82,6 +81,8 @@ class PackedTensors:
 
     records: tuple[TensorRecord, ...]
     payload: bytes
+    joint: JointRecord | None = None
+    """The joint stream of the tensors whose codes are coded by `rans`; behind all the others."""
 
 
 def store_tensors(
@@ -125,52 +126,106 @@ def restore(stored: StoredTensor) -> Tensor:
     return dequantize(stored) if isinstance(stored, QuantizedMatrix) else stored.float()
 
 
-def pack(tensors: Mapping[str, StoredTensor], *, codecs: Sequence[str] = DEFAULT_CODECS) -> PackedTensors:
+def pack(
+    tensors: Mapping[str, StoredTensor],
+    *,
+    codecs: Sequence[str] = DEFAULT_CODECS,
+) -> PackedTensors:
     """Return the table and the compressed bytes of `tensors`, in their order; each stream by its smallest codec.
 
-    Among equally small ones the first of `codecs` wins. The same input gives the same bytes, for given versions of the
-    compressors.
+    With `rans` among the codecs every matrix whose codes take least room there goes into the joint stream. Among equally
+    small codecs the first wins. The same input gives the same bytes, for given versions of the compressors.
 
     Raises: ArtifactError for an unknown codec or a tensor that cannot be stored.
     """
     for codec in codecs:
-        _require_codec(codec, "pack")
-    if not codecs:
-        raise ArtifactError("no codec is allowed", hint=f"name at least one of {', '.join(CODECS)}")
+        require_codec(codec, "pack", known=(*CODECS, JOINT_CODEC))
+    byte_codecs = tuple(codec for codec in codecs if codec != JOINT_CODEC)
+    if not byte_codecs:
+        raise ArtifactError(
+            "no codec is allowed that takes any bytes", hint=f"name at least one of {', '.join(CODECS)}"
+        )
+    raw = {name: _raw_streams(name, stored) for name, stored in tensors.items()}
+    codes = {name: _codes(stored) for name, stored in tensors.items() if isinstance(stored, QuantizedMatrix)}
+    compressed_codes = _compress_codes(codes, codecs)
+    compressed = {
+        name: [
+            compressed_codes[name] if name in codes and position == 0 else smallest(stream, byte_codecs)
+            for position, stream in enumerate(streams)
+        ]
+        for name, (_, _, streams) in raw.items()
+    }
     records: list[TensorRecord] = []
     pieces: list[bytes] = []
     offset = 0
-    for name, stored in tensors.items():
-        shape, scheme, raw_streams = _raw_streams(name, stored)
-        compressed = [_smallest(raw, codecs) for raw in raw_streams]
-        data = b"".join(stream for _, stream in compressed)
+    for name, (shape, scheme, _) in raw.items():
+        data = b"".join(stream for _, stream in compressed[name])
         record = TensorRecord(
             name=name,
             shape=shape,
             scheme=scheme,
             offset=offset,
-            streams=tuple(StreamRecord(codec=codec, num_bytes=len(stream)) for codec, stream in compressed),
+            streams=tuple(StreamRecord(codec=codec, num_bytes=len(stream)) for codec, stream in compressed[name]),
             sha256=hashlib.sha256(data).hexdigest(),
         )
         records.append(record)
         pieces.append(data)
         offset += len(data)
-    check_records(records, offset)
-    return PackedTensors(records=tuple(records), payload=b"".join(pieces))
+    joint = None
+    matrices = [codes[name] for name, (codec, _) in compressed_codes.items() if codec == JOINT_CODEC]
+    if matrices:
+        joint, data = encode_joint(matrices, byte_codecs, offset=offset)
+        pieces.append(data)
+        offset += len(data)
+    check_records(records, offset, joint)
+    return PackedTensors(records=tuple(records), payload=b"".join(pieces), joint=joint)
 
 
-def unpack(records: Sequence[TensorRecord], payload: bytes | memoryview) -> dict[str, StoredTensor]:
+def _compress_codes(codes: Mapping[str, npt.NDArray[np.int8]], codecs: Sequence[str]) -> dict[str, tuple[str, bytes]]:
+    """Return (codec, stream) of each matrix; the stream of one that the joint stream takes least room for is empty.
+
+    Where a quick probe finds nothing that repeats, the slow compressors are not asked: they lose to the joint stream.
+    """
+    byte_codecs = [codec for codec in codecs if codec != JOINT_CODEC]
+    if JOINT_CODEC not in codecs or not codes:
+        return {name: smallest(matrix.tobytes(), byte_codecs) for name, matrix in codes.items()}
+    result = {}
+    for (name, matrix), bits in zip(codes.items(), bits_of_matrices(list(codes.values())), strict=True):
+        raw = matrix.tobytes()
+        result[name] = (JOINT_CODEC, b"")
+        if 8 * zstd_probe_bytes(raw) < PROBE_MARGIN * bits:
+            alone = smallest(raw, byte_codecs)
+            if 8 * len(alone[1]) <= bits:
+                result[name] = alone
+    return result
+
+
+def _codes(stored: QuantizedMatrix) -> npt.NDArray[np.int8]:
+    return stored.codes.cpu().contiguous().numpy()
+
+
+def unpack(
+    records: Sequence[TensorRecord], payload: bytes | memoryview, joint: JointRecord | None = None
+) -> dict[str, StoredTensor]:
     """Return the stored tensors of a table, on the CPU, in its order; `restore` turns them into weights.
 
     Decoding allocates what the table declares and no more, and the table is checked first.
 
     Raises: ArtifactError naming the tensor that is inconsistent, damaged or does not decode to its declared size.
     """
-    check_records(records, len(payload))
-    return {record.name: _decode(record, payload[record.offset :][: record.num_bytes]) for record in records}
+    check_records(records, len(payload), joint)
+    codes: dict[str, npt.NDArray[np.int8]] = {}
+    if joint is not None:
+        joint_records = [record for record in records if record.is_joint]
+        matrices = decode_joint(joint, [r.shape for r in joint_records], payload[joint.offset :])
+        codes = {record.name: matrix for record, matrix in zip(joint_records, matrices, strict=True)}
+    return {
+        record.name: _decode(record, payload[record.offset :][: record.num_bytes], codes.get(record.name))
+        for record in records
+    }
 
 
-def check_records(records: Sequence[TensorRecord], payload_bytes: int) -> None:
+def check_records(records: Sequence[TensorRecord], payload_bytes: int, joint: JointRecord | None = None) -> None:
     """Refuse a table that cannot describe a payload of `payload_bytes` bytes, before anything is allocated for it.
 
     Raises: ArtifactError for names that are empty, too long or repeated, impossible shapes, unknown schemes or codecs,
@@ -190,13 +245,21 @@ def check_records(records: Sequence[TensorRecord], payload_bytes: int) -> None:
             raise ArtifactError(
                 f"tensor {record.name!r} of shape {record.shape}: more than {MAX_ELEMENTS} numbers in one artifact"
             )
-        for stream in record.streams:
-            _require_codec(stream.codec, f"tensor {record.name!r}")
+        for position, stream in enumerate(record.streams):
+            if not (record.is_joint and position == 0):
+                require_codec(stream.codec, f"tensor {record.name!r}")
             if stream.num_bytes < 0:
                 raise ArtifactError(f"tensor {record.name!r}: a stream of {stream.num_bytes} bytes")
         if record.offset != end:
             raise ArtifactError(f"tensor {record.name!r} must start at byte {end} of the payload, got {record.offset}")
         end += record.num_bytes
+    if any(record.is_joint for record in records) != (joint is not None):
+        raise ArtifactError("a joint stream of codes and tensors that use it must come together")
+    if joint is not None:
+        check_joint(joint)
+        if joint.offset != end:
+            raise ArtifactError(f"the joint codes must start at byte {end} of the payload, got {joint.offset}")
+        end += joint.num_bytes
     if end != payload_bytes:
         raise ArtifactError(f"the tensors take {end} bytes, the payload has {payload_bytes}")
 
@@ -224,7 +287,7 @@ def _stream_sizes(record: TensorRecord) -> tuple[int, ...]:
 def _raw_streams(name: str, stored: StoredTensor) -> tuple[tuple[int, ...], str, list[bytes]]:
     """Return shape, scheme and uncompressed streams of one stored tensor."""
     if isinstance(stored, QuantizedMatrix):
-        codes = stored.codes.cpu().contiguous().numpy()
+        codes = _codes(stored)
         return tuple(codes.shape), f"int{stored.bits}_rows", [codes.tobytes(), _planes(stored.scales, "float16")]
     schemes = {torch.float16: "float16", torch.float32: "float32"}
     if stored.dtype not in schemes:
@@ -237,12 +300,15 @@ def _raw_streams(name: str, stored: StoredTensor) -> tuple[tuple[int, ...], str,
     return tuple(stored.shape), scheme, [_planes(stored, scheme)]
 
 
-def _decode(record: TensorRecord, data: bytes | memoryview) -> StoredTensor:
+def _decode(record: TensorRecord, data: bytes | memoryview, joint_codes: npt.NDArray[np.int8] | None) -> StoredTensor:
     if hashlib.sha256(data).hexdigest() != record.sha256:
         raise ArtifactError(f"tensor {record.name!r}: checksum differs", hint="the file is damaged, copy it again")
     raw_streams: list[bytes] = []
     start = 0
     for stream, num_bytes in zip(record.streams, _stream_sizes(record), strict=True):
+        if stream.codec == JOINT_CODEC:
+            raw_streams.append(b"")
+            continue
         raw = CODECS[stream.codec].decompress(bytes(data[start : start + stream.num_bytes]), num_bytes)
         if raw is None:
             raise ArtifactError(
@@ -256,7 +322,9 @@ def _decode(record: TensorRecord, data: bytes | memoryview) -> StoredTensor:
         if not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"tensor {record.name!r} has values that are not finite")
         return tensor
-    codes = torch.from_numpy(np.frombuffer(raw_streams[0], dtype=np.int8).copy()).reshape(record.shape)
+    if joint_codes is None:
+        joint_codes = np.frombuffer(raw_streams[0], dtype=np.int8).copy()
+    codes = torch.from_numpy(joint_codes).reshape(record.shape)
     try:
         return QuantizedMatrix(
             codes=codes, scales=_from_planes(raw_streams[1], "float16"), bits=ROW_SCHEMES[record.scheme]
@@ -276,79 +344,3 @@ def _from_planes(data: bytes, scheme: str) -> Tensor:
     dtype = FLOAT_SCHEMES[scheme]
     scalars = np.frombuffer(data, dtype=np.uint8).reshape(dtype.itemsize, -1).T.copy().view(dtype).reshape(-1)
     return torch.from_numpy(scalars.astype(dtype.newbyteorder("=")))
-
-
-def _smallest(raw: bytes, codecs: Sequence[str]) -> tuple[str, bytes]:
-    candidates = [(codec, CODECS[codec].compress(raw)) for codec in codecs]
-    return min(candidates, key=lambda candidate: len(candidate[1]))  # min keeps the first of equals
-
-
-def _require_codec(codec: str, where: str) -> None:
-    if codec not in CODECS:
-        raise ArtifactError(f"{where}: unknown codec {codec[:60]!r}", hint=f"one of {', '.join(CODECS)}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Codec:
-    """A compressor of byte strings; `decompress` gives None unless the data are one stream of exactly `num_bytes`."""
-
-    compress: Callable[[bytes], bytes]
-    decompress: Callable[[bytes, int], bytes | None]
-
-
-def _raw_decompress(data: bytes, num_bytes: int) -> bytes | None:
-    return data if len(data) == num_bytes else None
-
-
-def _zstd_compress(raw: bytes) -> bytes:
-    return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True).compress(raw)
-
-
-def zstd_decompress(data: bytes, num_bytes: int) -> bytes | None:
-    """Return the content of one zstd frame that declares exactly `num_bytes` bytes, else None; never allocates more."""
-    try:
-        frame_header = zstandard.get_frame_parameters(data)
-        too_wide = frame_header.window_size > max(num_bytes, ZSTD_WINDOW_BYTES)
-        if frame_header.content_size != num_bytes or too_wide:
-            return None
-        decompressor = zstandard.ZstdDecompressor()
-        if num_bytes == 0:  # decompress() returns early on an empty frame, without looking at what follows it
-            frame = decompressor.decompressobj()
-            content = frame.decompress(data)
-            return content if frame.eof and not content and not frame.unused_data else None
-        return decompressor.decompress(data, max_output_size=num_bytes, allow_extra_data=False)
-    except zstandard.ZstdError:
-        return None
-
-
-def _brotli_compress(raw: bytes) -> bytes:
-    import brotli  # here, so that a submission's script that packs with zstd alone does without it
-
-    return brotli.compress(raw, quality=BROTLI_QUALITY, lgwin=BROTLI_WINDOW_BITS)
-
-
-def _brotli_decompress(data: bytes, num_bytes: int) -> bytes | None:
-    """Return one brotli stream's content; its format states no size, so decode in pieces and stop once past it."""
-    import brotli
-
-    decompressor = brotli.Decompressor()
-    content = bytearray()
-    feed = data
-    try:
-        while not decompressor.is_finished():
-            piece = decompressor.process(feed, output_buffer_limit=num_bytes - len(content) + 1)
-            content += piece
-            starved = not piece and not decompressor.is_finished()
-            if len(content) > num_bytes or starved:
-                return None
-            feed = b""
-    except brotli.error:
-        return None
-    return bytes(content) if len(content) == num_bytes else None
-
-
-CODECS: dict[str, _Codec] = {
-    "raw": _Codec(compress=bytes, decompress=_raw_decompress),
-    "zstd": _Codec(compress=_zstd_compress, decompress=zstd_decompress),
-    "brotli": _Codec(compress=_brotli_compress, decompress=_brotli_decompress),
-}

@@ -9,44 +9,51 @@ from pathlib import Path
 from torch import Tensor
 
 import bytejepa
+from bytejepa.artifact.calibration import Calibration
 from bytejepa.artifact.packing import StoredTensor, store_tensors
+from bytejepa.artifact.quantize import quantize_matrices
 from bytejepa.config import ArtifactConfig, RunConfig
-from bytejepa.model.initialization import is_vector
-from bytejepa.model.quantization import CLIP_MAX, CLIP_MEAN_SQUARED_ERROR, reference_int6, reference_int8
+from bytejepa.errors import ArtifactError
+from bytejepa.model.quantization import is_block_matrix, reference_int6, reference_int8, stored_bits
 from bytejepa.model.transformer import TRAINING_ONLY
 
 
 def scheme_of(name: str, tensor: Tensor, config: ArtifactConfig) -> str:
-    """Return the storage scheme of a parameter: float16 for small tensors and (stacked) vectors, rows of few bits for
-    matrices."""
-    if is_vector(name, tensor) or tensor.ndim > 2 or tensor.numel() <= config.small_tensor_elements:
-        return "float16"
-    is_block_matrix = name.startswith("blocks.") and not name.endswith("embedding.weight")
-    bits = config.matrix_bits if is_block_matrix else config.other_bits
-    return f"int{bits}_rows"
+    """Return the storage scheme of a parameter: float16, or rows of few bits."""
+    bits = stored_bits(name, tensor, config)
+    return "float16" if bits is None else f"int{bits}_rows"
 
 
-def store_weights(weights: dict[str, Tensor], config: RunConfig) -> dict[str, StoredTensor]:
+def needs_calibration(config: ArtifactConfig) -> bool:
+    """Return whether `store_weights` has to know how the model uses its weights."""
+    return config.rounding == "gptq" or config.clip == "sensitivity"
+
+
+def store_weights(
+    weights: dict[str, Tensor], config: RunConfig, calibration: Calibration | None = None
+) -> dict[str, StoredTensor]:
     """Return every weight in its storage form; what only training needs is left out.
 
-    Raises: ArtifactError naming a tensor that cannot be stored, such as one that is not finite.
+    Raises: ArtifactError naming a tensor that cannot be stored, such as one that is not finite, or if the settings need
+    a calibration and there is none.
     """
+    artifact = config.artifact
+    if needs_calibration(artifact) and calibration is None:
+        raise ArtifactError("artifact.rounding gptq and artifact.clip sensitivity need training text to calibrate on")
     kept = {
-        name: value.detach().float().cpu()
+        name: value.detach().float()
         for name, value in sorted(weights.items())  # safetensors gives them in any order; a file must not differ by it
         if not name.startswith(TRAINING_ONLY)
     }
-    schemes = {name: scheme_of(name, value, config.artifact) for name, value in kept.items()}
-    if config.artifact.scales == "per_row":
-        clip = CLIP_MAX if config.artifact.clip == "max" else CLIP_MEAN_SQUARED_ERROR
-        return store_tensors(kept, schemes, clip=clip)
-    plain = {name: scheme for name, scheme in schemes.items() if not scheme.endswith("_rows")}
-    stored = store_tensors({name: kept[name] for name in plain}, plain)
-    rules = {
-        f"int{config.artifact.matrix_bits}_rows": reference_int6,
-        f"int{config.artifact.other_bits}_rows": reference_int8,
-    }
-    return {name: stored[name] if name in stored else rules[schemes[name]](kept[name]) for name in kept}
+    matrices = {name: value for name, value in kept.items() if stored_bits(name, value, artifact) is not None}
+    plain = {name: value for name, value in kept.items() if name not in matrices}
+    stored: dict[str, StoredTensor] = dict(store_tensors(plain, dict.fromkeys(plain, "float16")))
+    if artifact.scales == "reference_floor":
+        rules = {True: reference_int6, False: reference_int8}
+        stored |= {name: rules[is_block_matrix(name)](value.cpu()) for name, value in matrices.items()}
+    else:
+        stored |= quantize_matrices(matrices, artifact, calibration)
+    return {name: stored[name] for name in kept}
 
 
 def code_archive() -> bytes:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
-    """Pack a run's averaged weights into an artifact: `bytejepa export RUN -o FILE.bjm`."""
+    """Pack a run's averaged weights into an artifact: `bytejepa export RUN -o FILE.bjm`, `--fit 16000000` to fill a budget."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -26,6 +26,11 @@ class Export:
     """Leading ids of the validation split that are scored; default: as while training."""
     stride: int | None = None
     """Ids scored a window; default: the window, non-overlapping."""
+    fit: int | None = None
+    """Bytes that code and weights fill as far as they can, never more: the finest quantisation that fits is searched for.
+    Packs compactly, unless the run's own settings have a clip that can be fitted."""
+    compact: bool = False
+    """Pack with GPTQ, steps by sensitivity and entropy coding, instead of as the run's settings say."""
     no_score: tyro.conf.FlagCreatePairsOff[bool] = False
     """Write the artifact without scoring."""
     force: bool = False
@@ -40,7 +45,7 @@ class Export:
         from bytejepa.training.distributed import join, leave
 
         ranks = join("auto")
-        with progress_bar("score", total=1) as (bar, task):
+        with progress_bar("export", total=1) as (bar, task):
             result = export(
                 self.run,
                 self.output,
@@ -48,11 +53,11 @@ class Export:
                 score_bytes=self.score_bytes,
                 stride=self.stride,
                 score=not self.no_score,
+                pack_compactly=self.compact,
+                fit_bytes=self.fit,
                 force=self.force,
                 ranks=ranks,
-                on_progress=lambda stage, done, total: bar.update(
-                    task, description=f"score {stage}", completed=done, total=total
-                ),
+                on_progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
             )
         leave()
         if not ranks.is_main:
@@ -75,6 +80,8 @@ def as_record(result: ExportResult) -> dict[str, object]:
         "code_source_bytes": result.code_source_bytes,
         "total_bytes": result.total_bytes,
         "limit_bytes": result.limit_bytes,
+        "free_bytes": result.limit_bytes - result.total_bytes,
+        "fitted_clip": result.fitted_clip,
         "bits_per_parameter": result.bits_per_parameter,
         "bpb": {stage: score.bpb for stage, score in result.scores.items()},
     }
@@ -97,8 +104,11 @@ def print_result(result: ExportResult) -> None:
         ["code (zip of the package's source)", f"{result.code_bytes:,}"],
         ["total", f"{result.total_bytes:,}"],
         ["budget", f"{result.limit_bytes:,}"],
+        ["free", f"{result.limit_bytes - result.total_bytes:,}"],
         ["used", f"{share:.1%}{'' if result.fits else ' - OVER'}"],
     ]
+    if result.fitted_clip is not None:
+        rows.append(["clip that fits, in standard deviations", f"{result.fitted_clip:.2f}"])
     print_table(
         f"{result.path}: {result.num_parameters:,} parameters at {result.bits_per_parameter:.2f} bits",
         ["", "bytes"],

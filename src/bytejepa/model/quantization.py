@@ -18,11 +18,14 @@ import torch
 from jaxtyping import Float, Float16, Float32, Int8
 from torch import Tensor
 
+from bytejepa.config import ArtifactConfig
 from bytejepa.errors import ArtifactError
+from bytejepa.model.initialization import is_vector
 
 FLOAT16_MAX = 65504.0
 SMALLEST_NORMAL_FLOAT16 = 2.0**-14
 SMALLEST_FLOAT16 = 2.0**-24
+FLOAT16_DIGITS = 10
 REFERENCE_QUANTILE = 0.9999984
 """The reference clips int8 rows at their 99.99984 % quantile (spec section 5)."""
 CLIP_RATIOS = tuple(1.0 - 0.04 * step for step in range(21))
@@ -48,6 +51,8 @@ class ClipRule:
     standard_deviations: float = 12.85
     """Used by `standard_deviations`; > 0. Larger is coarser and smaller on disk: a Gaussian row costs about
     log2(4.13 * 31 / k) bits a weight at 6 bits."""
+    scale_digits: int = FLOAT16_DIGITS
+    """Binary digits after the leading one that a scale keeps, 1 to 10. Fewer make the scales themselves smaller on disk."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ClipKind):
@@ -58,6 +63,16 @@ class ClipRule:
             raise ArtifactError(f"clip quantile must be in (0, 1], got {self.quantile}")
         if not 0.0 < self.standard_deviations < float("inf"):
             raise ArtifactError(f"clip in standard deviations must be positive, got {self.standard_deviations}")
+        if not 1 <= self.scale_digits <= FLOAT16_DIGITS:
+            raise ArtifactError(f"scales keep 1 to {FLOAT16_DIGITS} binary digits, got {self.scale_digits}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowRule:
+    """What gives a row its scale."""
+
+    clip: ClipRule
+    scale_floor: float | None = None
 
 
 CLIP_MAX = ClipRule()
@@ -126,7 +141,7 @@ def quantize_rows(
             f"only matrices have rows to quantise, got shape {tuple(weight.shape)}", hint="store the tensor as float16"
         )
     exact = _exact_scales(matrix, bits, clip, scale_floor)
-    stored = _round_scales_to_float16(exact)
+    stored = _round_scales_to_float16(exact, clip.scale_digits)
     if matrix.shape[0] and float(stored.max()) > FLOAT16_MAX:
         row = int(stored.argmax())
         raise ArtifactError(
@@ -144,7 +159,25 @@ def row_scales(
 
     No check of the values and no branch on them, so it traces. For quantisers that choose the codes themselves.
     """
-    return _round_scales_to_float16(_exact_scales(weight.detach().float(), bits, clip, scale_floor)).squeeze(1)
+    exact = _exact_scales(weight.detach().float(), bits, clip, scale_floor)
+    return _round_scales_to_float16(exact, clip.scale_digits).squeeze(1)
+
+
+def round_scales(scales: Float32[Tensor, " rows"], digits: int = FLOAT16_DIGITS) -> Float32[Tensor, " rows"]:
+    """Return scales >= 0 rounded to float16 numbers of `digits` binary digits after the leading one."""
+    return _round_scales_to_float16(scales, digits)
+
+
+def quantize_at(
+    weight: Float[Tensor, "rows columns"], scales: Float32[Tensor, " rows"], *, bits: int
+) -> QuantizedMatrix:
+    """Return `weight` rounded to the nearest codes at row scales that are float16 numbers already (`round_scales`).
+
+    Raises: ArtifactError for bits out of range or weights that are not finite.
+    """
+    _require_bits(bits)
+    codes = _codes(_finite_float32(weight), scales.unsqueeze(1), bits)
+    return QuantizedMatrix(codes=codes.to(torch.int8), scales=scales.to(torch.float16), bits=bits)
 
 
 def dequantize(quantized: QuantizedMatrix) -> Float32[Tensor, "rows columns"]:
@@ -161,9 +194,9 @@ def quantization_error(weight: Float[Tensor, "rows columns"], quantized: Quantiz
 
 
 def fake_quantize_rows(
-    weight: Float[Tensor, "rows columns"], bits: int, *, clip: ClipRule = CLIP_MAX
+    weight: Float[Tensor, "rows columns"], bits: int, *, clip: ClipRule = CLIP_MAX, scale_floor: float | None = None
 ) -> Float[Tensor, "rows columns"]:
-    """Return the weights that `dequantize(quantize_rows(weight, bits=bits, clip=clip))` gives, in the weight's dtype.
+    """Return the weights that `dequantize(quantize_rows(...))` gives for the same arguments, in the weight's dtype.
 
     The gradient passes straight through, to clipped weights too. Equal to the last bit in eager mode and for float32
     weights; a compiled GPU kernel may divide or sum less exactly and move weights on a rounding boundary by one code.
@@ -172,10 +205,37 @@ def fake_quantize_rows(
     """
     _require_bits(bits)
     matrix = weight.detach().float()
-    scales = _round_scales_to_float16(_exact_scales(matrix, bits, clip, None))
+    scales = _round_scales_to_float16(_exact_scales(matrix, bits, clip, scale_floor), clip.scale_digits)
     stored = (_codes(matrix, scales, bits) * scales).to(weight.dtype)
     # The bracket is exactly zero: it carries the gradient, and no rounding error as `weight + (stored - weight)` would.
     return stored + (weight - weight.detach())
+
+
+def stored_bits(name: str, tensor: Tensor, config: ArtifactConfig) -> int | None:
+    """Return the bits of a parameter's codes in an artifact; None for what is stored as float16: small tensors and
+    (stacked) vectors."""
+    if is_vector(name, tensor) or tensor.ndim > 2 or tensor.numel() <= config.small_tensor_elements:
+        return None
+    return config.matrix_bits if is_block_matrix(name) else config.other_bits
+
+
+def is_block_matrix(name: str) -> bool:
+    """Return whether a quantised parameter is one of the attention and MLP matrices."""
+    return name.startswith("blocks.") and not name.endswith("embedding.weight")
+
+
+def row_rule(name: str, config: ArtifactConfig) -> RowRule:
+    """Return how the rows of parameter `name` get their scales, as far as their weights alone decide it.
+
+    The clip `sensitivity` also looks at gradients; what its rows get here is the scale they would have if all rows
+    mattered equally.
+    """
+    if config.scales == "reference_floor":
+        return RowRule(clip=CLIP_MAX, scale_floor=1.0 / code_limit(config.matrix_bits))
+    clip = config.clip
+    deviations = config.clip_standard_deviations if is_block_matrix(name) else config.other_clip_standard_deviations
+    kind: ClipKind = "standard_deviations" if clip == "sensitivity" else clip
+    return RowRule(clip=ClipRule(kind=kind, standard_deviations=deviations, scale_digits=config.scale_digits))
 
 
 def reference_int6(weight: Float[Tensor, "rows columns"]) -> QuantizedMatrix:
@@ -260,23 +320,23 @@ def _least_squares_clips(matrix: Tensor, largest: Tensor, bits: int) -> Tensor:
     least = torch.full_like(largest, float("inf"))
     for ratio in CLIP_RATIOS:
         candidate = largest * ratio
-        scales = _round_scales_to_float16(candidate / code_limit(bits))
+        scales = _round_scales_to_float16(candidate / code_limit(bits), FLOAT16_DIGITS)
         error = (_codes(matrix, scales, bits) * scales - matrix).square().sum(dim=1, keepdim=True)
         better = error < least
         best, least = torch.where(better, candidate, best), torch.where(better, error, least)
     return best
 
 
-def _round_scales_to_float16(scales: Tensor) -> Tensor:
+def _round_scales_to_float16(scales: Tensor, digits: int) -> Tensor:
     """Return float32 scales >= 0 rounded to float16 numbers: to nearest, but upwards in the subnormal range.
 
     Upwards, because a subnormal has few digits: 1.4 * 2**-24 rounded to 2**-24 would clip 29 % of the row's range.
     By arithmetic instead of a cast there and back, because torch.compile removes such a pair of casts.
     """
     pattern = scales.view(torch.int32)
-    to_nearest = ((pattern + 0x0FFF + ((pattern >> 13) & 1)) & -0x2000).view(
-        torch.float32
-    )  # 13 digits fewer, ties to even
+    dropped = 23 - digits  # of the float32 fraction; to nearest, ties to even
+    half = (1 << (dropped - 1)) - 1
+    to_nearest = ((pattern + half + ((pattern >> dropped) & 1)) & -(1 << dropped)).view(torch.float32)
     upwards = torch.ceil(scales * (1.0 / SMALLEST_FLOAT16)) * SMALLEST_FLOAT16
     return torch.where(scales < SMALLEST_NORMAL_FLOAT16, upwards, to_nearest)
 

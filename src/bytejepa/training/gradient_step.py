@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from bytejepa.config import RunConfig
 from bytejepa.model.jepa import Latents
+from bytejepa.model.quantization import fake_quantize_rows, is_block_matrix, row_rule, stored_bits
 from bytejepa.model.transformer import ByteLM
-from bytejepa.training.optimizers import role_of
 
 
 class StepLosses(NamedTuple):
@@ -57,8 +57,8 @@ class GradientStep:
         self.loss = _WeightedLoss(model, config)
         self.matrices = [
             name
-            for name, parameter in self.loss.named_parameters()
-            if role_of(name.removeprefix("model."), parameter) == "matrix" and ".blocks." in name
+            for name, parameter in model.named_parameters()
+            if is_block_matrix(name) and stored_bits(name, parameter, config.artifact) is not None
         ]
         self.weighted_loss = torch.compile(self._forward) if compile else self._forward
 
@@ -68,11 +68,13 @@ class GradientStep:
         # both switches are arguments: torch.compile guards them, where it would fold an attribute into the graph for good
         if not quantized:
             return self.loss(inputs, targets, jepa_lambda, jepa)
-        from bytejepa.model.quantization import fake_quantize_rows
-
-        parameters = dict(self.loss.named_parameters())
-        bits = self.config.artifact.matrix_bits
-        rounded = {name: fake_quantize_rows(parameters[name], bits) for name in self.matrices}
+        parameters = dict(self.loss.model.named_parameters())
+        bits, rounded = self.config.artifact.matrix_bits, {}
+        for name in self.matrices:
+            rule = row_rule(name, self.config.artifact)
+            rounded[f"model.{name}"] = fake_quantize_rows(
+                parameters[name], bits, clip=rule.clip, scale_floor=rule.scale_floor
+            )
         return torch.func.functional_call(self.loss, rounded, (inputs, targets, jepa_lambda, jepa))
 
     def __call__(

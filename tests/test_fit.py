@@ -1,0 +1,112 @@
+"""The size solver: never over, just under, and frank where it cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bytejepa.artifact.container import container_to_bytes, read_container
+from bytejepa.artifact.export import export
+from bytejepa.artifact.fit import SizeError, fit
+from bytejepa.artifact.load import load
+from bytejepa.artifact.store import code_bytes
+from bytejepa.config import replace
+from bytejepa.config_json import to_dict
+from bytejepa.errors import ArtifactError
+from bytejepa.presets import compact
+from small_models import small_model
+
+
+def weights_and_config(seed: int, **artifact: object):
+    model = small_model(seed=seed)
+    settings = {
+        "small_tensor_elements": 256,
+        "clip": "standard_deviations",
+        "matrix_bits": 8,
+        "codecs": ("rans", "zstd"),
+    }
+    config = replace(model.config, artifact={**settings, **artifact})
+    return {name: value.detach() for name, value in model.named_parameters()}, config
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_seed_fits_closely_and_never_over(seed: int) -> None:
+    weights, config = weights_and_config(seed)
+    found = fit(weights, config, None, file_bytes=25_000, metadata={})
+    assert 0.995 * 25_000 < found.file_bytes <= 25_000
+    written = container_to_bytes(
+        configuration=to_dict(found.config), tensors=found.tensors, metadata={}, codecs=("rans", "zstd", "raw")
+    )
+    assert len(written) == found.file_bytes
+
+
+def test_more_room_makes_finer_steps() -> None:
+    weights, config = weights_and_config(0)
+    clips = [
+        fit(weights, config, None, file_bytes=budget, metadata={}).config.artifact.clip_standard_deviations
+        for budget in (20_000, 28_000)
+    ]
+    assert clips[0] > clips[1]
+
+
+def test_a_budget_that_holds_everything_gets_the_finest_steps_there_are() -> None:
+    weights, config = weights_and_config(0)
+    found = fit(weights, config, None, file_bytes=10_000_000, metadata={})
+    assert found.config.artifact.clip_standard_deviations == pytest.approx(2.0)
+    assert found.num_trials == 2
+
+
+def test_a_budget_that_is_too_small_names_the_smallest_possible_size() -> None:
+    weights, config = weights_and_config(0)
+    with pytest.raises(SizeError) as refusal:
+        fit(weights, config, None, file_bytes=5_000, metadata={})
+    smallest = refusal.value.smallest_bytes
+    assert fit(weights, config, None, file_bytes=smallest, metadata={}).file_bytes <= smallest
+
+
+def test_a_clip_without_a_number_cannot_be_fitted() -> None:
+    weights, config = weights_and_config(0, clip="max")
+    with pytest.raises(ArtifactError, match="leaves nothing to fit"):
+        fit(weights, config, None, file_bytes=5_000, metadata={})
+
+
+def test_export_fits_code_and_weights_together(tmp_path: Path, minimal_run: Path) -> None:
+    out, code = tmp_path / "model.bjm", code_bytes()[1]
+    plain = export(minimal_run, tmp_path / "plain.bjm", score=False, pack_compactly=True).weights_bytes
+    budget = code + plain - 500
+    result = export(minimal_run, out, fit_bytes=budget, score_bytes=600)
+    assert out.stat().st_size + code == result.total_bytes <= budget
+    assert result.total_bytes > budget - 300
+    assert result.fits
+    container = read_container(out)
+    assert container.info.joint_bytes > 0
+    stored = load(out).config.artifact
+    assert stored == compact(load(minimal_run).config).artifact.__class__(**{
+        **{name: getattr(compact(load(minimal_run).config).artifact, name) for name in stored.__slots__},
+        "clip_standard_deviations": stored.clip_standard_deviations,
+        "other_clip_standard_deviations": stored.other_clip_standard_deviations,
+        "limit_bytes": budget,
+    })  # fmt: skip
+    assert result.fitted_clip == stored.clip_standard_deviations
+    again = tmp_path / "again.bjm"
+    export(minimal_run, again, fit_bytes=budget, score=False)
+    assert again.read_bytes() == out.read_bytes()
+
+
+def test_the_command_says_by_how_much_it_fits(tmp_path: Path, minimal_run: Path, command) -> None:
+    out, budget = tmp_path / "model.bjm", code_bytes()[1] + 30_000
+    outcome = command("export", minimal_run, "-o", out, "--fit", budget, "--no-score", "--json")
+    assert outcome.code == 0, outcome
+    record = json.loads(outcome.out)
+    assert record["free_bytes"] == budget - record["total_bytes"] >= 0
+    assert record["weights_bytes"] == out.stat().st_size
+
+
+def test_the_command_refuses_what_cannot_fit(tmp_path: Path, minimal_run: Path, refuses) -> None:
+    out, code = tmp_path / "model.bjm", code_bytes()[1]
+    said = refuses(5, "export", minimal_run, "-o", out, "--fit", code + 3_000, "--no-score")
+    assert f"cannot be packed into {code + 3_000} bytes: the smallest possible are" in said
+    assert "the code alone takes" in refuses(5, "export", minimal_run, "-o", out, "--fit", 1000, "--no-score")
+    assert not out.exists()
