@@ -12,9 +12,10 @@ import torch
 import bytejepa
 from bytejepa import presets
 from bytejepa.artifact.container import read_container
-from bytejepa.artifact.export import export, write_artifact
+from bytejepa.artifact.export import export
 from bytejepa.artifact.load import build, load, run_weights
 from bytejepa.artifact.store import code_archive, code_bytes, scheme_of, store_weights
+from bytejepa.artifact.write import write_artifact
 from bytejepa.config import RunConfig, replace
 from bytejepa.errors import ArtifactError, CheckpointError, DataError
 from bytejepa.model.quantization import dequantize, quantize_rows, reference_int6, reference_int8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from bytejepa.artifact.export import export
 from bytejepa.artifact.fit import SizeError, fit
 from bytejepa.artifact.load import load
 from bytejepa.artifact.store import code_bytes
-from bytejepa.config import replace
+from bytejepa.config import RunConfig, replace
 from bytejepa.config_json import to_dict
 from bytejepa.errors import ArtifactError
 from bytejepa.presets import compact
+from bytejepa.training.runs import train
 from small_models import small_model
 
 
@@ -55,7 +57,7 @@ def test_a_budget_that_holds_everything_gets_the_finest_steps_there_are() -> Non
     weights, config = weights_and_config(0)
     found = fit(weights, config, None, file_bytes=10_000_000, metadata={})
     assert found.config.artifact.clip_standard_deviations == pytest.approx(2.0)
-    assert found.num_trials == 2
+    assert found.num_trials == 1  # the finest fits: nothing is searched
 
 
 def test_a_budget_that_is_too_small_names_the_smallest_possible_size() -> None:
@@ -72,41 +74,51 @@ def test_a_clip_without_a_number_cannot_be_fitted() -> None:
         fit(weights, config, None, file_bytes=5_000, metadata={})
 
 
-def test_export_fits_code_and_weights_together(tmp_path: Path, minimal_run: Path) -> None:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, embedded_shards: Path, minimal_config: RunConfig) -> Path:
+    """`minimal_run`'s model, whose matrices are all quantised."""
+    folder = tmp_path_factory.mktemp("fit") / "run"
+    train(
+        replace(minimal_config, artifact={"small_tensor_elements": 256, "calibration_bytes": 1024}),
+        embedded_shards,
+        folder,
+    )
+    return folder
+
+
+def test_export_fits_code_and_weights_together(tmp_path: Path, run: Path) -> None:
     out, code = tmp_path / "model.bjm", code_bytes()[1]
-    plain = export(minimal_run, tmp_path / "plain.bjm", score=False, pack_compactly=True).weights_bytes
+    plain = export(run, tmp_path / "plain.bjm", score=False, pack_compactly=True).weights_bytes
     budget = code + plain - 500
-    result = export(minimal_run, out, fit_bytes=budget, score_bytes=600)
+    result = export(run, out, fit_bytes=budget, score_bytes=600)
     assert out.stat().st_size + code == result.total_bytes <= budget
     assert result.total_bytes > budget - 300
     assert result.fits
     container = read_container(out)
     assert container.info.joint_bytes > 0
     stored = load(out).config.artifact
-    assert stored == compact(load(minimal_run).config).artifact.__class__(**{
-        **{name: getattr(compact(load(minimal_run).config).artifact, name) for name in stored.__slots__},
-        "clip_standard_deviations": stored.clip_standard_deviations,
-        "other_clip_standard_deviations": stored.other_clip_standard_deviations,
-        "limit_bytes": budget,
-    })  # fmt: skip
+    found = ("clip_standard_deviations", "other_clip_standard_deviations", "limit_bytes", "fit")
+    asked = dataclasses.replace(compact(load(run).config).artifact, **{name: getattr(stored, name) for name in found})
+    assert stored == asked
+    assert (stored.limit_bytes, stored.fit) == (budget, True)
     assert result.fitted_clip == stored.clip_standard_deviations
     again = tmp_path / "again.bjm"
-    export(minimal_run, again, fit_bytes=budget, score=False)
+    export(run, again, fit_bytes=budget, score=False)
     assert again.read_bytes() == out.read_bytes()
 
 
-def test_the_command_says_by_how_much_it_fits(tmp_path: Path, minimal_run: Path, command) -> None:
+def test_the_command_says_by_how_much_it_fits(tmp_path: Path, run: Path, command) -> None:
     out, budget = tmp_path / "model.bjm", code_bytes()[1] + 30_000
-    outcome = command("export", minimal_run, "-o", out, "--fit", budget, "--no-score", "--json")
+    outcome = command("export", run, "-o", out, "--fit", budget, "--no-score", "--json")
     assert outcome.code == 0, outcome
     record = json.loads(outcome.out)
     assert record["free_bytes"] == budget - record["total_bytes"] >= 0
     assert record["weights_bytes"] == out.stat().st_size
 
 
-def test_the_command_refuses_what_cannot_fit(tmp_path: Path, minimal_run: Path, refuses) -> None:
+def test_the_command_refuses_what_cannot_fit(tmp_path: Path, run: Path, refuses) -> None:
     out, code = tmp_path / "model.bjm", code_bytes()[1]
-    said = refuses(5, "export", minimal_run, "-o", out, "--fit", code + 3_000, "--no-score")
+    said = refuses(5, "export", run, "-o", out, "--fit", code + 3_000, "--no-score")
     assert f"cannot be packed into {code + 3_000} bytes: the smallest possible are" in said
-    assert "the code alone takes" in refuses(5, "export", minimal_run, "-o", out, "--fit", 1000, "--no-score")
+    assert "the code alone takes" in refuses(5, "export", run, "-o", out, "--fit", 1000, "--no-score")
     assert not out.exists()

@@ -242,6 +242,9 @@ class ArtifactConfig(Section):
     """Tensors of at most this many elements are stored as float16 (reference: 65,536)."""
     codecs: tuple[Literal["rans", "zstd", "brotli"], ...] = ("zstd", "brotli")
     """Compressors tried on each stream; the smallest result is kept. `rans` codes the codes of all matrices together."""
+    fit: bool = False
+    """Search the clip with which code and weights just fit into limit_bytes; for the clips of standard deviations and
+    sensitivity."""
     limit_bytes: PositiveInt = 16_000_000
     """Budget for code plus compressed weights, in decimal bytes."""
 
@@ -252,6 +255,11 @@ class ArtifactConfig(Section):
                 f"artifact.scales reference_floor is the reference's rule: expected matrix_bits 6, other_bits 8, clip max, "
                 f"got {self.matrix_bits}, {self.other_bits}, {self.clip}",
                 hint="use artifact.scales per_row",
+            )
+        if self.fit and self.clip not in ("standard_deviations", "sensitivity"):
+            raise ConfigError(
+                f"artifact.fit has nothing to search with artifact.clip {self.clip}",
+                hint="use standard_deviations or sensitivity",
             )
 
 

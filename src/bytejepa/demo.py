@@ -104,9 +104,7 @@ def demo(
             )
     write_embedded_shards(data)
     trained = train(config, data, run, force=force, on_progress=on_train)
-    exported = export(
-        run, artifact, force=force, on_progress=lambda stage, done, total: report(f"score {stage}", done / total)
-    )
+    exported = export(run, artifact, force=force, on_progress=lambda stage, done, total: report(stage, done / total))
     model = load(artifact)
     score = score_sliding(model, data, report)
     plot = plot_learning_curve(

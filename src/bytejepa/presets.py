@@ -78,16 +78,35 @@ def tiny() -> RunConfig:
     )
 
 
+def compact(config: RunConfig) -> RunConfig:
+    """`config` with the artifact packed as small as its loss allows: GPTQ, steps by sensitivity, entropy coding."""
+    return replace(
+        config,
+        artifact={
+            "matrix_bits": 8,  # no more than a range: what a code costs is its entropy
+            "other_bits": 8,
+            "scales": "per_row",
+            "clip": "sensitivity",
+            "clip_standard_deviations": 52.6,  # SDClip's 12.85 at 6 bits is the same step
+            "scale_digits": 3,
+            "rounding": "gptq",
+            "hidden_order": "by_scale",
+            "small_tensor_elements": min(4096, config.artifact.small_tensor_elements),
+            "codecs": ("rans", "zstd", "brotli"),
+        },
+    )
+
+
 def golf() -> RunConfig:
     """`default` with what proved itself and a larger model, about 35 million weights; full size, 600 s on 8 GPUs.
 
     Hashed runs of 3 to 6 ids and sequences that grow, both measured here; documents kept apart, windows in most blocks,
     a larger query gain, more weight decay, more and wider blocks: taken over from others' measurements
-    (docs/techniques.md). To fit its weights into the budget takes fewer bits a weight than matrix_bits 6.
+    (docs/techniques.md). Packed compactly, with the steps that just fill the budget (docs/quantization.md).
     """
     local, full = 1024, 0
     return replace(
-        default(),
+        compact(default()),
         model={
             **_NGRAMS,
             "num_layers": 14,
@@ -98,12 +117,13 @@ def golf() -> RunConfig:
         },
         data={"sequence_growth": ((0.0, 1024), (0.4, 2048), (0.7, 4096))},
         optimizer={"muon_weight_decay": 0.085},
+        artifact={"fit": True},
     )
 
 
 def golf_tiny() -> RunConfig:
-    """`tiny` with the tables of `golf`: what proved itself at this size, for comparisons on a CPU."""
-    return replace(tiny(), model=_NGRAMS)
+    """`tiny` with the tables and the packing of `golf`: what proved itself at this size, for comparisons on a CPU."""
+    return replace(compact(tiny()), model=_NGRAMS)
 
 
 _NGRAMS: dict[str, Any] = {"ngram_orders": (3, 4, 5, 6), "ngram_dim": 16}
@@ -146,25 +166,6 @@ _ABLATION_SIZE: dict[str, dict[str, Any]] = {
     "evaluation": {"window_bytes": 256, "stride_bytes": 128},
     "artifact": {"small_tensor_elements": 1024},  # under the smallest block matrix: all of them are quantised
 }
-
-
-def compact(config: RunConfig) -> RunConfig:
-    """`config` with the artifact packed as small as its loss allows: GPTQ, steps by sensitivity, entropy coding."""
-    return replace(
-        config,
-        artifact={
-            "matrix_bits": 8,  # no more than a range: what a code costs is its entropy
-            "other_bits": 8,
-            "scales": "per_row",
-            "clip": "sensitivity",
-            "clip_standard_deviations": 52.6,  # SDClip's 12.85 at 6 bits is the same step
-            "scale_digits": 3,
-            "rounding": "gptq",
-            "hidden_order": "by_scale",
-            "small_tensor_elements": 4096,
-            "codecs": ("rans", "zstd", "brotli"),
-        },
-    )
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {

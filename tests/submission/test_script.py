@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import dataclasses
 import lzma
 import os
 import re
@@ -15,9 +16,10 @@ from bytejepa import presets
 from bytejepa.errors import ConfigError
 from bytejepa.review.log_parser import parse_log
 from bytejepa.submission.bundle import bundle
+from bytejepa.submission.folder import Author, make_submission
 from bytejepa.submission.program import main
 from bytejepa.submission.script import PERMITTED, packed_script, readable_script
-from submission.seeds_of_one_run import seed_config
+from submission.seeds_of_one_run import finished_run, seed_config
 
 ALONE = """
 import runpy, sys
@@ -32,6 +34,11 @@ sys.meta_path.insert(0, OnlyWhatIsPermitted())
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+AUTHOR = Author(author="A. Name", github_id="aname", name="Small bytes", blurb="Tiny.")
+LIMIT_BYTES = 120_000
+"""Of the packed script and the small model's weights."""
 
 
 def start(script: Path, place: Path, *launcher: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -68,6 +75,18 @@ def test_alone_it_repeats_the_run_and_its_score(submission, tiny_shards, tmp_pat
     assert log.steps == log.planned_steps == 6
     assert log.counts == {"bytes": first.sliding.num_bytes, "documents": 2}
     assert parse_log((tmp_path / "logs" / "again.txt").read_text(), "again.txt").scores == log.scores
+
+
+def test_it_fills_its_budget_as_the_package_does(tiny_shards, tmp_path) -> None:
+    artifact = dataclasses.asdict(presets.compact(seed_config(7)).artifact)
+    artifact |= {"small_tensor_elements": 512, "calibration_bytes": 512, "fit": True, "limit_bytes": LIMIT_BYTES}
+    run = finished_run(tmp_path / "run", tiny_shards, 7, artifact={**artifact, "codecs": ("rans", "zstd")})
+    made = make_submission([run], tmp_path / "folder", AUTHOR, packed=True)
+    log = logged(start(made.path / "train_gpt.py", tmp_path, DATA_PATH=str(tiny_shards)))
+    assert log.model_bytes == made.seeds[0].weights_bytes
+    assert log.total_bytes == log.code_bytes + log.model_bytes <= LIMIT_BYTES
+    assert log.total_bytes > LIMIT_BYTES - 200
+    assert bpb_of(log, "sliding_window") == pytest.approx(made.seeds[0].sliding.bpb, abs=1e-6)
 
 
 @pytest.mark.parametrize("submission", ["packed"], indirect=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ ZSTD_LEVEL = 22
 ZSTD_WINDOW_BYTES = 8 << 20  # what RFC 8878 asks every decoder to support; larger only for a larger content
 BROTLI_QUALITY = 11
 BROTLI_WINDOW_BITS = 24  # 16 MiB, the largest of the standard format
+SHORT_BYTES = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,9 +97,19 @@ CODECS: dict[str, _Codec] = {
 
 
 def smallest(raw: bytes, codecs: Sequence[str]) -> tuple[str, bytes]:
-    """Return (codec, stream) of the smallest stream that `codecs` make of `raw`; among equals the first."""
+    """Return (codec, stream) of the smallest stream that `codecs` make of `raw`; among equals the first.
+
+    Results for short streams are remembered: a search for a size packs the same vectors again and again.
+    """
+    return (_smallest_of_short if len(raw) <= SHORT_BYTES else _smallest)(raw, tuple(codecs))
+
+
+def _smallest(raw: bytes, codecs: tuple[str, ...]) -> tuple[str, bytes]:
     candidates = [(codec, CODECS[codec].compress(raw)) for codec in codecs]
     return min(candidates, key=lambda candidate: len(candidate[1]))  # min keeps the first of equals
+
+
+_smallest_of_short = functools.lru_cache(maxsize=1024)(_smallest)
 
 
 def require_codec(codec: str, where: str, *, known: Sequence[str] = tuple(CODECS)) -> None:

@@ -13,18 +13,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from bytejepa.artifact.calibration import Calibration, calibrate
-from bytejepa.artifact.container import ContainerInfo, read_container, refuse_existing, write_container
-from bytejepa.artifact.fit import SizeError, fit
+from bytejepa.artifact.container import read_container, refuse_existing
 from bytejepa.artifact.load import build, configuration_of, load, run_weights
-from bytejepa.artifact.packing import StoredTensor
-from bytejepa.artifact.quantize import order_hidden_units
-from bytejepa.artifact.store import code_bytes, needs_calibration, store_weights
+from bytejepa.artifact.store import code_bytes, needs_calibration
+from bytejepa.artifact.write import calibration_sequences, write_artifact
 from bytejepa.config import RunConfig, replace
-from bytejepa.config_json import to_dict
 from bytejepa.data.loader import IdStream, leading_ids
 from bytejepa.errors import ArtifactError
 from bytejepa.model.transformer import TRAINING_ONLY
@@ -50,7 +44,7 @@ class ExportResult:
     """The package's source as it stands."""
     limit_bytes: int
     fitted_clip: float | None
-    """The clip in standard deviations that `fit_bytes` led to; None if nothing was fitted."""
+    """The clip in standard deviations that was found to fit; None if nothing was fitted."""
     scores: dict[str, Score]
     """Of `raw` weights, their `average` and the reloaded `artifact`; empty if nothing was scored."""
 
@@ -68,32 +62,6 @@ class ExportResult:
     def fits(self) -> bool:
         """Whether weights and code are within the budget."""
         return self.total_bytes <= self.limit_bytes
-
-
-def write_artifact(
-    path: Path,
-    weights: dict[str, Tensor],
-    config: RunConfig,
-    *,
-    calibration: Calibration | None = None,
-    metadata: dict[str, Any] | None = None,
-    force: bool = False,
-) -> ContainerInfo:
-    """Quantise, pack and write `weights`; return the file's sizes. Raises: ArtifactError, leaving what existed."""
-    return _write(path, store_weights(weights, config, calibration), config, metadata=metadata, force=force)
-
-
-def _write(
-    path: Path, tensors: dict[str, StoredTensor], config: RunConfig, *, metadata: dict[str, Any] | None, force: bool
-) -> ContainerInfo:
-    return write_container(
-        path,
-        configuration=to_dict(config),
-        tensors=tensors,
-        metadata=metadata or {},
-        codecs=(*config.artifact.codecs, "raw"),
-        force=force,
-    )
 
 
 def export(
@@ -125,16 +93,26 @@ def export(
     if pack_compactly or (fit_bytes is not None and config.artifact.clip not in ("standard_deviations", "sensitivity")):
         config = compact(config)
     if fit_bytes is not None:
-        config = replace(config, artifact={"limit_bytes": fit_bytes})
+        config = replace(config, artifact={"fit": True, "limit_bytes": fit_bytes})
     ids = validation_ids(run, config, data, score_bytes) if score else None  # before seconds of compression
     ranks = ranks or Ranks()
+    source_bytes, archive_bytes = code_bytes()
     if ranks.is_main:
         refuse_existing(out, force=force)
-        _make_artifact(run, out, average, config, data, fit_bytes, force, ranks, on_progress)
+        write_artifact(
+            out,
+            average,
+            config,
+            sequences=_calibration_sequences(run, config, data),
+            code_bytes=archive_bytes,
+            device=ranks.device,
+            metadata={"run": run.name, **_provenance(run)},
+            force=force,
+            on_stage=on_progress,
+        )
     ranks.barrier()
     container = read_container(out)
     info = container.info
-    source_bytes, archive_bytes = code_bytes()
     scores: dict[str, Score] = {}
     if ids is not None:
         models = {
@@ -161,74 +139,18 @@ def export(
         code_bytes=archive_bytes,
         code_source_bytes=source_bytes,
         limit_bytes=config.artifact.limit_bytes,
-        fitted_clip=None
-        if fit_bytes is None
-        else configuration_of(container.configuration, str(out)).artifact.clip_standard_deviations,
+        fitted_clip=configuration_of(container.configuration, str(out)).artifact.clip_standard_deviations
+        if config.artifact.fit
+        else None,
         scores=scores,
     )
 
 
-def _make_artifact(
-    run: Path,
-    out: Path,
-    weights: dict[str, Tensor],
-    config: RunConfig,
-    data: Path | None,
-    fit_bytes: int | None,
-    force: bool,
-    ranks: Ranks,
-    on_progress: Callable[[str, int, int], None] | None,
-) -> None:
-    """Calibrate where the settings ask for it, quantise, fit if `fit_bytes` is given, and write."""
-
-    def stage(name: str) -> Callable[[int, int], None] | None:
-        return None if on_progress is None else lambda done, total: on_progress(name, done, total)
-
-    calibration = None
-    if needs_calibration(config.artifact):
-        model = build(config, weights, source=str(run)).to(ranks.device)
-        ids = torch.from_numpy(calibration_ids(run, config, data)).to(ranks.device)
-        calibration = calibrate(model, ids, damping=config.artifact.gptq_damping, on_progress=stage("calibrate"))
-        weights = {name: value.detach() for name, value in model.named_parameters()}
-    if config.artifact.hidden_order == "by_scale":
-        by_sensitivity = config.artifact.clip == "sensitivity"
-        weights, calibration = order_hidden_units(weights, calibration, by_sensitivity=by_sensitivity)
-    metadata = {"run": run.name, **_provenance(run)}
-    if fit_bytes is None:
-        write_artifact(out, weights, config, calibration=calibration, metadata=metadata, force=force)
-        return
-    room = fit_bytes - code_bytes()[1]
-    if room <= 0:
-        raise ArtifactError(
-            f"the code alone takes {code_bytes()[1]} bytes, no room is left in {fit_bytes}", hint="give it more"
-        )
-    try:
-        found = fit(weights, config, calibration, file_bytes=room, metadata=metadata, on_progress=stage("fit"))
-    except SizeError as problem:
-        raise ArtifactError(
-            f"the model cannot be packed into {fit_bytes} bytes: the smallest possible are"
-            f" {problem.smallest_bytes + code_bytes()[1]}, {code_bytes()[1]} of them code",
-            hint="train a smaller model",
-        ) from problem
-    _write(out, found.tensors, found.config, metadata=metadata, force=force)
-
-
-def calibration_ids(run: Path, config: RunConfig, data: Path | None) -> npt.NDArray[np.int64]:
-    """Return sequences of training text, (sequences, T), spread evenly over the run's training split.
-
-    Raises: DataError if it cannot be found or is shorter than one sequence.
-    """
+def _calibration_sequences(run: Path, config: RunConfig, data: Path | None) -> npt.NDArray[np.int64] | None:
+    if not needs_calibration(config.artifact):  # before the data are asked for
+        return None
     place = data_of(run, data)
-    stream = IdStream.open(place, "train")
-    length = max(length for _, length in config.data.stages)
-    if stream.num_ids < length:
-        raise DataError(f"the training split of {place} has {stream.num_ids} ids, a sequence takes {length}")
-    count = max(1, min(config.artifact.calibration_bytes, stream.num_ids) // length)
-    starts = np.linspace(0, stream.num_ids - length, count).astype(np.int64)
-    sequences = [stream.read(int(start), length) for start in starts]
-    for sequence in sequences:
-        check_ids(sequence, place)
-    return np.stack(sequences).astype(np.int64)
+    return calibration_sequences(IdStream.open(place, "train"), config, place)
 
 
 def data_of(run: Path, data: Path | None) -> Path:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +27,10 @@ CLIPS_AN_OCTAVE = 2048
 """How close together the clips lie that are searched: one part in 10,000 of the size at 3.5 bits a weight."""
 NEIGHBOURHOOD = 80
 """How many clips the one that fits after GPTQ lies from the one that fits with plain rounding, at most as a rule."""
+CLOSE_ENOUGH = 1 / 20_000
+"""Share of the budget that may stay free: under a thousandth of a bit a weight."""
+NEAR_ENOUGH = 1 / 1000
+"""The same for plain rounding where it only finds the neighbourhood."""
 MAX_TRIALS = 32
 
 
@@ -79,11 +83,11 @@ def fit(
     )
     rounding = config.artifact.rounding
     if rounding != "nearest":
-        near = _finest_fitting(clips, lambda clip: trials.size(clip, "nearest") <= file_bytes)
+        near = _finest_fitting(clips, lambda clip: trials.size(clip, "nearest"), file_bytes, NEAR_ENOUGH)
         around = range(max(clips[0], near - NEIGHBOURHOOD), min(clips[-1], near + NEIGHBOURHOOD))
         if trials.size(around[0], rounding) > file_bytes >= trials.size(around[-1], rounding):
             clips = around
-    found = _finest_fitting(clips, lambda clip: trials.size(clip, rounding) <= file_bytes)
+    found = _finest_fitting(clips, lambda clip: trials.size(clip, rounding), file_bytes)
     if trials.size(found, rounding) > file_bytes:
         raise SizeError(file_bytes, trials.size(found, rounding))
     return Fit(
@@ -94,11 +98,26 @@ def fit(
     )
 
 
-def _finest_fitting(clips: range, fits: Callable[[int], bool]) -> int:
-    """Return the first clip that `fits`, which no coarser one then fails; the last one if none does."""
-    if fits(clips[0]) or not fits(clips[-1]):
-        return clips[0] if fits(clips[0]) else clips[-1]
-    return clips[bisect.bisect_left(clips, True, hi=len(clips) - 1, key=fits)]
+def _finest_fitting(clips: range, size: Callable[[int], int], file_bytes: int, free_share: float = CLOSE_ENOUGH) -> int:
+    """Return a clip that fits and leaves at most `free_share` of the budget free, or whose finer neighbour does not fit;
+    the first clip if that fits, the last one if none does.
+
+    The size is about linear in the clip's logarithm, so the next guess lies on the line between the finest known to fit and
+    the coarsest known not to; every third halves what lies between, for where the line bends.
+    """
+    too_fine, fitting = clips[0], clips[-1]
+    if size(too_fine) <= file_bytes or size(fitting) > file_bytes:
+        return too_fine if size(too_fine) <= file_bytes else fitting
+    for number in itertools.count(1):
+        if fitting - too_fine == 1 or size(fitting) >= (1 - free_share) * file_bytes:
+            break
+        share = (size(too_fine) - file_bytes) / (size(too_fine) - size(fitting)) if number % 3 else 0.5
+        guess = min(fitting - 1, max(too_fine + 1, too_fine + math.ceil(share * (fitting - too_fine))))
+        if size(guess) <= file_bytes:
+            fitting = guess
+        else:
+            too_fine = guess
+    return fitting
 
 
 class _Trials:

@@ -76,8 +76,9 @@ def choose_tables(histograms: npt.NDArray[np.int32]) -> RowTables:
     """Return the tables, at most MAX_TABLES, that code rows of these histograms in about the fewest bytes."""
     best, least = None, np.inf
     count = 1
+    exact = histograms.astype(np.float64)  # products of floats are what numpy is quick at
     while count <= MAX_TABLES:
-        tables = _cluster(histograms, count)
+        tables = _cluster(exact, count)
         # a frequency takes about a byte after compression
         total_bits = float(tables.bits_of_row.sum()) + 8 * np.count_nonzero(tables.frequencies)
         if best is not None and total_bits >= least:
@@ -88,7 +89,7 @@ def choose_tables(histograms: npt.NDArray[np.int32]) -> RowTables:
     return best
 
 
-def _cluster(histograms: npt.NDArray[np.int32], count: int) -> RowTables:
+def _cluster(histograms: npt.NDArray[np.float64], count: int) -> RowTables:
     """Return up to `count` tables after a few rounds from rows ordered by their spread."""
     symbols = np.arange(histograms.shape[1])
     lengths = np.maximum(1, histograms.sum(1))
@@ -103,33 +104,38 @@ def _cluster(histograms: npt.NDArray[np.int32], count: int) -> RowTables:
     counts, table_of_row, name_bits = _tables_of(histograms, table_of_row)
     frequencies = np.stack([rans.normalize(row) for row in counts])
     code_bits = rans.TOTAL_BITS - np.log2(np.maximum(frequencies, 1))
-    bits_of_row = (histograms * code_bits[table_of_row]).sum(1) + name_bits[table_of_row]
+    bits_of_row = np.einsum("rs,rs->r", histograms, code_bits[table_of_row]) + name_bits[table_of_row]
     return RowTables(frequencies=frequencies, table_of_row=table_of_row.astype(np.uint8), bits_of_row=bits_of_row)
 
 
 def _tables_of(
-    histograms: npt.NDArray[np.int32], table_of_row: npt.NDArray[np.int64]
+    histograms: npt.NDArray[np.float64], table_of_row: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Return (counts of each table in use, table of each row renumbered, bits that naming each table takes)."""
     used, table_of_row = np.unique(table_of_row, return_inverse=True)
-    members = np.eye(max(1, len(used)))[:, table_of_row]
-    counts = np.rint(members @ histograms).astype(np.int64)
+    members = table_of_row == np.arange(max(1, len(used)))[:, None]
+    counts = np.rint(members.astype(np.float64) @ histograms).astype(np.int64)
     name_bits = -np.log2(np.maximum(members.sum(1), 1) / max(1, len(histograms)))
     return counts, table_of_row, name_bits
 
 
-def bits_of_matrices(matrices: Sequence[Codes]) -> list[float]:
-    """Return what each matrix would cost in a joint stream of them all."""
+def tables_of_matrices(matrices: Sequence[Codes]) -> RowTables:
+    """Return the tables of a joint stream of all `matrices`."""
     lowest, num_symbols = _alphabet(matrices)
-    bits = choose_tables(row_histograms(matrices, lowest, num_symbols)).bits_of_row
+    return choose_tables(row_histograms(matrices, lowest, num_symbols))
+
+
+def bits_of_matrices(matrices: Sequence[Codes], tables: RowTables) -> list[float]:
+    """Return what each matrix costs in the joint stream of them all, whose tables are `tables`."""
     ends = np.cumsum([len(codes) for codes in matrices])
-    return [float(piece.sum()) for piece in np.split(bits, ends[:-1])]
+    return [float(piece.sum()) for piece in np.split(tables.bits_of_row, ends[:-1])]
 
 
-def encode_joint(matrices: Sequence[Codes], codecs: Sequence[str], *, offset: int) -> tuple[JointRecord, bytes]:
+def encode_joint(
+    matrices: Sequence[Codes], tables: RowTables, codecs: Sequence[str], *, offset: int
+) -> tuple[JointRecord, bytes]:
     """Return the record and the bytes of a joint stream; its two small streams are compressed by the smallest codec."""
     lowest, num_symbols = _alphabet(matrices)
-    tables = choose_tables(row_histograms(matrices, lowest, num_symbols))
     symbols = np.concatenate([codes.reshape(-1).astype(np.int16) - lowest for codes in matrices]).astype(np.uint8)
     lanes = rans.lanes_for(len(symbols))
     coded = rans.encode(symbols, _table_of_symbol(tables.table_of_row, matrices), tables.frequencies, lanes)

@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 
 from bytejepa.artifact.codecs import CODECS, StreamRecord, require_codec, smallest, zstd_probe_bytes
-from bytejepa.artifact.joint_codes import JointRecord, bits_of_matrices, check_joint, decode_joint, encode_joint
+from bytejepa.artifact.joint_codes import (
+    JointRecord,
+    RowTables,
+    bits_of_matrices,
+    check_joint,
+    decode_joint,
+    encode_joint,
+    tables_of_matrices,
+)
 from bytejepa.errors import ArtifactError
 from bytejepa.model.quantization import CLIP_MAX, ClipRule, QuantizedMatrix, dequantize, quantize_rows, to_float16
 
@@ -147,7 +155,7 @@ def pack(
         )
     raw = {name: _raw_streams(name, stored) for name, stored in tensors.items()}
     codes = {name: _codes(stored) for name, stored in tensors.items() if isinstance(stored, QuantizedMatrix)}
-    compressed_codes = _compress_codes(codes, codecs)
+    compressed_codes, tables = _compress_codes(codes, codecs)
     compressed = {
         name: [
             compressed_codes[name] if name in codes and position == 0 else smallest(stream, byte_codecs)
@@ -172,32 +180,39 @@ def pack(
         pieces.append(data)
         offset += len(data)
     joint = None
-    matrices = [codes[name] for name, (codec, _) in compressed_codes.items() if codec == JOINT_CODEC]
-    if matrices:
-        joint, data = encode_joint(matrices, byte_codecs, offset=offset)
+    if tables is not None:
+        matrices = [codes[name] for name, (codec, _) in compressed_codes.items() if codec == JOINT_CODEC]
+        joint, data = encode_joint(matrices, tables, byte_codecs, offset=offset)
         pieces.append(data)
         offset += len(data)
     check_records(records, offset, joint)
     return PackedTensors(records=tuple(records), payload=b"".join(pieces), joint=joint)
 
 
-def _compress_codes(codes: Mapping[str, npt.NDArray[np.int8]], codecs: Sequence[str]) -> dict[str, tuple[str, bytes]]:
-    """Return (codec, stream) of each matrix; the stream of one that the joint stream takes least room for is empty.
+def _compress_codes(
+    codes: Mapping[str, npt.NDArray[np.int8]], codecs: Sequence[str]
+) -> tuple[dict[str, tuple[str, bytes]], RowTables | None]:
+    """Return (codec, stream) of each matrix, and the tables of the joint stream if there is one; the stream of a matrix
+    that the joint one takes least room for is empty.
 
     Where a quick probe finds nothing that repeats, the slow compressors are not asked: they lose to the joint stream.
     """
     byte_codecs = [codec for codec in codecs if codec != JOINT_CODEC]
     if JOINT_CODEC not in codecs or not codes:
-        return {name: smallest(matrix.tobytes(), byte_codecs) for name, matrix in codes.items()}
+        return {name: smallest(matrix.tobytes(), byte_codecs) for name, matrix in codes.items()}, None
+    tables = tables_of_matrices(list(codes.values()))
     result = {}
-    for (name, matrix), bits in zip(codes.items(), bits_of_matrices(list(codes.values())), strict=True):
+    for (name, matrix), bits in zip(codes.items(), bits_of_matrices(list(codes.values()), tables), strict=True):
         raw = matrix.tobytes()
         result[name] = (JOINT_CODEC, b"")
         if 8 * zstd_probe_bytes(raw) < PROBE_MARGIN * bits:
             alone = smallest(raw, byte_codecs)
             if 8 * len(alone[1]) <= bits:
                 result[name] = alone
-    return result
+    joint = [codes[name] for name, (codec, _) in result.items() if codec == JOINT_CODEC]
+    if len(joint) < len(codes):
+        return result, tables_of_matrices(joint) if joint else None
+    return result, tables
 
 
 def _codes(stored: QuantizedMatrix) -> npt.NDArray[np.int8]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bytejepa import presets
 from bytejepa.artifact.container import ContainerInfo
-from bytejepa.artifact.export import write_artifact
+from bytejepa.artifact.write import write_artifact
 from bytejepa.config import RunConfig, replace
 from bytejepa.errors import ArtifactError, ConfigError, file_errors_as
 from bytejepa.model.initialization import fill_sigreg_directions

@@ -209,7 +209,7 @@ class _Study:
             raise Interrupted(stopped.message, hint="the same command goes on with the study") from None
 
     def _score(self, run: Path, trained: TrainResult, scale: float, fingerprint: str, at: StudyProgress) -> RunResult:
-        order = ("raw", "average", "artifact")
+        stages = ("calibrate", "fit", "score raw", "score average", "score artifact")
         exported = export(
             run,
             run / "model.bjm",
@@ -218,7 +218,7 @@ class _Study:
             stride=self.plan.evaluation.stride_bytes,
             force=True,
             on_progress=lambda stage, done, total: self.on_progress(
-                dataclasses.replace(at, stage="score", share=(order.index(stage) + done / total) / len(order))
+                dataclasses.replace(at, stage="score", share=(stages.index(stage) + done / total) / len(stages))
             ),
         )
         folder = RunFolder(run)

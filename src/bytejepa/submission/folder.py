@@ -110,7 +110,7 @@ def make_submission(
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
             artifact = Path(place) / "artifact.bjm"
             code_bytes = len(script.encode())
-            seeds = tuple(pack_and_score(run, ids, artifact, code_bytes, ranks, on_progress) for run in finished)
+            seeds = tuple(pack_and_score(run, ids, artifact, code_bytes, ranks, data, on_progress) for run in finished)
             result = SubmissionResult(
                 path=out,
                 seeds=seeds,

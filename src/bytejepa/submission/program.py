@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 
 from bytejepa.artifact.container import read_container
-from bytejepa.artifact.export import write_artifact
 from bytejepa.artifact.load import build
+from bytejepa.artifact.write import calibration_sequences, write_artifact
 from bytejepa.config import RunConfig
 from bytejepa.data.loader import IdStream
 from bytejepa.data.vocabulary import BOS
@@ -143,7 +143,15 @@ def pack_and_score(trainer: Trainer, data: Path, log: Log, *, code_bytes: int) -
         log.write(log_lines.average_line(score(trainer.scorer, ids, trainer, stride=None)))
     path = Path(ARTIFACT)
     if ranks.is_main:
-        write_artifact(path, trainer.average.state(), config, force=True)
+        write_artifact(
+            path,
+            trainer.average.state(),
+            config,
+            sequences=calibration_sequences(IdStream.open(data, "train"), config, data),
+            code_bytes=code_bytes,
+            device=ranks.device,
+            force=True,
+        )
     ranks.barrier()
     log.write(*log_lines.size_lines(config, weights_bytes=path.stat().st_size, code_bytes=code_bytes))
     if ranks.device.type == "cuda":

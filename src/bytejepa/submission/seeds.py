@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bytejepa.artifact.export import write_artifact
 from bytejepa.artifact.load import build, run_weights
+from bytejepa.artifact.store import needs_calibration
+from bytejepa.artifact.write import calibration_sequences, write_artifact
 from bytejepa.config import RunConfig, replace
 from bytejepa.config_json import to_dict
 from bytejepa.data.loader import IdStream, leading_ids
@@ -111,12 +112,17 @@ def _read_run(folder: Path) -> FinishedRun:
 
 def validation_ids(run: FinishedRun, data: Path | None, limit: int | None) -> npt.NDArray[np.uint16]:
     """Return the first `limit` ids (None: all) of the validation split. Raises: DataError if there is none."""
+    place = shards_of(run, data)
+    stream = IdStream.open(place, "val")
+    return leading_ids(stream, limit or stream.num_ids, place)
+
+
+def shards_of(run: FinishedRun, data: Path | None) -> Path:
+    """Return where the run's shards are. Raises: DataError if neither the run nor the caller says it."""
     recorded = run.machine.get("data", {}).get("path")  # type: ignore[attr-defined]
     if data is None and recorded is None:
         raise DataError(f"{run.folder} does not say where its shards are", hint="name them with --data")
-    place = data or Path(str(recorded))
-    stream = IdStream.open(place, "val")
-    return leading_ids(stream, limit or stream.num_ids, place)
+    return data or Path(str(recorded))
 
 
 def pack_and_score(
@@ -125,16 +131,25 @@ def pack_and_score(
     artifact: Path,
     code_bytes: int,
     ranks: Ranks,
+    data: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> SeedResult:
     """Write the run's artifact to `artifact` and score averaged weights, round trip and sliding windows.
+
+    `data`: the run's shards if they moved; settings that calibrate read training text there.
 
     With several ranks the scoring is divided among them; rank 0 writes.
     Raises: ArtifactError if weights and code are over the budget.
     """
     config, average = run_weights(run.folder)
     if ranks.is_main:
-        write_artifact(artifact, average, config, force=True)
+        sequences = None
+        if needs_calibration(config.artifact):
+            place = shards_of(run, data)
+            sequences = calibration_sequences(IdStream.open(place, "train"), config, place)
+        write_artifact(
+            artifact, average, config, sequences=sequences, code_bytes=code_bytes, device=ranks.device, force=True
+        )
     ranks.barrier()
     weights_bytes, limit_bytes = artifact.stat().st_size, config.artifact.limit_bytes
     if weights_bytes + code_bytes > limit_bytes:  # before minutes of scoring
