@@ -110,6 +110,14 @@ def test_codes_take_one_byte_each_and_compress_near_their_entropy():
     assert entropy_bytes * 0.99 < compressed < entropy_bytes * 1.02
 
 
+def test_zstd_packs_at_its_highest_level(monkeypatch):
+    asked = []
+    compressor = zstandard.ZstdCompressor
+    monkeypatch.setattr(zstandard, "ZstdCompressor", lambda **options: asked.append(options) or compressor(**options))
+    pack(example(), codecs=("zstd",))
+    assert {options["level"] for options in asked} == {22} == {zstandard.MAX_COMPRESSION_LEVEL}
+
+
 def test_scalars_are_stored_in_byte_planes_lowest_first():
     payload = pack({"x": torch.tensor([1.0, -2.0]).half()}, codecs=("raw",)).payload
     assert payload == bytes([0x00, 0x00, 0x3C, 0xC0])

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bytejepa.artifact.export import export
 from bytejepa.artifact.packing import restore
@@ -144,6 +146,35 @@ def test_bfloat16_on_a_cpu_is_refused(minimal_config, embedded_shards, tmp_path)
     config = replace(minimal_config, training={"precision": "bfloat16", "device": "cpu"})
     with pytest.raises(ConfigError, match="bfloat16 needs a CUDA device"):
         train(config, embedded_shards, tmp_path / "run")
+
+
+class Bfloat16Watch(TorchDispatchMode):
+    """Notes every operation that takes or gives bfloat16, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_operations = 0
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.num_operations += 1
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        if any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+            self.found.add(str(function))
+        return result
+
+
+@pytest.mark.parametrize("keeps_embeddings_in_bfloat16", [False, True])
+def test_a_cpu_computes_nothing_in_bfloat16(
+    keeps_embeddings_in_bfloat16: bool, minimal_config, embedded_shards, tmp_path
+) -> None:
+    """Not even with the reference's settings: CPUs without units for it take many times as long."""
+    settings = {"bfloat16_embeddings": keeps_embeddings_in_bfloat16, "device": "cpu", "validate_every_steps": 3}
+    with Bfloat16Watch() as watch:
+        train(quiet(minimal_config, training=settings), embedded_shards, tmp_path / "run")
+    assert watch.num_operations > 1000
+    assert watch.found == set()
 
 
 def test_checkpoints_keep_the_newest_few(minimal_config, embedded_shards, tmp_path) -> None:
