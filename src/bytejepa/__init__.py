@@ -26,7 +26,7 @@ _HOMES = {
     "decompress": "bytejepa.codec.compress",
     "score": "bytejepa.scoring.evaluate",
 }
-__all__ = ["ByteLM", "load", "score"]
+__all__ = ["ByteLM", "compress", "decompress", "load", "score"]
 
 
 def __getattr__(name: str) -> Any:

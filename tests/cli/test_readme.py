@@ -97,6 +97,15 @@ def test_python_names_of_the_readme_exist() -> None:
     assert callable(pr832.reference_parameters)
 
 
+def test_public_names_need_one_import_and_torch_only_when_used() -> None:
+    asked = (
+        "import sys, bytejepa; print('torch' in sys.modules); from bytejepa import *; load, score, compress, decompress;"
+        "print(bytejepa.interop.pr832.build.__name__, bytejepa.interop.pr832.reference_parameters.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["False", "build reference_parameters"]
+
+
 def test_make_commands_run_what_they_say() -> None:
     make = shutil.which("make")
     if make is None:
