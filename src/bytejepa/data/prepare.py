@@ -20,7 +20,7 @@ from bytejepa.data.shards import HEADER_BYTES, ID_BYTES, MAX_IDS_PER_SHARD, SPLI
 from bytejepa.data.sources import KINDS, Kind, ReadSettings, guess_kind
 from bytejepa.data.staging import STAGING_NAME, Identity, Staging, staging_lock
 from bytejepa.data.workers import Report, Task, Workplace, do_jobs
-from bytejepa.errors import DataError, file_errors_as
+from bytejepa.errors import ConfigError, DataError, file_errors_as
 
 SHARD_BYTES = 100_000_000
 """Ids in a full shard, as in the challenge's exporter (spec, shard format)."""
@@ -68,6 +68,7 @@ def prepare(
     Raises:
         DataError: sources that cannot be read, are empty or of two kinds; a split that would be empty; `out` holds
             something else, or an unfinished preparation with other settings or sources; the disk is full.
+        ConfigError: a setting out of its range, or one that the kind of the sources does not have or lacks.
     """
     out = Path(out)
     settings, found = _checked(sources, kind, tokenizer, document_separator)
@@ -108,13 +109,13 @@ def prepare(
 
 
 def _check_numbers(val_documents: int | None, shard_bytes: int, workers: int | None) -> None:
-    """Raise a DataError for a number out of its range."""
+    """Raise a ConfigError for a number out of its range, a DataError for a validation split that would be empty."""
     if val_documents is not None and val_documents < 1:
         raise DataError(f"the validation split would be empty: --val-documents is {val_documents}, expected at least 1")
     if not _MIN_SHARD_BYTES <= shard_bytes <= MAX_IDS_PER_SHARD:
-        raise DataError(f"--shard-bytes is {shard_bytes}: expected {_MIN_SHARD_BYTES} to {MAX_IDS_PER_SHARD}")
+        raise ConfigError(f"--shard-bytes is {shard_bytes}: expected {_MIN_SHARD_BYTES} to {MAX_IDS_PER_SHARD}")
     if workers is not None and workers < 1:
-        raise DataError(f"--workers is {workers}: expected at least 1")
+        raise ConfigError(f"--workers is {workers}: expected at least 1")
 
 
 def _checked(
@@ -122,21 +123,21 @@ def _checked(
 ) -> tuple[ReadSettings, list[Source]]:
     """Return how to read the sources, and the source files."""
     if kind is not None and kind not in KINDS:
-        raise DataError(f"there is no kind {kind!r} of sources: expected one of {', '.join(KINDS)}")
+        raise ConfigError(f"there is no kind {kind!r} of sources: expected one of {', '.join(KINDS)}")
     found = find_sources(sources, kind)
     if kind is None:
         kind = guess_kind([source.path for source in found])
     if separator is not None and kind != "text":
-        raise DataError(f"--document-separator is for plain text, these sources are {kind}", hint="leave it out")
+        raise ConfigError(f"--document-separator is for plain text, these sources are {kind}", hint="leave it out")
     if separator == "":
-        raise DataError("--document-separator is empty: expected at least one character", hint="leave it out")
+        raise ConfigError("--document-separator is empty: expected at least one character", hint="leave it out")
     if kind == "sp1024" and tokenizer is None:
-        raise DataError(
+        raise ConfigError(
             "shards of tokens need the model that made them: no --tokenizer given",
             hint="for the challenge's sp1024 shards it is fineweb_1024_bpe.model",
         )
     if kind != "sp1024" and tokenizer is not None:
-        raise DataError(f"--tokenizer is for shards of tokens, these sources are {kind}", hint="leave it out")
+        raise ConfigError(f"--tokenizer is for shards of tokens, these sources are {kind}", hint="leave it out")
     if tokenizer is not None:
         load_table(tokenizer)  # fails here, once, rather than in each worker
     settings = ReadSettings(
