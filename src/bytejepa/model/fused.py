@@ -167,17 +167,17 @@ class _CausalAttention(torch.autograd.Function):
         R = H // k.size(2)
         rows, k, v = _rows(q, R, scale=E**-0.5), _rows(k, 1), _rows(v, 1)  # (B G, T R, E), (B G, T, E)
         future = torch.full((ATTENTION_BLOCK, ATTENTION_BLOCK), -torch.inf).triu(1).repeat_interleave(R, 0)
-        outputs, probabilities = [], []
+        output, probabilities = torch.empty_like(rows), []
         for begin in range(0, T, ATTENTION_BLOCK):
             end = min(begin + ATTENTION_BLOCK, T)
             scores = torch.bmm(rows[:, begin * R : end * R], k[:, :end].mT)
             scores[..., begin:].add_(future[: (end - begin) * R, : end - begin])
             probability = torch.softmax(scores, -1)
-            outputs.append(torch.bmm(probability, v[:, :end]))
+            torch.bmm(probability, v[:, :end], out=output[:, begin * R : end * R])
             probabilities.append(probability)
         ctx.save_for_backward(rows, k, v, *probabilities)
         ctx.shape = q.shape
-        return _heads(torch.cat(outputs, 1), B, R)
+        return _heads(output, B, R)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
@@ -185,16 +185,16 @@ class _CausalAttention(torch.autograd.Function):
         B, H, E = ctx.shape[0], ctx.shape[2], ctx.shape[3]
         R = H * B // k.size(0)
         grad_rows = _rows(grad, R)
-        grad_k, grad_v, grads_q = torch.zeros_like(k), torch.zeros_like(v), []
+        grad_q, grad_k, grad_v = torch.empty_like(rows), torch.zeros_like(k), torch.zeros_like(v)
         for number, probability in enumerate(probabilities):
             end = probability.size(-1)
             block = slice(number * ATTENTION_BLOCK * R, end * R)
-            grad_v[:, :end] += torch.bmm(probability.mT, grad_rows[:, block])
+            grad_v[:, :end].baddbmm_(probability.mT, grad_rows[:, block])
             grad_probability = torch.bmm(grad_rows[:, block], v[:, :end].mT)
             grad_scores = torch.ops.aten._softmax_backward_data(grad_probability, probability, -1, torch.float32)
-            grads_q.append(torch.bmm(grad_scores, k[:, :end]))
-            grad_k[:, :end] += torch.bmm(grad_scores.mT, rows[:, block])
-        grad_q = torch.cat(grads_q, 1).mul_(E**-0.5)  # the keys' gradient has the scale from the rows
+            torch.bmm(grad_scores, k[:, :end], out=grad_q[:, block])
+            grad_k[:, :end].baddbmm_(grad_scores.mT, rows[:, block])
+        grad_q.mul_(E**-0.5)  # the keys' gradient has the scale from the rows
         return _heads(grad_q, B, R), _heads(grad_k, B, 1), _heads(grad_v, B, 1)
 
 
