@@ -137,6 +137,23 @@ NOT_MODELS: dict[str, bytes] = {
 }
 
 
+@pytest.mark.parametrize("claimed_bytes", [1 << 33, 1 << 40, 1 << 62])
+def test_a_zstd_frame_is_not_believed_in_its_size(tmp_path: Path, claimed_bytes: int) -> None:
+    path = tmp_path / "final_model.int6.ptz"
+    frame_header = b"\x28\xb5\x2f\xfd\xe0" + claimed_bytes.to_bytes(8, "little")
+    path.write_bytes(frame_header + b"\x01\x00\x00")
+    with pytest.raises(ArtifactError, match="unpacks to more than"):
+        pr832.load_state_dict_file(path)
+
+
+def test_zlib_data_are_unpacked_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "final_model.int6.ptz"
+    path.write_bytes(zlib.compress(bytes(100_000)))
+    monkeypatch.setattr(pr832, "_MAX_FILE_BYTES", 10_000)
+    with pytest.raises(ArtifactError, match="unpacks to more than 10,000 bytes"):
+        pr832.load_state_dict_file(path)
+
+
 @pytest.mark.parametrize("case", NOT_MODELS)
 def test_what_is_no_model_of_the_reference_is_refused_in_one_line(tmp_path: Path, case: str) -> None:
     path, out = tmp_path / "final_model.pt", tmp_path / "model.bjm"

@@ -236,7 +236,7 @@ def check_split(directory: Path, split: Split, num_ids: dict[str, int], *, diges
         return
     record = load_manifest(directory).splits.get(split)
     promised = {} if record is None else {file.name: file for file in record.files}
-    hint = "prepare or copy the data again; `bytejepa prepare --verify` names everything that is wrong"
+    hint = f"copy or prepare the data again, or remove {MANIFEST_NAME} to take the shards as they are"
     for name in sorted(promised.keys() ^ num_ids.keys()):
         what = "is missing" if name in promised else "is not in the manifest"
         raise DataError(f"{directory} is not what its manifest says: {name} {what}", hint=hint)

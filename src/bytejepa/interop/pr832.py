@@ -56,6 +56,8 @@ _JEPA_KEYS = {
     "jepa_phase1_frac": "lambda_zero_until",
     "jepa_phase2_frac": "lambda_ramp_until",  # the length of the ramp, made its end in `run_config`
 }
+_MAX_FILE_BYTES = 1 << 30
+"""Ten times the reference's weights in float32."""
 _IGNORED_KEYS = {"vocab_size", "jepa_lr"}
 
 _OURS_FROM_REFERENCE = [
@@ -203,16 +205,24 @@ def _is_state_dict(value: object) -> bool:
 
 
 def _decompressed(data: bytes, path: Path) -> bytes:
+    too_large = f"unpacks to more than {_MAX_FILE_BYTES:,} bytes, far more than a model of the reference"
     if data[:4] == zstandard.MAGIC_NUMBER.to_bytes(4, "little"):
         try:
-            return zstandard.ZstdDecompressor().decompress(data, max_output_size=1 << 31)
+            if zstandard.frame_content_size(data) > _MAX_FILE_BYTES:  # believed, it would be allocated
+                raise ArtifactError(f"{path}: {too_large}")
+            return zstandard.ZstdDecompressor().decompress(data, max_output_size=_MAX_FILE_BYTES)
         except zstandard.ZstdError as problem:
             raise ArtifactError(f"{path}: damaged zstd data: {problem}") from None
     if data[:1] == b"\x78":  # the reference falls back to zlib without saying so (spec section 7, item 10)
+        decompressor = zlib.decompressobj()
         try:
-            return zlib.decompress(data)
+            unpacked = decompressor.decompress(data, _MAX_FILE_BYTES)
         except zlib.error as problem:
             raise ArtifactError(f"{path}: damaged zlib data: {problem}") from None
+        if not decompressor.eof:
+            whole = too_large if len(unpacked) == _MAX_FILE_BYTES else "zlib data that end too early"
+            raise ArtifactError(f"{path}: {whole}")
+        return unpacked
     return data
 
 
