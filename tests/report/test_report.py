@@ -263,7 +263,8 @@ def study_of(folder: Path, runs: dict[str, list[Path]], bpb: dict[str, list[floa
     summaries = [
         VariantSummary(
             variant=variant, tests="t", num_seeds=2, mean_bpb=float(np.mean(bpb[variant])), std_bpb=0.1, mean_train_s=1.0,
-            mean_artifact_bytes=1.0, mean_quantization_loss_bpb=0.0, mean_explained_variance=None, mean_effective_rank=None,
+            mean_bytes_per_s=1536.0, mean_artifact_bytes=1.0, mean_quantization_loss_bpb=0.0, mean_explained_variance=None,
+            mean_effective_rank=None,
             mean_latent_std=None, difference_bpb=None if variant == "base" else -0.03,
             interval_low_bpb=None if variant == "base" else -0.05, interval_high_bpb=None if variant == "base" else -0.01,
             p_value=None if variant == "base" else 0.02, p_corrected=None if variant == "base" else 0.02,

@@ -1,5 +1,6 @@
 """Plans: what a file may say, and that what it may not say is answered in one line with the nearest name."""
 
+import dataclasses
 import json
 import tomllib
 from collections.abc import Callable
@@ -69,6 +70,11 @@ def variants(**changes: Any) -> list[dict[str, Any]]:
         ({"variants": variants(overrides={"jepa.lambda_max": -1})}, "jepa.lambda_max: expected 0 or more, got -1"),
         ({"variants": variants(overides={})}, "unknown entry 'overides' (did you mean 'overrides'?)"),
         ({"variants": variants(overrides={"data.order": "sequential"})}, "data.order is sequential, the baseline's is"),
+        ({"variants": variants(overrides={"data.order": "sequential"})}, "state reads_otherwise = true"),
+        ({"variants": variants(overrides={"data.batch_bytes": 512}, reads_otherwise=True)}, "data.batch_bytes is 512, the"),
+        ({"variants": variants(base="tniy")}, "unknown preset 'tniy' (did you mean 'tiny'?)"),
+        ({"variants": variants(reads_otherwise="no")}, "reads_otherwise: expected true or false, got 'no'"),
+        ({"noise": "poled"}, "noise: expected own or pooled, got 'poled'"),
         ({"variants": variants(overrides={"training.compile": "on"})}, "training.compile is on, the baseline's is auto"),
         ({"variants": variants(overrides={"schedule.steps": 9})}, "schedule.steps is 9, the baseline's is 4"),
         ({"variants": variants(overrides={"schedule.warmdown_to": 0.5})}, "ends at learning-rate scale 0.5, expected 0"),
@@ -102,20 +108,54 @@ def test_a_variant_may_end_elsewhere_if_it_says_so() -> None:
     assert [plan.expected_learning_rate_end(variant) for variant in plan.variants] == [0.0, 0.5]
 
 
+def test_a_variant_may_read_otherwise_and_derive_from_another_preset_if_it_says_so() -> None:
+    tested = variants(
+        base="ablation-pr832",
+        reads_otherwise=True,
+        learning_rate_ends_at=0.167,
+        overrides={"data": {"order": "sequential", "num_streams": 2}},
+    )
+    plan = small_plan(variants=tested)
+    config = plan.config(plan.variant("with"), 1)
+    assert (config.data.order, config.data.num_streams, config.model.bigram_projection_init) == (
+        "sequential",
+        2,
+        "zero",
+    )
+    assert (config.schedule.steps, config.model.model_dim) == (4, 32)
+
+
 @pytest.mark.parametrize("name", built_in_plans())
 def test_built_in_plans_change_one_thing_at_a_time(name: str) -> None:
     plan = load_plan(name)
     assert plan.name == name
-    assert len(plan.seeds) >= 3
+    assert len(plan.seeds) >= (2 if plan.noise == "pooled" else 3)
     baseline = to_dict(plan.config(plan.variant(plan.baseline), 1))
     for variant in plan.variants:
         assert variant.tests.endswith((".", "?"))
         config = to_dict(plan.config(variant, 1))
         changed = [s for s in config if config[s] != baseline[s]]
-        if variant.name not in (plan.baseline, "all-mended"):
+        if variant.name not in (plan.baseline, "all-mended", "pr832-like"):
             assert len(changed) == 1, (variant.name, changed)
     fingerprints = {json.dumps(to_dict(plan.config(variant, 1))) for variant in plan.variants}
     assert len(fingerprints) == len(plan.variants)
+
+
+def test_what_golf_tiny_has_beyond_tiny_is_off_once_and_all_of_it_fits_the_time() -> None:
+    techniques, candidates = load_plan("golf-techniques"), load_plan("golf-candidates")
+    for plan in (techniques, candidates):
+        assert plan.budget.seconds is not None
+        assert len(plan.variants) * len(plan.seeds) * plan.budget.seconds < 3600
+    off = techniques.config(techniques.variant("no-ngrams"), 1)
+    assert off.model == dataclasses.replace(preset("tiny").model, ngram_dim=off.model.ngram_dim)  # which has no effect
+    control = techniques.config(techniques.variant(techniques.baseline), 1)
+    for name in ("model", "jepa", "data", "optimizer", "artifact"):
+        assert getattr(control, name) == getattr(preset("golf-tiny"), name)
+    reference = techniques.config(techniques.variant("pr832-like"), 1)
+    same_size = ("num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_ratio", "xsa_last_layers", "bigram_rows")
+    assert [getattr(reference.model, name) for name in same_size] == [
+        getattr(control.model, name) for name in same_size
+    ]
 
 
 def test_toml_tables_and_dotted_names_say_the_same() -> None:

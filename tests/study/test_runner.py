@@ -297,12 +297,31 @@ def test_the_verb_prints_verdicts_and_json(
     plan.write_text(json.dumps(small_values()))
     shown = command("ablate", plan, "--out", copied, "--data", embedded_shards)
     assert shown.code == 0
-    for word in ("Does the path help?", "baseline", "95 % interval", "effective rank", "with"):
+    for word in ("Does the path help?", "baseline", "95 % interval", "effective rank", "bytes/s", "with"):
         assert word in shown.out, word
     assert "4 runs, 2 seeds" in shown.err
     record = json.loads(command("ablate", plan, "--out", copied, "--data", embedded_shards, "--json").out)
     assert record["is_complete"]
     assert len(record["runs"]) == 4
+
+
+def test_several_ranks_are_refused_before_anything_is_written(
+    refuses: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(small_values()))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert "without torchrun" in refuses(2, "ablate", plan, "--out", tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_study_that_lacks_the_speed_gets_it_from_its_runs(finished: Finished, tmp_path: Path) -> None:
+    record = json.loads((finished.folder / "study.json").read_text())
+    speeds = [variant.pop("mean_bytes_per_s") for variant in record["variants"]]
+    (tmp_path / "study.json").write_text(json.dumps(record))
+    assert [variant.mean_bytes_per_s for variant in read_study(tmp_path).variants] == speeds
+    runs = [run for run in finished.study.runs if run.variant == "with"]
+    assert speeds[1] == pytest.approx(sum(run.num_bytes for run in runs) / sum(run.train_s for run in runs))
 
 
 def test_without_data_the_embedded_corpus_is_written_into_the_study(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Paired differences against numbers worked out by hand and against SciPy; Holm against its published rule."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from bytejepa.study.statistics import holm, mean_or_none, paired_difference, sample_std, verdict
+from bytejepa.study.statistics import holm, mean_or_none, paired_difference, pooled_differences, sample_std, verdict
 
 BASELINE = {1: 2.00, 2: 2.10, 3: 1.90}
 VARIANT = {1: 1.97, 2: 2.09, 3: 1.88}
@@ -55,6 +56,35 @@ def test_the_same_runs_twice_are_a_tie() -> None:
     assert found is not None
     assert (found.mean, found.low, found.high, found.p_value) == (0, 0, 0, 1)
     assert verdict(found.mean, found.p_value) == "tie"
+
+
+def test_pooled_noise_by_hand() -> None:
+    # variant and seed means taken out of (2.0, 2.2), (1.9, 2.0), (2.1, 2.4) leaves 0, 0; 0.05, -0.05; -0.05, 0.05
+    found = pooled_differences({"a": {1: 2.0, 2: 2.2}, "b": {1: 1.9, 2: 2.0}, "c": {1: 2.1, 2: 2.4}}, "a")
+    assert set(found) == {"b", "c"}
+    error = math.sqrt(2 * (4 * 0.05**2) / 2 / 2)  # two degrees of freedom, two seeds
+    half_width = 4.302652729911275 * error
+    assert (found["b"].mean, found["b"].num_pairs) == (pytest.approx(-0.15), 2)
+    assert (found["b"].low, found["b"].high) == pytest.approx((-0.15 - half_width, -0.15 + half_width))
+    t = 0.15 / error
+    assert found["b"].p_value == pytest.approx(1 - t / math.sqrt(2 + t * t))
+
+
+def test_two_variants_pooled_are_the_paired_t_test() -> None:
+    pooled, paired = (
+        pooled_differences({"base": BASELINE, "other": VARIANT}, "base"),
+        paired_difference(VARIANT, BASELINE),
+    )
+    assert paired is not None
+    assert dataclasses.astuple(pooled["other"]) == pytest.approx(dataclasses.astuple(paired))
+
+
+def test_pooled_noise_needs_complete_seeds() -> None:
+    found = pooled_differences({"a": {1: 2.0, 2: 2.1}, "b": {1: 1.9}, "c": {1: 2.0, 2: 2.2}}, "a")
+    assert [(d.num_pairs, d.low, d.p_value) for d in found.values()] == [(1, None, None)] * 2
+    assert pooled_differences({"b": {1: 1.9}}, "a") == {}
+    same = pooled_differences({"a": BASELINE, "b": BASELINE}, "a")["b"]
+    assert (same.mean, same.low, same.p_value) == (0, 0, 1)
 
 
 def test_holm_by_hand() -> None:

@@ -139,7 +139,8 @@ def test_a_study_becomes_a_table(seed_runs, tmp_path) -> None:
 
     row = VariantSummary(
         variant="no-jepa", tests="The byte loss alone.", num_seeds=3, mean_bpb=2.0, std_bpb=0.01, mean_train_s=1.0,
-        mean_artifact_bytes=1000.0, mean_quantization_loss_bpb=0.0, mean_explained_variance=None, mean_effective_rank=None,
+        mean_bytes_per_s=900.0, mean_artifact_bytes=1000.0, mean_quantization_loss_bpb=0.0, mean_explained_variance=None,
+        mean_effective_rank=None,
         mean_latent_std=None, difference_bpb=-0.0123, interval_low_bpb=-0.02, interval_high_bpb=-0.004, p_value=0.01,
         p_corrected=0.03, verdict="better",
     )  # fmt: skip

@@ -134,6 +134,7 @@ def _print_study(study: StudyResult, out: Path, *, as_json: bool) -> None:
         "quantisation",
         "artifact bytes",
         "train s",
+        "bytes/s",
     ]
     print_table("latents, artifact, time (means over seeds)", columns, [_detail_row(s) for s in study.variants])
     for sentence in study.notes:
@@ -163,6 +164,7 @@ def _detail_row(summary: VariantSummary) -> list[str]:
         f"{summary.mean_quantization_loss_bpb:+.4f}",
         f"{summary.mean_artifact_bytes:,.0f}",
         f"{summary.mean_train_s:.1f}",
+        f"{summary.mean_bytes_per_s:,.0f}",
     ]
 
 

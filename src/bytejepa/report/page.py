@@ -197,6 +197,7 @@ def study_table(study: StudyResult) -> Grid:
                 with_spread([v.mean_explained_variance], ".3f"),
                 with_spread([v.mean_effective_rank], ".1f"),
                 with_spread([v.mean_latent_std], ".3f"),
+                f"{v.mean_bytes_per_s:,.0f}",
                 str(v.num_seeds),
             ]
         )
@@ -204,10 +205,11 @@ def study_table(study: StudyResult) -> Grid:
         caption=(
             "Variants. Bits per byte of the artifact (mean ± standard deviation over seeds), difference to the baseline with "
             "its 95 % interval, p value after Holm's correction; of JEPA's latents: explained variance, effective rank and "
-            "root mean variance over the last tenth of the run."
+            "root mean variance over the last tenth of the run; bytes read a second of training."
         ),
         columns=(
-            "variant", "verdict", "bpb", "difference", "95 % interval", "p", "explained", "rank", "latent std", "seeds",
+            "variant", "verdict", "bpb", "difference", "95 % interval", "p", "explained", "rank", "latent std", "bytes/s",
+            "seeds",
         ),
         rows=rows,
     )  # fmt: skip

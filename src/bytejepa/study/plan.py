@@ -13,7 +13,7 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bytejepa.config import RunConfig
 from bytejepa.config_json import from_dict, to_dict
@@ -26,6 +26,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LEARNING_RATE_TOLERANCE = 0.005
 """How far a run's final learning-rate scale may lie from what its plan states."""
 
+Noise = Literal["own", "pooled"]
 Overrides = dict[str, dict[str, Any]]
 """Settings by section and name: {"model": {"num_layers": 4}}."""
 
@@ -81,6 +82,10 @@ class Variant:
     """On top of the plan's."""
     learning_rate_ends_at: float | None = None
     """Final learning-rate scale, where the schedule is what the variant tests; None: the plan's."""
+    base: str | None = None
+    """Preset from which it derives; None: the plan's."""
+    reads_otherwise: bool = False
+    """It tests how the data is read: order, streams and growth of sequences may differ from the baseline's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +109,8 @@ class Plan:
     """Folder of shards; None: the embedded corpus."""
     learning_rate_ends_at: float = 0.0
     """Learning-rate scale at which every run ends; a variant that ends elsewhere has to say so."""
+    noise: Noise = "own"
+    """Whose scatter over seeds the intervals rest on: each variant's own, or that of all variants taken together."""
 
     def __post_init__(self) -> None:
         for name in (self.name, *(variant.name for variant in self.variants)):
@@ -118,6 +125,13 @@ class Plan:
             )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"plan {self.name}: expected one or more different seeds, got {list(self.seeds)}")
+        if self.noise not in (known := typing.get_args(Noise)):
+            raise ConfigError(f"plan {self.name}: noise: expected {' or '.join(known)}, got {self.noise!r}")
+        for variant in self.variants:
+            if not isinstance(variant.reads_otherwise, bool):
+                raise ConfigError(
+                    f"plan {self.name}: reads_otherwise: expected true or false, got {variant.reads_otherwise!r}"
+                )
         self._check_variants_are_comparable()
 
     def variant(self, name: str) -> Variant:
@@ -130,7 +144,7 @@ class Plan:
         Raises: ConfigError for an unknown or impossible setting, with the nearest name.
         """
         where = f"plan {self.name}, variant {variant.name}"
-        values = to_dict(preset(self.base))
+        values = to_dict(preset(variant.base or self.base))
         for overrides in (self._budget_overrides(), self.overrides, variant.overrides):
             for section, settings in overrides.items():
                 if not isinstance(settings, dict):
@@ -159,12 +173,15 @@ class Plan:
         for variant in self.variants:
             config = configs[variant.name]
             where = f"plan {self.name}, variant {variant.name}"
-            for section, name in _KEPT_EQUAL:
+            for section, name in (pair for pair in _KEPT_EQUAL if not (variant.reads_otherwise and pair in _READING)):
                 ours, theirs = (getattr(getattr(c, section), name) for c in (config, baseline))
                 if ours != theirs:
                     raise ConfigError(
                         f"{where}: {section}.{name} is {ours}, the baseline's is {theirs}: "
-                        "all runs of a study read the same bytes, in the same order, on the same terms"
+                        "all runs of a study read the same bytes, in the same order, on the same terms",
+                        hint="state reads_otherwise = true if that is what it tests"
+                        if (section, name) in _READING
+                        else None,
                     )
             if config.schedule.warmdown == "progress":
                 ends_at = learning_rate_scale(config.schedule, progress=1.0, step=0, elapsed_s=0.0)
@@ -187,6 +204,8 @@ _KEPT_EQUAL = (
     *(("schedule", name) for name in ("steps", "max_bytes", "max_wallclock_s")),
 )
 """(section, setting) of what all variants of a plan share."""
+_READING = (("data", "order"), ("data", "num_streams"), ("data", "sequence_growth"))
+"""Of these, what a variant that says so may change: every step still reads batch_bytes."""
 
 
 def built_in_plans() -> list[str]:

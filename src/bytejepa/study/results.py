@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,6 +93,8 @@ class VariantSummary:
     std_bpb: float | None
     """Sample standard deviation over seeds; None: fewer than two."""
     mean_train_s: float
+    mean_bytes_per_s: float
+    """Bytes read a second of training, of all its runs together."""
     mean_artifact_bytes: float
     mean_quantization_loss_bpb: float
     mean_explained_variance: float | None
@@ -168,16 +171,29 @@ def read_study(path: Path) -> StudyResult:
 
 def _study_from_dict(values: dict[str, Any]) -> StudyResult:
     environment = values["environment"]
+    runs = tuple(run_from_dict(run) for run in values["runs"])
     return StudyResult(
         **{
             **values,
             "plan": plan_from_dict(values["plan"]),
             "environment": None if environment is None else Environment(**environment),
-            "runs": tuple(run_from_dict(run) for run in values["runs"]),
-            "variants": tuple(VariantSummary(**variant) for variant in values["variants"]),
+            "runs": runs,
+            "variants": tuple(_summary_from_dict(variant, runs) for variant in values["variants"]),
             "notes": tuple(values["notes"]),
         }
     )
+
+
+def _summary_from_dict(values: dict[str, Any], runs: Sequence[RunResult]) -> VariantSummary:
+    # a study of an older version lacks the speed, not what it is made of
+    speed = bytes_per_s([run for run in runs if run.variant == values["variant"]])
+    return VariantSummary(**{"mean_bytes_per_s": speed, **values})
+
+
+def bytes_per_s(runs: Sequence[RunResult]) -> float:
+    """Return the bytes that `runs` read a second of training."""
+    seconds = sum(run.train_s for run in runs)
+    return sum(run.num_bytes for run in runs) / seconds if seconds else 0.0
 
 
 def run_from_dict(values: dict[str, Any]) -> RunResult:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import filelock
 from bytejepa.artifact.export import export
 from bytejepa.config import RunConfig
 from bytejepa.data.corpus import write_embedded_shards
-from bytejepa.errors import CheckpointError, Interrupted, file_errors_as
+from bytejepa.errors import CheckpointError, ConfigError, Interrupted, file_errors_as
 from bytejepa.files import write_atomically
 from bytejepa.study.environment import (
     data_sha256,
@@ -68,6 +69,11 @@ def run_study(
     `force`: run everything anew. Raises: ConfigError, DataError; CheckpointError if `out` holds another study, is in use,
     or began in another environment; Interrupted after a signal (the same command goes on).
     """
+    if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(
+            f"ablate runs in one process, and here are {ranks}: a study of several ranks is not supported",
+            hint="start it without torchrun",
+        )
     if not force:
         _refuse_other_study(plan, out)
     with file_errors_as(CheckpointError, "create the study folder", out):

@@ -1,7 +1,8 @@
 """Paired differences between variants, seed by seed, with intervals, corrected p values and a verdict. Torch-free.
 
 Runs of one seed share initial weights (by name) and data order, so that the difference of two variants on the same seed
-is less noisy than either. The interval is Student's t over the seeds. The p values are corrected by Holm's step-down
+is less noisy than either. The interval is Student's t over the seeds; a plan may
+pool the noise of all its variants. The p values are corrected by Holm's step-down
 rule, which bounds the chance that any verdict of the study is wrong, however the variants depend on each other (all are
 compared with one baseline). SciPy's false_discovery_control bounds the expected share of wrong ones among those called,
 which is weaker: here each verdict is read on its own.
@@ -60,6 +61,48 @@ def paired_difference(variant: Mapping[int, float], baseline: Mapping[int, float
         high=float(interval.high),
         p_value=float(test.pvalue),
     )
+
+
+def pooled_differences(variants: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str, PairedDifference]:
+    """Return every variant minus the baseline, over the seeds that all variants have, with one noise for all of them.
+
+    The model is a randomised block design: value = variant + seed + noise, the noise alike for all variants. Its
+    variance comes from what remains when the means of variant and seed are taken out, with (V - 1)(S - 1) degrees of
+    freedom, so that a few seeds of many variants say more than each pair of variants alone. Without two such seeds, or
+    with fewer than two variants: no intervals.
+    """
+    seeds = sorted(set.intersection(*(set(values) for values in variants.values()))) if variants else []
+    if not seeds or baseline not in variants:
+        return {}
+    names = list(variants)
+    table = np.array([[variants[name][seed] for seed in seeds] for name in names], dtype=np.float64)
+    means = table.mean(axis=1)
+    remains = table - means[:, None] - table.mean(axis=0)[None, :] + table.mean()
+    freedom = (len(names) - 1) * (len(seeds) - 1)
+    half = standard_error = None
+    if freedom > 0:
+        from scipy import stats
+
+        standard_error = float(np.sqrt(2 * (remains**2).sum() / freedom / len(seeds)))
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * standard_error
+    found = {}
+    for name, mean in zip(names, means - means[names.index(baseline)], strict=True):
+        if name == baseline:
+            continue
+        p_value = None
+        if standard_error is not None:
+            # no noise at all, as between variants that are the same runs: the t statistic is 0/0
+            p_value = (
+                float(mean == 0) if standard_error == 0 else float(2 * stats.t.sf(abs(mean) / standard_error, freedom))
+            )
+        found[name] = PairedDifference(
+            num_pairs=len(seeds),
+            mean=float(mean),
+            low=None if half is None else float(mean) - half,
+            high=None if half is None else float(mean) + half,
+            p_value=p_value,
+        )
+    return found
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bytejepa.study.plan import Plan, Variant
-from bytejepa.study.results import RunResult, VariantSummary
-from bytejepa.study.statistics import PairedDifference, holm, mean_or_none, paired_difference, sample_std, verdict
+from bytejepa.study.results import RunResult, VariantSummary, bytes_per_s
+from bytejepa.study.statistics import (
+    PairedDifference,
+    holm,
+    mean_or_none,
+    paired_difference,
+    pooled_differences,
+    sample_std,
+    verdict,
+)
 
 
 def summarise(plan: Plan, runs: Sequence[RunResult]) -> tuple[tuple[VariantSummary, ...], tuple[str, ...]]:
     """Return (a summary of every variant that has a finished run, in the plan's order; notes for the reader)."""
     by_variant = {variant.name: [run for run in runs if run.variant == variant.name] for variant in plan.variants}
-    baseline = {run.seed: run.bpb for run in by_variant[plan.baseline]}
-    differences = {
-        name: paired_difference({run.seed: run.bpb for run in found}, baseline)
-        for name, found in by_variant.items()
-        if name != plan.baseline
-    }
+    differences = _differences(plan, by_variant)
     p_values = {name: d.p_value for name, d in differences.items() if d is not None and d.p_value is not None}
     corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     summaries = tuple(
@@ -26,6 +29,13 @@ def summarise(plan: Plan, runs: Sequence[RunResult]) -> tuple[tuple[VariantSumma
         if by_variant[variant.name]
     )
     return summaries, _notes(plan, by_variant, len(p_values))
+
+
+def _differences(plan: Plan, by_variant: dict[str, list[RunResult]]) -> dict[str, PairedDifference | None]:
+    bpb = {name: {run.seed: run.bpb for run in found} for name, found in by_variant.items()}
+    if plan.noise == "pooled":
+        return dict(pooled_differences({name: values for name, values in bpb.items() if values}, plan.baseline))
+    return {name: paired_difference(bpb[name], bpb[plan.baseline]) for name in bpb if name != plan.baseline}
 
 
 def _summary(
@@ -39,6 +49,7 @@ def _summary(
         mean_bpb=_mean(bpb),
         std_bpb=sample_std(bpb),
         mean_train_s=_mean([run.train_s for run in runs]),
+        mean_bytes_per_s=bytes_per_s(runs),
         mean_artifact_bytes=_mean([float(run.artifact_bytes) for run in runs]),
         mean_quantization_loss_bpb=_mean([run.quantization_loss_bpb for run in runs]),
         mean_explained_variance=mean_or_none([run.explained_variance for run in runs]),
@@ -64,10 +75,20 @@ def _notes(plan: Plan, by_variant: dict[str, list[RunResult]], num_compared: int
     missing = sum(len(plan.seeds) - len(found) for found in by_variant.values())
     if missing:
         notes.append(f"{missing} of {len(plan.seeds) * len(plan.variants)} runs are not finished.")
+    pooled = plan.noise == "pooled"
     if len(plan.seeds) < 2:
         notes.append("One seed: there is no measure of the noise, so no interval, no p value and no verdict.")
+    elif pooled:
+        notes.append(
+            "The intervals rest on the scatter of all variants over the seeds that all have finished, as if it were alike for each."
+        )
     elif len(plan.seeds) < 3:
         notes.append("Two seeds: one degree of freedom, so intervals are very wide; three or more are usual.")
+    if plan.budget.seconds is not None:
+        notes.append(f"Every run trained for {plan.budget.seconds:g} s: a faster variant has read more bytes.")
+    for variant in plan.variants:
+        if variant.reads_otherwise:
+            notes.append(f"{variant.name} reads the data in another way than {plan.baseline}.")
     if num_compared > 1:
         notes.append(f"p values are corrected for {num_compared} variants compared with one baseline (Holm).")
     shared: dict[str, list[str]] = {}
