@@ -145,12 +145,13 @@ class TrainingStep:
         return losses.ce
 
 
-def random_loader(config: DataConfig, device: torch.device) -> Loader:
-    """Return a loader over random bytes held in memory."""
+def random_loader(config: DataConfig, device: torch.device, *, ranks: Ranks | None = None) -> Loader:
+    """Return a loader over random bytes held in memory, of one rank's rows."""
+    rank, world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
     random = np.random.default_rng(0)
     length = max(config.batch_bytes, 2 * config.sequence_bytes) * 4
     ids = random.integers(BYTE_OFFSET, VOCABULARY_SIZE, length, dtype=np.uint16)
-    return Loader(IdStream([ids]), config, seed=0, rank=0, world_size=1, device=device)
+    return Loader(IdStream([ids]), config, seed=0, rank=rank, world_size=world_size, device=device)
 
 
 def time_step(step: Callable[[], object], device: torch.device, *, steps: int, warmup: int = 3) -> list[float]:

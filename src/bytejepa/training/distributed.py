@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -66,22 +65,9 @@ class Ranks:
         work = dist.all_gather_into_tensor(padded, own.contiguous(), async_op=True)
         return Gathering(work=work, padded=padded, count=count)
 
-    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace each `.grad` by its mean over ranks; one flat message a dtype."""
-        if self.world_size == 1:
-            return
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for parameter in parameters:
-            assert parameter.grad is not None
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-        for gradients in by_dtype.values():
-            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            dist.all_reduce(flat)
-            flat /= self.world_size
-            parts = [
-                part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)
-            ]
-            torch._foreach_copy_(gradients, parts)
+    def start_sum(self, values: Tensor) -> Any:
+        """Start summing `values` over ranks in place; the handle's `wait` makes the sum usable (on a GPU: in its stream)."""
+        return dist.all_reduce(values, async_op=True)
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the elementwise mean over ranks of a small tensor."""

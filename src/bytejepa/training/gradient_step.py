@@ -13,6 +13,7 @@ from bytejepa.config import RunConfig
 from bytejepa.model.jepa import Latents
 from bytejepa.model.quantization import fake_quantize_rows, is_block_matrix, row_rule, stored_bits
 from bytejepa.model.transformer import ByteLM
+from bytejepa.training.gradient_buckets import GradientBuckets
 
 
 class StepLosses(NamedTuple):
@@ -52,8 +53,16 @@ class _WeightedLoss(nn.Module):
 class GradientStep:
     """Computes losses and leaves their gradients, averaged over micro-batches, in `.grad`."""
 
-    def __init__(self, model: ByteLM, config: RunConfig, *, compile: bool) -> None:  # noqa: A002 - torch's word
+    def __init__(
+        self,
+        model: ByteLM,
+        config: RunConfig,
+        *,
+        compile: bool,  # noqa: A002 - torch's word
+        buckets: GradientBuckets | None = None,
+    ) -> None:
         self.config = config
+        self.buckets = buckets
         self.loss = _WeightedLoss(model, config)
         self.matrices = [
             name
@@ -80,7 +89,8 @@ class GradientStep:
     def __call__(
         self, inputs: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], *, jepa_lambda: float, quantized: bool = False
     ) -> StepLosses:
-        """Return the mean losses over the rows; gradients are added to `.grad`."""
+        """Return the mean losses over the rows; gradients are added to `.grad`, and `buckets` averages them over ranks
+        from the last micro-batch on."""
         micro_bytes = self.config.data.micro_batch_bytes or inputs.numel()
         rows = max(1, min(inputs.size(0), micro_bytes // inputs.size(1)))
         # a share that is no multiple is divided evenly into more, smaller parts
@@ -90,8 +100,11 @@ class GradientStep:
         weight = torch.tensor(jepa_lambda, device="cpu").to(inputs.device, non_blocking=True)
         sums = [torch.zeros((), device=inputs.device) for _ in range(3)]
         latents: Latents | None = None
-        for part_inputs, part_targets in zip(inputs.split(rows), targets.split(rows), strict=True):
+        micro_batches = zip(inputs.split(rows), targets.split(rows), strict=True)
+        for number, (part_inputs, part_targets) in enumerate(micro_batches, start=1):
             total, *parts = self.weighted_loss(part_inputs, part_targets, weight, jepa_lambda > 0, quantized)
+            if self.buckets is not None and number == num_parts:
+                self.buckets.expect()
             (total / num_parts).backward()
             sums = [so_far + part for so_far, part in zip(sums, parts[:3], strict=True)]
             latents = Latents(*parts[3:]) if len(parts) > 3 else None

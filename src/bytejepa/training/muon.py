@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bytejepa.training.distributed import Ranks
+from bytejepa.training.distributed import Gathering, Ranks
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of the iteration, chosen by its authors for the largest slope at zero; singular values end in about [0.7, 1.2]."""
@@ -170,14 +170,22 @@ class Muon:
     @torch.no_grad()
     def step(self, *, learning_rate_scale: float, momentum: float, clip: Tensor) -> None:
         """Update the matrices in place from their `.grad`, already averaged over ranks; `clip` multiplies each gradient."""
-        device = clip.device
-        mu = torch.tensor(momentum, device="cpu").to(device, non_blocking=True)
-        pending = []
-        for batch in self.batches:
-            update = self._update_of_share(batch, mu, clip)
-            pending.append((batch, self.ranks.all_gather_shares(update, len(batch.parameters))))
+        self.finish(self.start(momentum=momentum, clip=clip), learning_rate_scale=learning_rate_scale)
+
+    @torch.no_grad()
+    def start(self, *, momentum: float, clip: Tensor) -> list[Gathering]:
+        """Compute this rank's share of every batch of updates, each on its way to the others while the next is computed."""
+        mu = torch.tensor(momentum, device="cpu").to(clip.device, non_blocking=True)
+        return [
+            self.ranks.all_gather_shares(self._update_of_share(batch, mu, clip), len(batch.parameters))
+            for batch in self.batches
+        ]
+
+    @torch.no_grad()
+    def finish(self, gathering: list[Gathering], *, learning_rate_scale: float) -> None:
+        """Update the matrices in place by what `start` began to gather."""
         lr = self.learning_rate * learning_rate_scale
-        for batch, gathered in pending:
+        for batch, gathered in zip(self.batches, gathering, strict=True):
             updates = gathered.wait().unbind()
             oriented = [u.mT if tall else u for u, tall in zip(updates, batch.tall, strict=True)]
             torch._foreach_mul_(batch.parameters, 1 - lr * self.weight_decay)

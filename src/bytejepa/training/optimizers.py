@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bytejepa.config import OptimizerConfig
 from bytejepa.model.initialization import is_vector
 from bytejepa.training.distributed import Ranks
+from bytejepa.training.gradient_buckets import GradientBuckets, backward_order
 from bytejepa.training.muon import Muon, newton_schulz_iteration
 
 Role = Literal["matrix", "embedding", "scalar", "jepa"]
@@ -46,6 +47,7 @@ class Optimizers:
         for name, parameter in model.named_parameters():
             by_role[role_of(name, parameter)].append((name, parameter))
         self.parameters = [parameter for group in by_role.values() for _, parameter in group]
+        self.gradient_buckets = GradientBuckets(backward_order(model), ranks)
         self.muon = Muon(
             by_role["matrix"],
             learning_rate=config.matrix_lr,
@@ -85,11 +87,11 @@ class Optimizers:
     def step(self, *, learning_rate_scale: float, momentum: float) -> Tensor:
         """Average the gradients over ranks, clip them, update every parameter; return the gradient norm before clipping,
         a 0-dimensional tensor that has not been waited for."""
+        self.gradient_buckets.finish()
         for parameter in self.parameters:
             if parameter.grad is None:
                 # a part left out of this step's loss still decays, and its step counter moves on, as in the reference
                 parameter.grad = torch.zeros_like(parameter)
-        self.ranks.average_gradients(self.parameters)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.gradient_clip is None:
@@ -97,10 +99,11 @@ class Optimizers:
         else:
             clip = (self.config.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([parameter.grad for parameter in self.adam_parameters], clip)
-        self.muon.step(learning_rate_scale=learning_rate_scale, momentum=momentum, clip=clip)
+        gathering = self.muon.start(momentum=momentum, clip=clip)
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * learning_rate_scale
-        self.adam.step()
+        self.adam.step()  # while Muon's last updates are on their way
+        self.muon.finish(gathering, learning_rate_scale=learning_rate_scale)
         return norm
 
     def state(self) -> dict[str, Tensor]:

@@ -67,8 +67,10 @@ class Trainer:
         self.compiled = config.training.compile == "on" or (config.training.compile == "auto" and on_gpu)
         if self.compiled and on_gpu:
             avoid_known_regressions()
-        self.gradient_step = GradientStep(self.model, config, compile=self.compiled)
         self.optimizers = Optimizers(self.model, config.optimizer, ranks, compile_update=self.compiled and on_gpu)
+        self.gradient_step = GradientStep(
+            self.model, config, compile=self.compiled, buckets=self.optimizers.gradient_buckets
+        )
         self.average = WeightAverage(self.model, config.training)
         self.loader = Loader(
             IdStream.open(data, "train"),
