@@ -59,21 +59,60 @@ def _text_logits(config: RunConfig, w: dict[str, Tensor], ids: list[int]) -> Ten
     if m.recurrent_layers:
         first, last = m.recurrent_layers
         order = order[: last + 1] + order[first : last + 1] + order[last + 1 :]
-    encoders = len(order) // 2
-    for place, layer in enumerate(order):
-        if place >= encoders and stack and m.skip_connections:
-            skip = w["skip_weights"][place - encoders] * stack.pop()
-            if m.skip_gates:
-                kept = torch.sigmoid(w["skip_gates"][place - encoders])
-                x = kept * x + (1 - kept) * skip
-            else:
-                x = x + skip
-        x = _block(config, w, layer, x, x0, ids, starts)
-        if place < encoders:
-            stack.append(x)
+    place = 0
+    positions = list(range(T))
+    while place < len(order):
+        if m.chunk_blocks and order[place] == m.chunk_blocks[0]:
+            ends = positions[m.chunk_stride_bytes - 1 :: m.chunk_stride_bytes]
+            before = after = x[ends]
+            while m.chunk_blocks[0] <= order[place] <= m.chunk_blocks[1]:
+                if ends:
+                    after = _passed(config, w, order, place, after, x0, ids, starts, stack, ends)
+                place += 1
+            x = _with_changes(w["chunk_scale"], x, after - before, ends, starts)
+        else:
+            x = _passed(config, w, order, place, x, x0, ids, starts, stack, positions)
+            place += 1
     if config.jepa.enabled and config.jepa.inject:
         x = _injected(config, w, x, starts)
     return m.logit_softcap * torch.tanh(rms(x) @ w["token_embedding.weight"].T / m.logit_softcap)
+
+
+def _passed(
+    config: RunConfig,
+    w: dict[str, Tensor],
+    order: list[int],
+    place: int,
+    x: Tensor,
+    x0: Tensor,
+    ids: list[int],
+    starts: list[bool],
+    stack: list[Tensor],
+    positions: list[int],
+) -> Tensor:
+    """The residual at `positions` after the block at `place`, which pops a skip or pushes one."""
+    m, encoders = config.model, len(order) // 2
+    if place >= encoders and stack and m.skip_connections:
+        skip = w["skip_weights"][place - encoders] * stack.pop()
+        if m.skip_gates:
+            kept = torch.sigmoid(w["skip_gates"][place - encoders])
+            x = kept * x + (1 - kept) * skip
+        else:
+            x = x + skip
+    x = _block(config, w, order[place], x, x0, ids, starts, positions)
+    if place < encoders:
+        stack.append(x)
+    return x
+
+
+def _with_changes(scale: Tensor, x: Tensor, changes: Tensor, ends: list[int], starts: list[bool]) -> Tensor:
+    """Every position takes the change of the last chunk that has ended, if that was in its document."""
+    out = list(x)
+    for t in range(x.size(0)):
+        ended = [c for c, end in enumerate(ends) if end <= t]
+        if ended and not any(starts[ends[ended[-1]] + 1 : t + 1]):
+            out[t] = x[t] + scale * changes[ended[-1]]
+    return torch.stack(out)
 
 
 def _pair_row(m: ModelConfig, previous: int, current: int) -> int:
@@ -93,14 +132,21 @@ def _ngram_row(m: ModelConfig, ids: list[int], starts: list[bool], t: int, n: in
 
 
 def _block(
-    config: RunConfig, w: dict[str, Tensor], layer: int, x: Tensor, x0: Tensor, ids: list[int], starts: list[bool]
+    config: RunConfig,
+    w: dict[str, Tensor],
+    layer: int,
+    x: Tensor,
+    x0: Tensor,
+    ids: list[int],
+    starts: list[bool],
+    positions: list[int],
 ) -> Tensor:
     m, name = config.model, f"blocks.{layer}"
     scale = 1 / math.sqrt(layer + 1) if m.depth_scaled_norm else 1.0
     if m.residual_mix:
-        x = w[f"{name}.residual_mix"][0] * x + w[f"{name}.residual_mix"][1] * x0
+        x = w[f"{name}.residual_mix"][0] * x + w[f"{name}.residual_mix"][1] * x0[positions]
     before = rms(x)
-    x = x + w[f"{name}.attention_scale"] * _attention(config, w, layer, scale * before, before, ids, starts)
+    x = x + w[f"{name}.attention_scale"] * _attention(config, w, layer, scale * before, before, ids, starts, positions)
     mlp_input = before if layer >= m.num_layers - m.parallel_last_layers else rms(x)
     up = scale * mlp_input @ w[f"{name}.mlp.up.weight"].T
     hidden = torch.where(up > 0, up, 0.5 * up) ** 2
@@ -108,23 +154,35 @@ def _block(
 
 
 def _attention(
-    config: RunConfig, w: dict[str, Tensor], layer: int, x: Tensor, unscaled: Tensor, ids: list[int], starts: list[bool]
+    config: RunConfig,
+    w: dict[str, Tensor],
+    layer: int,
+    x: Tensor,
+    unscaled: Tensor,
+    ids: list[int],
+    starts: list[bool],
+    positions: list[int],
 ) -> Tensor:
-    m, name, T = config.model, f"blocks.{layer}.attention", x.size(0)
+    m, name, T, N = config.model, f"blocks.{layer}.attention", len(ids), len(positions)
     E, per_group = m.head_dim, m.num_heads // m.num_kv_heads
     window = m.window_of_layer[layer] or T
-    document = [sum(starts[: t + 1]) for t in range(T)]
+    if m.chunk_blocks and m.chunk_blocks[0] <= layer <= m.chunk_blocks[1]:
+        window = max(1, window // m.chunk_stride_bytes)
+    document = [sum(starts[: t + 1]) for t in positions]
     visible = torch.tensor(
-        [[s <= t and t - s < window and document[s] == document[t] for s in range(T)] for t in range(T)]
+        [[j <= i and i - j < window and document[j] == document[i] for j in range(N)] for i in range(N)]
     )
     heads = []
     for h in range(m.num_heads):
         g = h // per_group
-        q = _rotated(config, rms(x @ w[f"{name}.query.weight"][h * E : (h + 1) * E].T)) * w[f"{name}.query_gain"][h]
-        k = _rotated(config, rms(x @ w[f"{name}.key.weight"][g * E : (g + 1) * E].T))
+        q = (
+            _rotated(config, rms(x @ w[f"{name}.query.weight"][h * E : (h + 1) * E].T), positions, T)
+            * w[f"{name}.query_gain"][h]
+        )
+        k = _rotated(config, rms(x @ w[f"{name}.key.weight"][g * E : (g + 1) * E].T), positions, T)
         v = x @ w[f"{name}.value.weight"][g * E : (g + 1) * E].T
         if layer >= m.num_layers - m.value_embedding_last_layers:
-            v = v + w[f"{name}.value_embedding.weight"][ids][:, g * E : (g + 1) * E]
+            v = v + w[f"{name}.value_embedding.weight"][[ids[t] for t in positions]][:, g * E : (g + 1) * E]
         share = torch.exp(q @ k.T / math.sqrt(E)) * visible
         y = share @ v / share.sum(1, keepdim=True)
         if m.attention_gate_dims:
@@ -137,15 +195,15 @@ def _attention(
     return torch.cat(heads, dim=1) @ w[f"{name}.output.weight"].T
 
 
-def _rotated(config: RunConfig, x: Tensor) -> Tensor:
-    m, T = config.model, x.size(0)
+def _rotated(config: RunConfig, x: Tensor, positions: list[int], T: int) -> Tensor:
+    m = config.model
     R = m.rotary_dims or m.head_dim
     base = m.rotary_base
     if m.rotary_length_bytes < T and R > 2:
         base *= (T / m.rotary_length_bytes) ** (R / (R - 2))
     out = x.clone()
     for pair in range(R // 2):
-        angle = torch.arange(T, dtype=torch.float64) * base ** (-2 * pair / R)
+        angle = torch.tensor(positions, dtype=torch.float64) * base ** (-2 * pair / R)
         a, b = x[:, pair], x[:, R // 2 + pair]
         out[:, pair] = a * angle.cos() + b * angle.sin()
         out[:, R // 2 + pair] = b * angle.cos() - a * angle.sin()

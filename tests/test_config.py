@@ -206,8 +206,41 @@ def test_latent_options_without_latent_losses_are_refused(settings) -> None:
         ({"attention_gate_dims": 513}, "more than model.model_dim 512"),
         ({"recurrent_layers": (3, 13)}, "from 0 to 12, got 3 13"),
         ({"recurrent_layers": (4, 3)}, "rising"),
+        ({"chunk_blocks": (3, 2)}, "two rising numbers under 12, got 3 2"),
+        ({"chunk_blocks": (0, 12)}, "two rising numbers under 12, got 0 12"),
+        ({"chunk_blocks": (2, 8)}, r"first \+ last = 11, .* got 2 8"),
+        ({"chunk_blocks": (2, 8), "num_layers": 12}, r"first \+ last = 11"),
+        ({"chunk_blocks": (2, 9), "recurrent_layers": (2, 4)}, r"first \+ last = 12"),
+        ({"chunk_blocks": (2, 9), "recurrent_layers": (8, 10)}, "model.recurrent_layers 8 10"),
+        ({"chunk_blocks": (2, 9), "recurrent_layers": (1, 10)}, "model.recurrent_layers 1 10"),
+        ({"chunk_blocks": (2, 9), "chunk_stride_bytes": 1}, "chunk_stride_bytes: expected 2 to 256, got 1"),
     ],
 )
 def test_contradicting_techniques_are_refused(settings, match) -> None:
     with pytest.raises(ConfigError, match=match):
         replace(RunConfig(), model=settings)
+
+
+def test_chunk_blocks_run_in_one_go_at_places_counted_in_chunks() -> None:
+    windows = (64, 0, 30, 3, 0, 16)
+    model = ModelConfig(num_layers=6, chunk_blocks=(1, 4), recurrent_layers=(2, 3), attention_windows=windows)
+    assert model.chunk_places == range(1, 7)
+    assert model.stride_of_place == (1, 4, 4, 4, 4, 4, 4, 1)
+    assert model.window_of_place == (64, None, 7, 1, 7, 1, None, 16)
+    without = ModelConfig(num_layers=6, attention_windows=windows)
+    assert (without.chunk_places, without.window_of_place) == (range(0), without.window_of_layer)
+    assert ModelConfig(num_layers=6, chunk_blocks=(4, 4), skip_connections=False).chunk_places == range(4, 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"data": {"sequence_bytes": 8, "sequence_growth": None}}, "data.sequence_bytes 8"),
+        ({"data": {"sequence_growth": ((0.0, 8), (0.5, 4096))}}, "data.sequence_bytes 8"),
+        ({"evaluation": {"window_bytes": 8, "stride_bytes": 8}}, "evaluation.window_bytes 8"),
+    ],
+)
+def test_contexts_without_a_whole_chunk_are_refused(settings, name) -> None:
+    config = replace(RunConfig(), model={"chunk_blocks": (2, 9), "chunk_stride_bytes": 16})
+    with pytest.raises(ConfigError, match=f"{name} is less than model.chunk_stride_bytes 16"):
+        replace(config, **settings)

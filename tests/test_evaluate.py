@@ -116,7 +116,7 @@ def test_any_byte_can_be_scored(model: ByteLM) -> None:
 
 @pytest.mark.parametrize("settings", [{"window": 0}, {"stride": 0}, {"window": 4, "stride": 5}, {"window": -3}])
 def test_impossible_windows_are_refused(model: ByteLM, settings: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="stride must be from 1 to the window"):
+    with pytest.raises(ConfigError, match=r"must be (1 or more|from 1 to the window)"):
         bytejepa.score(model, TEXT, **settings)
 
 

@@ -21,6 +21,7 @@ from bytejepa.errors import ArtifactError
 from bytejepa.model.gptq import error_spread, gptq_rows
 from bytejepa.model.quantization import ClipRule, dequantize, quantize_at, row_scales
 from bytejepa.model.transformer import ByteLM
+from bytejepa.presets import compact
 from bytejepa.training.runs import train
 from small_models import random_ids, small_model
 
@@ -242,3 +243,16 @@ def test_what_needs_a_calibration_says_so() -> None:
     for settings in ({"rounding": "gptq"}, {"clip": "sensitivity"}):
         with pytest.raises(ArtifactError, match="need training text to calibrate on"):
             store_weights(weights, replace(model.config, artifact=settings))
+
+
+def test_moments_of_blocks_that_run_once_a_chunk_are_of_chunks() -> None:
+    """Calibration sees the weights of chunk blocks, and an artifact of such a model predicts what its weights predict."""
+    model = small_model(model={"num_layers": 4, "chunk_blocks": (1, 2), "chunk_stride_bytes": 4})
+    found = calibrate(model, random_ids(2, 24))
+    assert {f"blocks.{layer}.mlp.down.weight" for layer in range(4)} <= set(found.spreads)
+    config = compact(replace(model.config, artifact={"small_tensor_elements": 256}))
+    stored = store_weights({name: value.detach() for name, value in model.named_parameters()}, config, found)
+    again = build(config, {name: restore(value) for name, value in stored.items()}, source="test")
+    ids = random_ids(2, 24, seed=3)
+    with torch.no_grad():
+        assert float((again.logits(ids) - model.logits(ids)).abs().mean()) < 0.1

@@ -354,8 +354,8 @@ def test_the_clock_replays_its_log_and_drops_a_line_that_was_cut_off(tmp_path) -
 TECHNIQUES = {
     "model": {
         "document_masking": True, "smear_gate": "input", "skip_gates": True, "parallel_last_layers": 1,
-        "attention_gate_dims": 12, "value_embedding_last_layers": 1, "recurrent_layers": (0, 1), "ngram_orders": (3, 5),
-        "ngram_rows": 64,
+        "attention_gate_dims": 12, "value_embedding_last_layers": 1, "recurrent_layers": (1, 2), "ngram_orders": (3, 5),
+        "ngram_rows": 64, "num_layers": 4, "chunk_blocks": (1, 2), "chunk_stride_bytes": 3,
     },
     "jepa": {"context": "causal", "horizons": 2, "next_bytes_weight": 0.1},
     "optimizer": {"muon_row_normalization": True, "newton_schulz_coefficients": "polar_express"},

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 
 from bytejepa.artifact.store import scheme_of
-from bytejepa.benchmark.speed import matmul_parameters
+from bytejepa.benchmark.speed import flop_per_byte, matmul_parameters
 from bytejepa.config import replace
 from bytejepa.model.initialization import initialize
 from bytejepa.model.transformer import ByteLM
@@ -65,6 +65,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "value embeddings": {"model": {"value_embedding_last_layers": 2}},
     "recurrence": {"model": {"recurrent_layers": (1, 1)}},
     "recurrence to the end": {"model": {"recurrent_layers": (0, 2)}},
+    "chunk blocks": {"model": {"num_layers": 4, "chunk_blocks": (1, 2)}},
+    "chunk blocks of an odd number of layers, stride 3": {"model": {"chunk_blocks": (0, 1), "chunk_stride_bytes": 3}},
+    "chunk blocks without skips": {"model": {"chunk_blocks": (1, 1), "skip_connections": False}},
+    "chunk blocks beyond the rotary length": {"model": {"chunk_blocks": (0, 1), "rotary_length_bytes": 16}},
+    "chunk blocks and windows": {
+        "model": {"num_layers": 4, "chunk_blocks": (1, 2), "attention_windows": (5, 9, 3, 0), "chunk_stride_bytes": 2}
+    },
+    "documents and chunk blocks": {"model": {"num_layers": 4, "chunk_blocks": (1, 2), "document_masking": True}},
+    "documents, chunk blocks and every technique": {
+        "model": {
+            **EVERY_TECHNIQUE,
+            "num_layers": 4,
+            "chunk_blocks": (1, 2),
+            "chunk_stride_bytes": 3,
+            "attention_windows": (0, 9, 0, 5),
+            "value_embedding_last_layers": 3,
+            "parallel_last_layers": 2,
+        }
+    },
     "documents and every technique": {"model": EVERY_TECHNIQUE},
     "documents": {"model": {"document_masking": True}},
     "documents and windows": {"model": {"document_masking": True, "attention_windows": (9, 5, 0)}},
@@ -116,7 +135,8 @@ def test_logits_and_gradients_are_those_of_the_explicit_writing(option: str) -> 
         "no injection", "chunks of one byte", "chunks of eight bytes", "one layer", "no skips", "beyond the rotary length",
         "documents, n-grams, exact pairs", "input smear", "gated skips", "parallel", "gated heads", "value embeddings",
         "recurrence", "recurrence to the end", "documents and every technique", "causal context",
-        "documents, causal context", "horizons and next bytes",
+        "documents, causal context", "horizons and next bytes", "chunk blocks", "chunk blocks and windows",
+        "chunk blocks of an odd number of layers, stride 3", "documents, chunk blocks and every technique",
     ],
 )  # fmt: skip
 def test_tail_logits_are_the_tail_of_logits(option: str) -> None:
@@ -143,7 +163,13 @@ def test_no_logit_depends_on_a_later_byte(option: str, length: int, data: st.Dat
     assert not torch.allclose(before[:, place], after[:, place], atol=1e-5)
 
 
-@pytest.mark.parametrize("option", ["as it is", "documents", "chunks of eight bytes", "windows by layer"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "as it is", "documents", "chunks of eight bytes", "windows by layer", "chunk blocks", "documents and chunk blocks",
+        "chunk blocks of an odd number of layers, stride 3",
+    ],
+)  # fmt: skip
 def test_causality_around_every_chunk_border(option: str) -> None:
     model, P = model_of(option), model_of(option).config.jepa.chunk_bytes
     ids = random_ids(1, 4 * P, seed=3)
@@ -160,7 +186,17 @@ def test_causality_around_every_chunk_border(option: str) -> None:
 @given(length=st.integers(4, 36), data=st.data())
 def test_text_before_a_bos_changes_nothing_after_it(length: int, data: st.DataObject) -> None:
     model = model_of(
-        data.draw(st.sampled_from(["documents", "documents, n-grams, exact pairs", "documents and every technique"]))
+        data.draw(
+            st.sampled_from(
+                [
+                    "documents",
+                    "documents, n-grams, exact pairs",
+                    "documents and every technique",
+                    "documents and chunk blocks",
+                    "documents, chunk blocks and every technique",
+                ]
+            )
+        )
     )
     begin = data.draw(st.integers(1, length - 1), label="where the second document begins")
     ids, other = random_ids(1, length, seed=1), random_ids(1, length, seed=2)
@@ -301,6 +337,42 @@ def test_a_recurrent_block_counts_twice() -> None:
     assert twice.model.layer_order == (0, 1, 2, 1, 2)
     per_layer = (matmul_parameters(once) - matmul_parameters(small_config(model={"num_layers": 2}))) * 2
     assert matmul_parameters(twice) - matmul_parameters(once) == per_layer
+
+
+def test_chunk_blocks_count_once_a_chunk() -> None:
+    whole = small_config(model={"num_layers": 4})
+    strided = replace(whole, model={"chunk_blocks": (1, 2), "chunk_stride_bytes": 4})
+    one_layer = matmul_parameters(whole) - matmul_parameters(replace(whole, model={"num_layers": 3}))
+    assert matmul_parameters(whole) - matmul_parameters(strided) == 2 * one_layer * 3 / 4
+    # 16 positions see 16 * 17 / 2 pairs, 4 chunks 4 * 5 / 2
+    whole, strided = (replace(c, data={"sequence_bytes": 16, "sequence_growth": None}) for c in (whole, strided))
+    pairs = 6 * 32 * 2 * 2 * (16 * 17 / 2 - 4 * 5 / 2) / 16
+    fewer_products = 6 * 2 * one_layer * 3 / 4
+    assert flop_per_byte(whole) - flop_per_byte(strided) == pytest.approx(pairs + fewer_products)
+
+
+def test_chunk_blocks_reach_the_positions_from_their_chunks_end_on() -> None:
+    model = small_model(
+        model={"num_layers": 4, "chunk_blocks": (1, 2), "chunk_stride_bytes": 4}, jepa={"enabled": False}
+    )
+    idle = small_model(
+        model={"num_layers": 4, "chunk_blocks": (1, 2), "chunk_stride_bytes": 4}, jepa={"enabled": False}
+    )
+    ids = random_ids(1, 11)
+    with torch.no_grad():
+        idle.chunk_scale.zero_()
+        moved = (model.logits(ids) - idle.logits(ids)).abs().amax((0, 2)) > 1e-4
+    assert moved.tolist() == [False] * 3 + [True] * 8
+
+
+@pytest.mark.parametrize("num_ids", [1, 3])
+def test_less_than_a_chunk_passes_no_chunk_block(num_ids: int) -> None:
+    model = model_of("chunk blocks")
+    ids = random_ids(2, num_ids)
+    model.zero_grad()
+    model.losses(ids, ids).ce.backward()
+    assert all(p.grad is None for layer in (1, 2) for p in model.blocks[layer].parameters())
+    assert torch.isfinite(model.logits(ids)).all()
 
 
 @pytest.mark.parametrize(("preset_like", "learns"), [("default", True), ("pr832", False)])

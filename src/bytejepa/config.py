@@ -277,8 +277,23 @@ class RunConfig:
     artifact: ArtifactConfig = dataclasses.field(default_factory=ArtifactConfig)
 
     def __post_init__(self) -> None:
-        if not self.jepa.enabled:
+        self._check_chunk_stride()
+        if self.jepa.enabled:
+            self._check_jepa_chunks()
+
+    def _check_chunk_stride(self) -> None:
+        if self.model.chunk_blocks is None:
             return
+        stride = self.model.chunk_stride_bytes
+        lengths = [("data.sequence_bytes", length) for _, length in self.data.stages]
+        for name, length in (*lengths, ("evaluation.window_bytes", self.evaluation.window_bytes)):
+            if length < stride:
+                raise ConfigError(
+                    f"{name} {length} is less than model.chunk_stride_bytes {stride}",
+                    hint="no chunk would ever be whole, and model.chunk_blocks never run",
+                )
+
+    def _check_jepa_chunks(self) -> None:
         for name, value in (
             ("evaluation.stride_bytes", self.evaluation.stride_bytes),
             ("evaluation.window_bytes", self.evaluation.window_bytes),

@@ -82,6 +82,11 @@ class ModelConfig(Section):
     """Bytes each block can look back, its own included: one number a block, or one for all; 0: no bound; None: all unbounded."""
     document_masking: bool = False
     """Attention, smear, bigram and JEPA do not look across a BOS."""
+    chunk_blocks: tuple[int, int] | None = None
+    """First and last block, counted from 0, of a run of blocks that run once a chunk instead of at every byte
+    (docs/techniques.md); None: no such run. Their attention_windows reach over window // chunk_stride_bytes chunks."""
+    chunk_stride_bytes: Annotated[int, Range(2, 256)] = 4
+    """Bytes a chunk of chunk_blocks; nothing to do with jepa.chunk_bytes."""
     multi_token_heads: Annotated[int, Range(0, 8)] = 0
     """Extra heads trained to predict bytes further ahead; dropped from the artifact."""
 
@@ -106,6 +111,7 @@ class ModelConfig(Section):
             )
         self._check_tables()
         self._check_techniques()
+        self._check_chunk_blocks()
         windows = self.attention_windows
         if windows is not None and (len(windows) not in (1, self.num_layers) or min(windows) < 0):
             raise ConfigError(
@@ -145,6 +151,31 @@ class ModelConfig(Section):
                     f"model.recurrent_layers: expected two rising numbers from 0 to {self.num_layers - 1}, got {first} {last}"
                 )
 
+    def _check_chunk_blocks(self) -> None:
+        if self.chunk_blocks is None:
+            return
+        first, last = self.chunk_blocks
+        if not 0 <= first <= last < self.num_layers - 1:
+            raise ConfigError(
+                f"model.chunk_blocks: expected two rising numbers under {self.num_layers - 1}, got {first} {last}",
+                hint="the last block always runs at every byte",
+            )
+        places = [place for place, layer in enumerate(self.layer_order) if first <= layer <= last]
+        if places != list(self.chunk_places):
+            raise ConfigError(
+                f"model.chunk_blocks {first} {last} would not run one after the other with "
+                f"model.recurrent_layers {' '.join(map(str, self.recurrent_layers or ()))}",
+                hint="the recurrent blocks must lie among the chunk blocks, or apart from them",
+            )
+        # skips join the places p and 2 half - 1 - p; those of chunk blocks must join chunk blocks
+        excess = places[0] + places[-1] - (2 * (len(self.layer_order) // 2) - 1)
+        if self.skip_connections and excess:
+            raise ConfigError(
+                f"model.chunk_blocks: expected first + last = {first + last - excess}, so that no skip connection joins a "
+                f"chunk block and one that runs at every byte, got {first} {last}",
+                hint="or set model.skip_connections false",
+            )
+
     @property
     def layer_order(self) -> tuple[int, ...]:
         """The blocks in the order in which they are passed; a recurrent one is there twice."""
@@ -153,6 +184,30 @@ class ModelConfig(Section):
             return layers
         first, last = self.recurrent_layers
         return layers[: last + 1] + layers[first:]
+
+    @property
+    def chunk_places(self) -> range:
+        """The places in layer_order that are passed once a chunk; empty without chunk_blocks."""
+        if self.chunk_blocks is None:
+            return range(0)
+        order, (first, last) = self.layer_order, self.chunk_blocks
+        return range(order.index(first), len(order) - order[::-1].index(last))
+
+    @property
+    def stride_of_place(self) -> tuple[int, ...]:
+        """Bytes between two positions at which each place in layer_order is passed."""
+        return tuple(
+            self.chunk_stride_bytes if place in self.chunk_places else 1 for place in range(len(self.layer_order))
+        )
+
+    @property
+    def window_of_place(self) -> tuple[int | None, ...]:
+        """Positions that each place in layer_order can look back, in bytes or, where it is passed once a chunk, in chunks,
+        its own included; None: no bound."""
+        windows = (self.window_of_layer[layer] for layer in self.layer_order)
+        return tuple(
+            window and max(1, window // stride) for window, stride in zip(windows, self.stride_of_place, strict=True)
+        )
 
     @property
     def smear_stops_at_bos(self) -> bool:

@@ -143,6 +143,7 @@ def test_square_roots_are_exact() -> None:
         {"model": {"attention_windows": (16,)}},
         {"model": {"skip_gates": True}},
         {"model": {"ngram_orders": (3,), "ngram_rows": 16, "ngram_dim": 4}},
+        {"model": {"chunk_blocks": (1, 1), "skip_connections": False}},
         {"jepa": {"context": "causal"}},
     ],
 )

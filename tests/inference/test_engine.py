@@ -41,6 +41,29 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "gated heads": {"model": {"attention_gate_dims": 12}},
     "value embeddings": {"model": {"value_embedding_last_layers": 3}},
     "recurrence": {"model": {"recurrent_layers": (2, 3), "attention_windows": (5, 0, 3, 16, 1)}},
+    "chunk blocks": {"model": {"chunk_blocks": (1, 2)}},
+    "chunk blocks, stride 5": {"model": {"chunk_blocks": (0, 3), "chunk_stride_bytes": 5}},
+    "chunk blocks and windows": {
+        "model": {"chunk_blocks": (1, 2), "chunk_stride_bytes": 3, "attention_windows": (5, 0, 12, 16, 1)}
+    },
+    "documents and chunk blocks": {"model": {"document_masking": True, "chunk_blocks": (1, 2)}},
+    "chunk blocks and every technique": {
+        "model": {
+            "num_layers": 6,
+            "chunk_blocks": (1, 4),
+            "chunk_stride_bytes": 3,
+            "document_masking": True,
+            "smear_gate": "input",
+            "skip_gates": True,
+            "parallel_last_layers": 3,
+            "attention_gate_dims": 12,
+            "attention_windows": (0, 9, 0, 5, 20, 0),
+            "value_embedding_last_layers": 4,
+            "recurrent_layers": (2, 3),
+            "ngram_orders": (3, 4),
+            "xsa_last_layers": 5,
+        }
+    },
     "every technique": {
         "model": {
             "document_masking": True,
@@ -212,9 +235,10 @@ def test_prefill_skips_windows_and_changes_nothing() -> None:
         assert (engine.feed(short, following) - engine.feed(whole, following)).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("chunk_blocks", [None, (1, 2)])
 @torch.no_grad()
-def test_lanes_are_independent_and_can_be_forked_and_dropped() -> None:
-    model = random_model(model={"document_masking": True})
+def test_lanes_are_independent_and_can_be_forked_and_dropped(chunk_blocks: tuple[int, int] | None) -> None:
+    model = random_model(model={"document_masking": True, "chunk_blocks": chunk_blocks})
     engine = Engine(model)
     ids = random_ids(4, 70)
     together = fed(engine, ids, list(range(1, 70)))
@@ -241,6 +265,22 @@ def test_buffers_are_allocated_once() -> None:
     now = [state.window_ids, state.smear_previous, *(t for c in state.blocks for t in (c.keys, c.values))]
     assert [tensor.data_ptr() for tensor in now] == addresses
     assert state.num_fed == 120
+
+
+@torch.no_grad()
+def test_chunk_blocks_run_and_keep_keys_once_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(random_model(model={"chunk_blocks": (1, 2), "chunk_stride_bytes": 4}))
+    state = engine.start()
+    assert [cache.keys.size(2) for cache in state.blocks] == [WINDOW, WINDOW // 4, WINDOW // 4, WINDOW, WINDOW]
+    passes: list[int] = []
+    run_block = engine._block
+    monkeypatch.setattr(engine, "_block", lambda *given: passes.append(1) or run_block(*given))
+    per_step = []
+    for column in random_ids(1, 9).T:
+        passes.clear()
+        engine.step(state, column)
+        per_step.append(len(passes))
+    assert per_step == [3, 3, 3, 5, 3, 3, 3, 5, 3]
 
 
 def test_long_blocks_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ def plain_config(config: RunConfig) -> PlainConfig:
             ("model.skip_gates", model.skip_gates),
             ("model.parallel_last_layers", model.parallel_last_layers),
             ("model.recurrent_layers", model.recurrent_layers),
+            ("model.chunk_blocks", model.chunk_blocks),
             ("model.attention_gate_dims", model.attention_gate_dims),
             ("model.value_embedding_last_layers", model.value_embedding_last_layers),
             ("jepa.context causal", jepa.context == "causal"),

@@ -7,6 +7,7 @@ process, so that utilisation means the same on every machine.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import statistics
@@ -51,11 +52,12 @@ class Speed:
 
 
 def matmul_parameters(config: RunConfig) -> float:
-    """Return the number of weights that enter a matrix product for each byte; JEPA's count once a chunk."""
+    """Return the number of weights that enter a matrix product for each byte; JEPA's and those of chunk blocks count once
+    a chunk."""
     model, jepa = config.model, config.jepa
     D, kv = model.model_dim, model.num_kv_heads * model.head_dim
     gate = (model.attention_gate_dims or 0) * model.num_heads
-    passes = len(model.layer_order)
+    passes = sum(1 / stride for stride in model.stride_of_place)
     count = passes * (2 * D * D + 2 * D * kv + 2 * D * model.mlp_dim + gate) + VOCABULARY_SIZE * D
     if model.bigram_rows is not None:
         count += model.bigram_dim * D
@@ -74,13 +76,15 @@ def matmul_parameters(config: RunConfig) -> float:
 def flop_per_byte(config: RunConfig) -> float:
     """Return the floating-point operations of training on one byte: 6 N + 6 D * (bytes a query sees, doubled) a layer.
 
-    For full causal attention that is 6 D T L (the performance notes' formula); a window w < T counts its own pairs.
+    For full causal attention that is 6 D T L (the performance notes' formula); a window w < T counts its own pairs, and a
+    chunk block those of its T // stride chunks.
     """
     T = config.data.sequence_bytes
     attended = 0.0
-    for layer in config.model.layer_order:
-        w = min(config.model.window_of_layer[layer] or T, T)
-        attended += 2 * (w * (w + 1) / 2 + (T - w) * w) / T  # pairs of a sequence, doubled, a byte
+    for window, stride in zip(config.model.window_of_place, config.model.stride_of_place, strict=True):
+        queries = T // stride
+        w = min(window or queries, queries)
+        attended += 2 * (w * (w + 1) / 2 + (queries - w) * w) / T  # pairs of a sequence, doubled, a byte
     return 6 * matmul_parameters(config) + 6 * config.model.model_dim * attended
 
 
@@ -243,12 +247,22 @@ def measure_parts(step: TrainingStep, *, steps: int) -> dict[str, float]:
 
 def attention_ms(step: TrainingStep, *, steps: int) -> float:
     """Return the median milliseconds of forward and backward of all layers' attention kernels alone."""
+    model = step.config.model
+    counts = collections.Counter(model.stride_of_place)
+    return sum(count * _kernel_ms(step, stride, steps=steps) for stride, count in counts.items())
+
+
+def _kernel_ms(step: TrainingStep, stride: int, *, steps: int) -> float:
+    """Return the median milliseconds of the attention kernel of one layer that runs every `stride` bytes."""
     from bytejepa.model.attention import causal_attention, choose_backend
 
     config, device = step.config, step.device
-    model = config.model
-    rows, T = config.data.batch_bytes // config.data.sequence_bytes, config.data.sequence_bytes
-    shapes = [(rows, T, heads, model.head_dim) for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads)]
+    model, T = config.model, config.data.sequence_bytes
+    rows = config.data.batch_bytes // T
+    shapes = [
+        (rows, T // stride, heads, model.head_dim)
+        for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads)
+    ]
     dtype = step.model.compute_dtype
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
     backend = choose_backend(config.training.attention, device.type, masked=False)
@@ -258,4 +272,4 @@ def attention_ms(step: TrainingStep, *, steps: int) -> float:
         causal_attention(q, k, v, backend=backend).backward(gradient)
         synchronize(device)
 
-    return len(model.layer_order) * statistics.median(time_step(once, device, steps=steps, warmup=2))
+    return statistics.median(time_step(once, device, steps=steps, warmup=2))

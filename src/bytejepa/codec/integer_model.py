@@ -179,7 +179,7 @@ IMPLEMENTED = (
 """Settings of the model that decide the function and that the codec follows, whatever their value."""
 WITHOUT_EFFECT = (
     "query_gain", "bigram_projection_init", "output_projection_init", "embedding_std", "multi_token_heads",
-    "ngram_rows", "ngram_dim",
+    "ngram_rows", "ngram_dim", "chunk_stride_bytes",
 )  # fmt: skip
 """Settings that decide how a model began or was trained. Every other one must be as in the preset `default`."""
 

@@ -14,6 +14,8 @@ out of the cut chunk, and then every logit equals that of scoring.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -24,6 +26,7 @@ from bytejepa.errors import ConfigError
 from bytejepa.inference.chunks import ChunkInjector
 from bytejepa.inference.state import AttentionCache, EngineState, JepaState
 from bytejepa.inference.weights import BlockWeights, block_weights
+from bytejepa.model.chunk_stride import add_changes, at_chunk_ends
 from bytejepa.model.layers import document_starts, softcap
 from bytejepa.model.transformer import ByteLM
 
@@ -31,6 +34,22 @@ BLOCK_IDS = 32_768
 """Most ids of all lanes in one pass: bounds the memory of a prefill."""
 BLOCK_POSITIONS = 512
 """Most positions in one pass: the scores above the diagonal, computed in vain, stay under half a block."""
+
+
+class _BlockInputs(NamedTuple):
+    """What blocks read besides the residual of n new positions: bytes, or for the chunk blocks chunks."""
+
+    x0: Tensor
+    """(L, n, D)."""
+    ids: Tensor
+    """(L, n)."""
+    first: int
+    """Place of the first new position in the caches."""
+    cosines: Tensor
+    """For every position of the window."""
+    sines: Tensor
+    document_ids: Tensor | None
+    """(L, positions of the window)."""
 
 
 class Engine:
@@ -56,6 +75,7 @@ class Engine:
         self.device = model.token_embedding.weight.device
         self.dtype = model.compute_dtype
         self.cosines, self.sines = (table.to(self.dtype) for table in model.rotary(self.window))
+        self.chunk_scale = None if model.chunk_scale is None else model.chunk_scale.detach().to(self.dtype, copy=True)
         self.half = self.cosines.size(-1)
         self.epsilon = torch.tensor(torch.finfo(self.dtype).eps, dtype=self.dtype, device=self.device)
         self.head = model.token_embedding.weight.detach().to(self.dtype, copy=True)
@@ -69,7 +89,10 @@ class Engine:
         """
         model = self.model.config.model
         L, W = num_lanes, self.window
-        shape = (L, model.num_kv_heads, W, model.head_dim)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
         return EngineState(
             num_lanes=L,
             num_ids=num_ids,
@@ -77,14 +100,15 @@ class Engine:
             position=0,
             window_ids=torch.zeros(L, W, dtype=torch.int64, device=self.device),
             document_ids=torch.zeros(L, W, dtype=torch.int32, device=self.device) if model.document_masking else None,
-            smear_previous=torch.zeros(L, 1, model.model_dim, dtype=self.dtype, device=self.device),
+            smear_previous=zeros(L, 1, model.model_dim),
             blocks=tuple(
                 AttentionCache(
-                    keys=torch.zeros(shape, dtype=self.dtype, device=self.device),
-                    values=torch.zeros(shape, dtype=self.dtype, device=self.device),
+                    keys=zeros(L, model.num_kv_heads, W // stride, model.head_dim),
+                    values=zeros(L, model.num_kv_heads, W // stride, model.head_dim),
                 )
-                for _ in self.blocks
+                for stride in model.stride_of_place
             ),
+            chunk_change=zeros(L, model.model_dim) if model.chunk_blocks else None,
             jepa=None if self.injector is None else self.injector.start(L),
         )
 
@@ -140,6 +164,7 @@ class Engine:
             document_ids=None if state.document_ids is None else picked(state.document_ids),
             smear_previous=picked(state.smear_previous),
             blocks=tuple(AttentionCache(keys=picked(c.keys), values=picked(c.values)) for c in state.blocks),
+            chunk_change=None if state.chunk_change is None else picked(state.chunk_change),
             jepa=None
             if state.jepa is None
             else JepaState(
@@ -166,6 +191,8 @@ class Engine:
         state.begin += self.hop
         state.position = 0
         state.smear_previous.zero_()
+        if state.chunk_change is not None:
+            state.chunk_change.zero_()
         if self.injector is not None and state.jepa is not None:
             self.injector.reset(state.jepa)
         for _ in self._advance(state, kept):
@@ -180,23 +207,57 @@ class Engine:
             if first:
                 document += state.document_ids[:, first - 1 : first]
             state.document_ids[:, first:last] = document
-        x = x0 = self._embed(state, ids, starts)
-        masks: dict[int | None, Tensor | None] = {}
-        skips: list[Tensor] = []
-        for place, (weights, cache) in enumerate(zip(self.blocks, state.blocks, strict=True)):
-            if weights.window not in masks:
-                masks[weights.window] = self._mask(state, first, last, weights.window)
-            if weights.skip is not None and weights.skip_gate is not None:
-                x = torch.lerp(weights.skip * skips.pop(), x, weights.skip_gate.expand_as(x))
-            elif weights.skip is not None:
-                x = torch.addcmul(x, weights.skip, skips.pop())
-            x = self._block(weights, cache, x, x0, ids, first, masks[weights.window])
-            if place < self.model.num_encoder_layers:
-                skips.append(x)
+        x0 = self._embed(state, ids, starts)
+        inputs = _BlockInputs(x0, ids, first, self.cosines, self.sines, state.document_ids)
+        chunked, skips = self.model.config.model.chunk_places, list[Tensor]()
+        x = self._pass(range(chunked.start), state, x0, inputs, skips)
+        if state.chunk_change is not None:
+            x = self._chunk_blocks(state, state.chunk_change, x, inputs, skips)
+        x = self._pass(range(chunked.stop, len(self.blocks)), state, x, inputs, skips)
         if self.injector is not None and state.jepa is not None:
             x = self._inject(state, x, starts)
         state.position = last
         return x
+
+    def _pass(self, places: range, state: EngineState, x: Tensor, inputs: _BlockInputs, skips: list[Tensor]) -> Tensor:
+        """Return the residual after the blocks at `places`, which push to `skips` and pop from it."""
+        masks: dict[int | None, Tensor | None] = {}
+        for place in places:
+            weights = self.blocks[place]
+            if weights.window not in masks:
+                masks[weights.window] = self._mask(inputs, weights.window)
+            if weights.skip is not None and weights.skip_gate is not None:
+                x = torch.lerp(weights.skip * skips.pop(), x, weights.skip_gate.expand_as(x))
+            elif weights.skip is not None:
+                x = torch.addcmul(x, weights.skip, skips.pop())
+            x = self._block(weights, state.blocks[place], x, inputs, masks[weights.window])
+            if place < self.model.num_encoder_layers:
+                skips.append(x)
+        return x
+
+    def _chunk_blocks(
+        self, state: EngineState, chunk_change: Tensor, x: Tensor, inputs: _BlockInputs, skips: list[Tensor]
+    ) -> Tensor:
+        """Return the residual with what the chunk blocks changed at the chunks that end in it, and at the last before."""
+        model, scale = self.model.config.model, self.chunk_scale
+        assert scale is not None
+        stride, first, last = model.chunk_stride_bytes, inputs.first, inputs.first + x.size(1)
+        before, ended = first // stride, last // stride
+        changes = chunk_change[:, None]
+        of_chunks = None if inputs.document_ids is None else at_chunk_ends(inputs.document_ids, stride)
+        if ended > before:
+            at_ends, x0, ids = (at_chunk_ends(given, stride, first=first) for given in (x, inputs.x0, inputs.ids))
+            cosines, sines = self.cosines[stride - 1 :: stride], self.sines[stride - 1 :: stride]
+            chunkwise = _BlockInputs(x0, ids, before, cosines, sines, of_chunks)
+            change = self._pass(model.chunk_places, state, at_ends, chunkwise, skips) - at_ends
+            changes = torch.cat((changes, change), dim=1)
+            chunk_change.copy_(change[:, -1])
+        documents = None
+        if inputs.document_ids is not None and of_chunks is not None:
+            # before the first chunk's end the change is zero, whatever document stands for it
+            of_last = F.pad(of_chunks, (1, 0))[:, before : ended + 1]
+            documents = of_last, inputs.document_ids[:, first:last]
+        return add_changes(x, changes, scale, stride, first=first, documents=documents)
 
     def _embed(self, state: EngineState, ids: Tensor, starts: Tensor | None) -> Tensor:
         model, first = self.model, state.position
@@ -216,39 +277,32 @@ class Engine:
         return model.smear(extended, padded)[:, 1:]
 
     def _block(
-        self,
-        weights: BlockWeights,
-        cache: AttentionCache,
-        x: Tensor,
-        x0: Tensor,
-        ids: Tensor,
-        first: int,
-        mask: Tensor | None,
+        self, weights: BlockWeights, cache: AttentionCache, x: Tensor, inputs: _BlockInputs, mask: Tensor | None
     ) -> Tensor:
         if weights.mix is not None:
-            x = torch.addcmul(weights.mix[0] * x, weights.mix[1], x0)
+            x = torch.addcmul(weights.mix[0] * x, weights.mix[1], inputs.x0)
         normalized = self._rms_norm(x)
-        x = torch.addcmul(x, weights.attention_scale, self._attention(weights, cache, normalized, ids, first, mask))
+        x = torch.addcmul(x, weights.attention_scale, self._attention(weights, cache, normalized, inputs, mask))
         hidden = F.linear(normalized if weights.is_parallel else self._rms_norm(x), weights.up)
         hidden = F.leaky_relu_(hidden, 0.5).square_()
         return torch.addcmul(x, weights.mlp_scale, F.linear(hidden, weights.down))
 
     def _attention(
-        self, weights: BlockWeights, cache: AttentionCache, x: Tensor, ids: Tensor, first: int, mask: Tensor | None
+        self, weights: BlockWeights, cache: AttentionCache, x: Tensor, inputs: _BlockInputs, mask: Tensor | None
     ) -> Tensor:
         H, G = weights.num_heads, weights.num_kv_heads
-        last = first + x.size(1)
+        first, last = inputs.first, inputs.first + x.size(1)
         heads = F.linear(x, weights.qkv).unflatten(-1, (H + 2 * G, -1))  # (L, n, H + 2G, E)
         qk = self._rms_norm(heads[:, :, : H + G]) * weights.head_gain
         # the product is a new tensor, so its rotating part can be turned in place
-        cos, sin = self.cosines[first:last, None], self.sines[first:last, None]
+        cos, sin = inputs.cosines[first:last, None], inputs.sines[first:last, None]
         a, b = qk[..., : self.half], qk[..., self.half : 2 * self.half]
         turned = a * cos + b * sin
         b.mul_(cos).addcmul_(a, sin, value=-1)
         a.copy_(turned)
         v = heads[:, :, H + G :]
         if weights.value_embedding is not None:
-            v = v + weights.value_embedding[ids]
+            v = v + weights.value_embedding[inputs.ids]
         cache.keys[:, :, first:last] = qk[:, :, H:].transpose(1, 2)
         cache.values[:, :, first:last] = v.transpose(1, 2)
         oldest = 0 if weights.window is None else max(0, first - weights.window + 1)
@@ -261,12 +315,13 @@ class Engine:
             y = y - (y * direction).sum(-1, keepdim=True) * direction
         return F.linear(y.flatten(2), weights.output)
 
-    def _mask(self, state: EngineState, first: int, last: int, window: int | None) -> Tensor | None:
-        """Return which keys the queries first .. last - 1 may see, bool (1 or L, 1, n, keys), or None: all of them.
+    def _mask(self, inputs: _BlockInputs, window: int | None) -> Tensor | None:
+        """Return which keys the queries of the new positions may see, bool (1 or L, 1, n, keys), or None: all of them.
 
         The keys begin with the oldest that the first query sees.
         """
-        if last - first == 1 and state.document_ids is None:
+        first, last, documents = inputs.first, inputs.first + inputs.ids.size(1), inputs.document_ids
+        if last - first == 1 and documents is None:
             return None
         oldest = 0 if window is None else max(0, first - window + 1)
         query = torch.arange(first, last, device=self.device)[:, None]
@@ -276,8 +331,7 @@ class Engine:
             mask = (key <= query)[None, None]
             if window is not None:
                 mask = mask & (query - key < window)
-        if state.document_ids is not None:
-            documents = state.document_ids
+        if documents is not None:
             same = (documents[:, first:last, None] == documents[:, None, oldest:last])[:, None]
             mask = same if mask is None else mask & same
         return mask

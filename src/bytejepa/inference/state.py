@@ -14,10 +14,11 @@ from torch import Tensor
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class AttentionCache:
-    """Keys (normalised and rotated) and values of one block for every position of the window."""
+    """Keys (normalised and rotated) and values of one block for every position of the window at which it runs: every
+    byte, or for a chunk block every whole chunk."""
 
-    keys: Float[Tensor, "L G W E"]
-    values: Float[Tensor, "L G W E"]
+    keys: Float[Tensor, "L G positions E"]
+    values: Float[Tensor, "L G positions E"]
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -52,6 +53,8 @@ class EngineState:
     """Normalised embedding of the last id before smearing; 0 at the window's beginning."""
     blocks: tuple[AttentionCache, ...]
     """One cache a block."""
+    chunk_change: Float[Tensor, "L D"] | None
+    """What the chunk blocks changed at the last whole chunk of the window, 0 before the first; None without such blocks."""
     jepa: JepaState | None
     """None where nothing is injected."""
 

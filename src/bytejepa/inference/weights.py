@@ -17,7 +17,7 @@ class BlockWeights:
     """One block, in the dtype of the computation. `heads` is H + 2G: query, key and value heads in this order."""
 
     window: int | None
-    """Bytes the block can look back, its own included; None: no bound."""
+    """Positions the block can look back, its own included: bytes, or chunks for a chunk block; None: no bound."""
     mix: Float[Tensor, "2 D"] | None
     """Shares of the residual and of the first layer's input; None: the residual alone."""
     skip: Float[Tensor, " D"] | None
@@ -51,7 +51,7 @@ def block_weights(model: ByteLM) -> tuple[BlockWeights, ...]:
     """Return the weights of every block of `model` in the order of passes, a recurrent block's twice; copied: later
     changes of the model do not reach them."""
     dtype = model.compute_dtype
-    windows = model.config.model.window_of_layer
+    windows = model.config.model.window_of_place
     gathered = []
     for place, layer in enumerate(model.config.model.layer_order):
         block = model.blocks[layer]
@@ -63,7 +63,7 @@ def block_weights(model: ByteLM) -> tuple[BlockWeights, ...]:
         has_skip = model.skip_weights is not None and 0 <= popped < model.num_encoder_layers
         gathered.append(
             BlockWeights(
-                window=windows[layer],
+                window=windows[place],
                 mix=None if block.residual_mix is None else block.residual_mix.to(dtype, copy=True),
                 skip=model.skip_weights[popped].to(dtype, copy=True)
                 if has_skip and model.skip_weights is not None

@@ -2,6 +2,7 @@
 
 e  = token_embedding[ids] + bigram(ids) + ngrams(ids);   x0 = smear(rms(e))
 x  = first half of the blocks, pushing each output;  second half, adding each popped output times its skip weight
+     (with chunk_blocks the middle ones run once a chunk: bytejepa.model.chunk_stride)
 x  = x + JEPA's injection of the latent predicted for each chunk
 logits = softcap(rms(x) @ token_embedding^T)          the head is tied to the embedding
 """
@@ -19,6 +20,7 @@ from bytejepa.config import AttentionBackend, RunConfig, replace
 from bytejepa.data.vocabulary import VOCABULARY_SIZE
 from bytejepa.model.attention import Kernel, Mask, attention_mask, choose_backend, masked_attention
 from bytejepa.model.block import Block
+from bytejepa.model.chunk_stride import add_changes, at_chunk_ends
 from bytejepa.model.jepa import Jepa, Latents
 from bytejepa.model.layers import (
     Linear,
@@ -57,6 +59,19 @@ class Losses(NamedTuple):
     """Detached latents, for diagnostics."""
 
 
+class _BlockInputs(NamedTuple):
+    """What the blocks that run at the same positions read besides the residual."""
+
+    x0: Tensor
+    ids: Tensor
+    cosines: Tensor
+    sines: Tensor
+    document_ids: Tensor | None
+    backend: Kernel
+    masks: dict[int | None, Mask]
+    """By window, in positions."""
+
+
 class ByteLM(nn.Module):
     """A byte-level language model. Build it with `bytejepa.load`, `bytejepa.interop.pr832.build` or from a RunConfig
     (weights are then zero until `bytejepa.model.initialization.initialize` fills them)."""
@@ -82,6 +97,7 @@ class ByteLM(nn.Module):
         skips = torch.ones(self.num_encoder_layers, model.model_dim)
         self.skip_weights = nn.Parameter(skips) if model.skip_connections else None
         self.skip_gates = nn.Parameter(torch.zeros_like(skips)) if model.skip_gates else None
+        self.chunk_scale = nn.Parameter(torch.ones(model.model_dim)) if model.chunk_blocks else None
         self.jepa = Jepa(model.model_dim, config.jepa) if config.jepa.enabled else None
         self.multi_token_heads = nn.ModuleList(
             Linear(model.model_dim, VOCABULARY_SIZE) for _ in range(model.multi_token_heads)
@@ -121,29 +137,73 @@ class ByteLM(nn.Module):
         return x, latents
 
     def _blocks(self, x0: Tensor, ids: Tensor, starts: Tensor | None, scored_tail: int | None) -> Tensor:
-        length = ids.size(1)
-        cosines, sines = self.rotary(length)
-        backend = choose_backend(self.attention_backend, x0.device.type, masked=self._is_masked(length))
-        masks = self._masks(length, starts, x0.device, backend)
-        windows, order = self.config.model.window_of_layer, self.config.model.layer_order
-        x = x0
+        model = self.config.model
+        length, last, chunked = ids.size(1), len(model.layer_order) - 1, model.chunk_places
+        bytewise = self._inputs(x0, ids, starts)
         skips: list[Tensor] = []
-        for place, layer in enumerate(order):
-            block = self.blocks[layer]
-            if place >= self.num_encoder_layers and skips:
-                x = self._skipped(x, skips.pop(), place - self.num_encoder_layers)
-            if scored_tail is not None and place == len(order) - 1:
-                document_ids = None if starts is None else starts.cumsum(1, dtype=torch.int32)
-                mask = attention_mask(length, windows[layer], document_ids, x.device)
-                kept = self._kept_tail(length, scored_tail)
-                return self._last_block_tail(block, x, x0, ids, cosines, sines, mask, kept)
-            x = block(x, x0, ids, cosines, sines, backend=backend, mask=masks[windows[layer]])
+        x = self._pass(range(chunked.start), x0, bytewise, skips)
+        if chunked and length >= model.chunk_stride_bytes:
+            x = self._chunk_blocks(x, bytewise, skips)
+        x = self._pass(range(chunked.stop, last), x, bytewise, skips)
+        if scored_tail is None:
+            return self._pass(range(last, last + 1), x, bytewise, skips)
+        block, x = self.blocks[model.layer_order[last]], self._skipped(x, skips, last)
+        mask = attention_mask(length, model.window_of_place[last], bytewise.document_ids, x.device)
+        kept = self._kept_tail(length, scored_tail)
+        return self._last_block_tail(block, x, x0, ids, bytewise.cosines, bytewise.sines, mask, kept)
+
+    def _pass(self, places: range, x: Tensor, inputs: _BlockInputs, skips: list[Tensor]) -> Tensor:
+        """Return the residual after the blocks at `places`, which push to `skips` and pop from it."""
+        model = self.config.model
+        for place in places:
+            x = self.blocks[model.layer_order[place]](
+                self._skipped(x, skips, place),
+                inputs.x0,
+                inputs.ids,
+                inputs.cosines,
+                inputs.sines,
+                backend=inputs.backend,
+                mask=inputs.masks[model.window_of_place[place]],
+            )
             if place < self.num_encoder_layers:
                 skips.append(x)
         return x
 
-    def _skipped(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
-        """Return the residual with the output of the first half that belongs to step `index` of the second."""
+    def _chunk_blocks(self, x: Tensor, bytewise: _BlockInputs, skips: list[Tensor]) -> Tensor:
+        """Return the residual of all positions with what the chunk blocks changed at the last one of each chunk."""
+        assert self.chunk_scale is not None
+        stride = self.config.model.chunk_stride_bytes
+        chunkwise = self._inputs_of_chunks(bytewise)
+        before = at_chunk_ends(x, stride).contiguous()
+        change = self._pass(self.config.model.chunk_places, before, chunkwise, skips) - before
+        changes = F.pad(change, (0, 0, 1, 0))
+        if bytewise.document_ids is None or chunkwise.document_ids is None:
+            return add_changes(x, changes, self.chunk_scale, stride)
+        documents = F.pad(chunkwise.document_ids, (1, 0)), bytewise.document_ids
+        return add_changes(x, changes, self.chunk_scale, stride, documents=documents)
+
+    def _inputs(self, x0: Tensor, ids: Tensor, starts: Tensor | None) -> _BlockInputs:
+        """Return what the blocks read that run at every byte."""
+        document_ids = None if starts is None else starts.cumsum(1, dtype=torch.int32)
+        backend, masks = self._masks(1, ids.size(1), document_ids, x0.device)
+        cosines, sines = self.rotary(ids.size(1))
+        return _BlockInputs(x0, ids, cosines, sines, document_ids, backend, masks)
+
+    def _inputs_of_chunks(self, bytewise: _BlockInputs) -> _BlockInputs:
+        """Return what the chunk blocks read: that of each chunk's last byte, whose position also rotates."""
+        stride = self.config.model.chunk_stride_bytes
+        x0, ids = (at_chunk_ends(given, stride).contiguous() for given in (bytewise.x0, bytewise.ids))
+        cosines, sines = bytewise.cosines[stride - 1 :: stride], bytewise.sines[stride - 1 :: stride]
+        document_ids = None if bytewise.document_ids is None else at_chunk_ends(bytewise.document_ids, stride)
+        backend, masks = self._masks(stride, ids.size(1), document_ids, x0.device)
+        return _BlockInputs(x0, ids, cosines, sines, document_ids, backend, masks)
+
+    def _skipped(self, x: Tensor, skips: list[Tensor], place: int) -> Tensor:
+        """Return the residual `x` that comes to `place`, in the second half with the output popped that belongs to it."""
+        index = place - self.num_encoder_layers
+        if index < 0 or not skips:
+            return x
+        skip = skips.pop()
         if self.skip_weights is None:
             return x
         weight = self.skip_weights[index].to(x.dtype)
@@ -151,21 +211,19 @@ class ByteLM(nn.Module):
             return torch.addcmul(x, weight, skip)
         return torch.lerp(weight * skip, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype).expand_as(x))
 
-    def _is_masked(self, length: int) -> bool:
-        windows = self.config.model.window_of_layer
-        return self.config.model.document_masking or any(w is not None and w < length for w in windows)
-
     def _masks(
-        self, length: int, starts: Tensor | None, device: torch.device, backend: Kernel
-    ) -> dict[int | None, Mask]:
-        """Return one mask for each distinct window, in the form that `backend` takes."""
-        document_ids = None if starts is None else starts.cumsum(1, dtype=torch.int32)
-        windows = set(self.config.model.window_of_layer)
+        self, stride: int, length: int, document_ids: Tensor | None, device: torch.device
+    ) -> tuple[Kernel, dict[int | None, Mask]]:
+        """Return the kernel of the blocks that run every `stride` bytes, and one mask for each of their windows in its form."""
+        model = self.config.model
+        windows = {w for w, s in zip(model.window_of_place, model.stride_of_place, strict=True) if s == stride}
+        masked = document_ids is not None or any(w is not None and w < length for w in windows)
+        backend = choose_backend(self.attention_backend, device.type, masked=masked)
         if backend == "flex":
             from bytejepa.model.flex_masks import block_mask
 
-            return {window: block_mask(length, window, document_ids, device) for window in windows}
-        return {window: attention_mask(length, window, document_ids, device) for window in windows}
+            return backend, {window: block_mask(length, window, document_ids, device) for window in windows}
+        return backend, {window: attention_mask(length, window, document_ids, device) for window in windows}
 
     def _kept_tail(self, length: int, scored_tail: int) -> int:
         """Return how many last positions the last block must compute: the scored ones from their chunk's border on, and
