@@ -255,4 +255,6 @@ def test_moments_of_blocks_that_run_once_a_chunk_are_of_chunks() -> None:
     again = build(config, {name: restore(value) for name, value in stored.items()}, source="test")
     ids = random_ids(2, 24, seed=3)
     with torch.no_grad():
-        assert float((again.logits(ids) - model.logits(ids)).abs().mean()) < 0.1
+        assert (
+            float((again.logits(ids) - model.logits(ids)).abs().mean()) < 0.25
+        )  # of logits that lie about 2 from zero
