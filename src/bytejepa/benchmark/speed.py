@@ -112,8 +112,16 @@ def synchronize(device: torch.device) -> None:
 class TrainingStep:
     """The fast path as the trainer takes it, on random bytes, with each part callable apart."""
 
-    def __init__(self, config: RunConfig, device: torch.device, *, compile: bool) -> None:  # noqa: A002 - torch's word
+    def __init__(
+        self,
+        config: RunConfig,
+        device: torch.device,
+        *,
+        compile: bool,  # noqa: A002 - torch's word
+        ranks: Ranks | None = None,
+    ) -> None:
         self.config, self.device = config, device
+        ranks = ranks or Ranks(device=device)
         on_gpu = device.type == "cuda"
         if not on_gpu:
             keep_freed_memory()
@@ -124,12 +132,10 @@ class TrainingStep:
         if on_gpu and compile:
             avoid_known_regressions()
         self.model = model.to(device)
-        self.gradient_step = GradientStep(self.model, config, compile=compile)
-        self.optimizers = Optimizers(
-            self.model, config.optimizer, Ranks(device=device), compile_update=compile and on_gpu
-        )
+        self.optimizers = Optimizers(self.model, config.optimizer, ranks, compile_update=compile and on_gpu)
+        self.gradient_step = GradientStep(self.model, config, compile=compile, buckets=self.optimizers.gradient_buckets)
         self.average = WeightAverage(self.model, config.training)
-        self.loader = random_loader(config.data, device)
+        self.loader = random_loader(config.data, device, ranks=ranks)
         self.index = 0
 
     def read(self) -> tuple[Tensor, Tensor]:

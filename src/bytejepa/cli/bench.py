@@ -29,7 +29,7 @@ class Bench:
     parts: bool = False
     """Time data, forward, backward, optimiser, average, JEPA losses and attention apart (train)."""
     scaling: bool = False
-    """Repeat over context, batch and width, and plot cost against work (train)."""
+    """Repeat over context, batch, width and ranks, and plot cost against work (train)."""
     steps: int = 10
     """Timed steps."""
     num_bytes: int = 65_536
@@ -70,8 +70,10 @@ class Bench:
         elif self.what == "codec":
             report = self._codec()
         elif self.scaling:
-            report = bench.bench_scaling(self.config, device, steps=self.steps, compile=compiled)
-            bench.plot_scaling(report, self.output)
+            from bytejepa.benchmark.scaling import bench_scaling, plot_scaling
+
+            report = bench_scaling(self.config, device, steps=self.steps, compile=compiled)
+            plot_scaling(report, self.output)
         else:
             report = bench.bench_train(
                 self.config,
