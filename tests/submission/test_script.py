@@ -85,7 +85,7 @@ def test_it_fills_its_budget_as_the_package_does(tiny_shards, tmp_path) -> None:
     log = logged(start(made.path / "train_gpt.py", tmp_path, DATA_PATH=str(tiny_shards)))
     assert log.model_bytes == made.seeds[0].weights_bytes
     assert log.total_bytes == log.code_bytes + log.model_bytes <= LIMIT_BYTES
-    assert log.total_bytes > LIMIT_BYTES - 200
+    assert log.total_bytes > LIMIT_BYTES - 1000  # so few codes are packed in steps of some hundred bytes
     assert bpb_of(log, "sliding_window") == pytest.approx(made.seeds[0].sliding.bpb, abs=1e-6)
 
 
