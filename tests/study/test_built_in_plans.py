@@ -18,7 +18,7 @@ SMALL = {
 }
 VARIANTS = [
     (plan.name, variant.name)
-    for plan in map(load_plan, ("golf-techniques", "golf-candidates"))
+    for plan in map(load_plan, ("golf-techniques", "golf-candidates", "golf-chunks"))
     for variant in plan.variants
 ]
 
