@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
+from bytejepa.benchmark.memory import peak_bytes, restart_peak
 from bytejepa.benchmark.plain import (
     PlainConfig,
     PlainJepa,
@@ -23,6 +24,9 @@ from bytejepa.benchmark.plain import (
 from bytejepa.benchmark.speed import Speed, TrainingStep, random_loader, speed_of, synchronize, time_step
 from bytejepa.config import RunConfig
 from bytejepa.errors import ConfigError
+
+PlainStep = tuple[float, float, int]
+"""Milliseconds, loss in nats and peak memory in bytes of a plain step."""
 
 
 def plain_config(config: RunConfig) -> PlainConfig:
@@ -103,13 +107,13 @@ def _serve_plain_steps(config: RunConfig, num_threads: int, connection: Connecti
     while connection.recv() is not None:
         begin = time.perf_counter()
         loss = float(step())
-        connection.send(((time.perf_counter() - begin) * 1e3, loss))
+        connection.send(((time.perf_counter() - begin) * 1e3, loss, peak_bytes(cpu)))
     loader.close()
 
 
 @contextlib.contextmanager
-def _plain_in_its_own_process(config: RunConfig) -> Iterator[Callable[[], tuple[float, float]]]:
-    """Give a call that takes a plain step and returns (milliseconds, nats), in a process in which nothing is tuned: on a
+def _plain_in_its_own_process(config: RunConfig) -> Iterator[Callable[[], PlainStep]]:
+    """Give a call that takes a plain step and returns what it took, in a process in which nothing is tuned: on a
     CPU the fast path changes how its own process keeps memory (`bytejepa.training.allocator`)."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
@@ -117,10 +121,10 @@ def _plain_in_its_own_process(config: RunConfig) -> Iterator[Callable[[], tuple[
     process.start()
     theirs.close()
 
-    def step() -> tuple[float, float]:
+    def step() -> PlainStep:
         ours.send("step")
-        milliseconds, loss = ours.recv()
-        return milliseconds, loss
+        milliseconds, loss, memory = ours.recv()
+        return milliseconds, loss, memory
 
     try:
         yield step
@@ -134,9 +138,9 @@ def measure_against_plain(config: RunConfig, fast: TrainingStep, *, peak: float,
     if fast.device.type == "cuda":
         step = plain_step(config, fast.device, fast.read)
 
-        def timed_plain() -> tuple[float, float]:
+        def timed_plain() -> PlainStep:
             milliseconds = time_step(step, fast.device, steps=1, warmup=0)[0]
-            return milliseconds, float("nan")
+            return milliseconds, float("nan"), peak_bytes(fast.device)
 
         return _in_turn(config, fast, timed_plain, peak=peak, steps=steps)
     plain_config(config)  # what it cannot do is refused here, not in the other process
@@ -145,22 +149,26 @@ def measure_against_plain(config: RunConfig, fast: TrainingStep, *, peak: float,
 
 
 def _in_turn(
-    config: RunConfig, fast: TrainingStep, plain: Callable[[], tuple[float, float]], *, peak: float, steps: int
+    config: RunConfig, fast: TrainingStep, plain: Callable[[], PlainStep], *, peak: float, steps: int
 ) -> tuple[Speed, Speed]:
     for _ in range(3):
         fast()
         plain()
     synchronize(fast.device)
-    times: dict[str, list[float]] = {"ours": [], "plain": []}
+    ours_ms, plain_ms = [], []
+    ours_memory = plain_memory = 0
     for _ in range(steps):
-        times["ours"] += time_step(fast, fast.device, steps=1, warmup=0)
-        milliseconds, plain_loss = plain()
-        times["plain"].append(milliseconds)
-    losses = {"ours": float(fast()), "plain": plain_loss}
-    ours, other = (
-        speed_of(name, times[name], config, fast.device, peak=peak, loss=losses[name]) for name in ("ours", "plain")
+        restart_peak(fast.device)
+        ours_ms += time_step(fast, fast.device, steps=1, warmup=0)
+        ours_memory = max(ours_memory, peak_bytes(fast.device))
+        restart_peak(fast.device)
+        milliseconds, plain_loss, memory = plain()
+        plain_ms.append(milliseconds)
+        plain_memory = max(plain_memory, memory)
+    return (
+        speed_of("ours", ours_ms, config, peak=peak, loss=float(fast()), peak_memory_bytes=ours_memory),
+        speed_of("plain", plain_ms, config, peak=peak, loss=plain_loss, peak_memory_bytes=plain_memory),
     )
-    return ours, other
 
 
 def speedup(ours: Speed, plain: Speed) -> tuple[float, float]:

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from bytejepa.benchmark.against_plain import measure_against_plain, speedup
+from bytejepa.benchmark.memory import peak_bytes, restart_peak
 from bytejepa.benchmark.speed import (
     Speed,
     TrainingStep,
@@ -102,6 +103,7 @@ def bench_eval(config: RunConfig, device: torch.device, *, num_bytes: int, compi
     for name, (every, prune) in ways.items():
         scorer = Scorer(model, compile=compile, prune=prune)
 
+        restart_peak(device)
         taken = []
         for _ in range(3):
             begin = time.perf_counter()
@@ -109,7 +111,12 @@ def bench_eval(config: RunConfig, device: torch.device, *, num_bytes: int, compi
             synchronize(device)
             taken.append(time.perf_counter() - begin)
         seconds = min(taken)
-        report["ways"][name] = {"bpb": score.bpb, "seconds": seconds, "bytes_per_s": num_bytes / seconds}
+        report["ways"][name] = {
+            "bpb": score.bpb,
+            "seconds": seconds,
+            "bytes_per_s": num_bytes / seconds,
+            "peak_memory_bytes": peak_bytes(device),
+        }
     one, sliding = report["ways"]["one pass"]["seconds"], report["ways"]["sliding"]["seconds"]
     report["sliding_over_one_pass"] = sliding / one
     report["windows_over_one_pass"] = window / stride
@@ -156,7 +163,6 @@ def bench_prepare(*, num_megabytes: int, workers: int) -> dict[str, Any]:
         result = prepare([source], Path(folder) / "out", val_documents=10, workers=workers)
         seconds = time.perf_counter() - begin
         text_bytes = sum(split.num_text_bytes for split in result.manifest.splits.values())
-    children = psutil.Process().memory_info().rss
     return {
         **surroundings(torch.device("cpu")),
         "text_bytes": text_bytes,
@@ -164,5 +170,5 @@ def bench_prepare(*, num_megabytes: int, workers: int) -> dict[str, Any]:
         "seconds": seconds,
         "bytes_per_s": text_bytes / seconds,
         "bytes_per_s_a_worker": text_bytes / seconds / result.num_workers,
-        "memory_bytes": children,
+        "peak_memory_bytes": peak_bytes(torch.device("cpu")),
     }

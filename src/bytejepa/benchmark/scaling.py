@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from bytejepa.benchmark.memory import peak_bytes
 from bytejepa.benchmark.speed import (
     TrainingStep,
     flop_per_byte,
@@ -39,9 +40,9 @@ def bench_scaling(config: RunConfig, device: torch.device, *, steps: int, compil
         rows.append(_row(axis, value, point, dataclasses.asdict(speed)))
     point = _at(config)
     for count in rank_counts(point, device):
-        times_ms, loss = times_of_ranks(point, count, steps=steps, compile=compile)
+        times_ms, loss, memory = times_of_ranks(point, count, steps=steps, compile=compile)
         whole = peak * count if device.type == "cuda" else peak
-        speed = speed_of("ranks", times_ms, point, device, peak=whole, loss=loss)
+        speed = speed_of("ranks", times_ms, point, peak=whole, loss=loss, peak_memory_bytes=memory)
         rows.append(_row("ranks", count, point, dataclasses.asdict(speed)))
     return rows
 
@@ -79,8 +80,9 @@ def rank_counts(config: RunConfig, device: torch.device) -> list[int]:
     return [count for count in (1, 2, 4, 8) if count <= most and sequences % count == 0]
 
 
-def times_of_ranks(config: RunConfig, count: int, *, steps: int, compile: bool) -> tuple[list[float], float]:  # noqa: A002
-    """Return the milliseconds of each step of `count` ranks, every step as long as its slowest rank takes, and a loss in nats."""
+def times_of_ranks(config: RunConfig, count: int, *, steps: int, compile: bool) -> tuple[list[float], float, int]:  # noqa: A002
+    """Return the milliseconds of each step of `count` ranks, every step as long as its slowest rank takes, a loss in nats, and rank 0's
+    peak memory."""
     threads = max(1, torch.get_num_threads() // count)
     launch = elastic_launch(
         LaunchConfig(
@@ -94,11 +96,11 @@ def times_of_ranks(config: RunConfig, count: int, *, steps: int, compile: bool) 
         ),
         _time_rank,
     )
-    result: tuple[list[float], float] = launch(config, steps, threads, compile)[0]
+    result: tuple[list[float], float, int] = launch(config, steps, threads, compile)[0]
     return result
 
 
-def _time_rank(config: RunConfig, steps: int, threads: int, compile: bool) -> tuple[list[float], float]:  # noqa: A002
+def _time_rank(config: RunConfig, steps: int, threads: int, compile: bool) -> tuple[list[float], float, int]:  # noqa: A002
     torch.set_num_threads(threads)
     ranks = join(config.training.device)
     step = TrainingStep(config, ranks.device, compile=compile, ranks=ranks)
@@ -108,7 +110,7 @@ def _time_rank(config: RunConfig, steps: int, threads: int, compile: bool) -> tu
     loss = float(step())
     step.loader.close()
     leave()
-    return times.tolist(), loss
+    return times.tolist(), loss, peak_bytes(ranks.device)
 
 
 def plot_scaling(rows: list[dict[str, Any]], path: Path) -> None:

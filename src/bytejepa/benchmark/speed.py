@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bytejepa.benchmark.memory import peak_bytes, restart_peak
 from bytejepa.config import DataConfig, RunConfig
 from bytejepa.data.loader import IdStream, Loader
 from bytejepa.data.vocabulary import BYTE_OFFSET, VOCABULARY_SIZE
@@ -44,8 +45,8 @@ class Speed:
     """By the formula above, at the median."""
     utilization: float
     """Share of the matrix-product peak measured beside it."""
-    peak_memory_bytes: int | None
-    """Largest device memory in use; None on a CPU."""
+    peak_memory_bytes: int
+    """The most memory in use while it was timed: tensors on a GPU, the whole process on a CPU."""
     parts_ms: dict[str, float]
     """Median milliseconds of each part, measured apart with the device waited for after each; empty if not asked for."""
     last_loss_nats: float
@@ -189,20 +190,19 @@ def measure(
     name: str, step: Callable[[], Tensor], config: RunConfig, device: torch.device, *, peak: float, steps: int
 ) -> Speed:
     """Return the speed of `step`, a call that trains on one batch of `config` and returns its loss."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    restart_peak(device)
     times = time_step(step, device, steps=steps)
-    return speed_of(name, times, config, device, peak=peak, loss=float(step()))
+    memory = peak_bytes(device)
+    return speed_of(name, times, config, peak=peak, loss=float(step()), peak_memory_bytes=memory)
 
 
 def speed_of(
-    name: str, times_ms: list[float], config: RunConfig, device: torch.device, *, peak: float, loss: float
+    name: str, times_ms: list[float], config: RunConfig, *, peak: float, loss: float, peak_memory_bytes: int
 ) -> Speed:
     """Return the summary of timed steps."""
     median_ms = statistics.median(times_ms)
     rate = config.data.batch_bytes / median_ms * 1e3
     achieved = rate * flop_per_byte(config)
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return Speed(
         name=name,
         step_ms=median_ms,
@@ -210,7 +210,7 @@ def speed_of(
         bytes_per_s=rate,
         tflop_per_s=achieved / 1e12,
         utilization=achieved / peak,
-        peak_memory_bytes=memory,
+        peak_memory_bytes=peak_memory_bytes,
         parts_ms={},
         last_loss_nats=loss,
     )

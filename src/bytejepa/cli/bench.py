@@ -127,10 +127,10 @@ def _print(report: Any) -> None:
             print_table("parts, each waited for", ["part", "ms"], [[name, f"{ms:.2f}"] for name, ms in parts.items()])
     if "ways" in report:
         rows = [
-            [name, f"{way['seconds']:.2f}", f"{way['bytes_per_s']:,.0f}", f"{way['bpb']:.6f}"]
+            [name, f"{way['seconds']:.2f}", f"{way['bytes_per_s']:,.0f}", f"{way['bpb']:.6f}", _gigabytes(way)]
             for name, way in report["ways"].items()
         ]
-        print_table("scoring", ["windows", "seconds", "bytes/s", "bpb"], rows)
+        print_table("scoring", ["windows", "seconds", "bytes/s", "bpb", "peak memory"], rows)
     if "codec" in report:
         rows = [[r["what"], f"{r['window']}", f"{r['lanes']}", f"{r['bytes_per_s']:,.0f}"] for r in report["codec"]]
         print_table("codec", ["", "window", "lanes", "bytes/s"], rows)
@@ -148,12 +148,15 @@ _SPEED_COLUMNS = ["ms a step", "fastest", "kB/s", "TFLOP/s", "utilisation", "pea
 
 
 def _speed_cells(speed: dict[str, Any]) -> list[str]:
-    memory = speed["peak_memory_bytes"]
     return [
         f"{speed['step_ms']:.1f}",
         f"{speed['fastest_ms']:.1f}",
         f"{speed['bytes_per_s'] / 1e3:.1f}",
         f"{speed['tflop_per_s']:.4f}",
         f"{speed['utilization']:.1%}",
-        f"{memory / 1e9:.2f} GB" if memory else "",
+        _gigabytes(speed),
     ]
+
+
+def _gigabytes(measured: dict[str, Any]) -> str:
+    return f"{measured['peak_memory_bytes'] / 1e9:.2f} GB"

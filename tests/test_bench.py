@@ -1,0 +1,62 @@
+"""What `bench` reports beside the speed: peak memory on a CPU too, every part's time, and both ways side by side."""
+
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from bytejepa.benchmark import bench
+from bytejepa.benchmark.memory import peak_bytes, restart_peak
+from bytejepa.cli import bench as verb
+from bytejepa.config import RunConfig
+
+CPU = torch.device("cpu")
+
+
+def test_the_peak_is_that_of_what_ran_since_it_was_restarted() -> None:
+    block = torch.ones(25_000_000)
+    before = peak_bytes(CPU)
+    assert before >= 100_000_000
+    del block
+    restart_peak(CPU)
+    left = peak_bytes(CPU)
+    assert left <= before - 90_000_000
+    assert abs(left - psutil.Process().memory_info().rss) < 20_000_000
+    torch.ones(25_000_000)
+    assert peak_bytes(CPU) >= left + 90_000_000
+
+
+def test_training_reports_speed_memory_and_parts_beside_the_plain_way(
+    minimal_config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = bench.bench_train(minimal_config, CPU, against_plain=True, parts=True, compile=False, steps=1)
+    ours, plain = report["speeds"]
+    for speed in (ours, plain):
+        assert speed["peak_memory_bytes"] > 50_000_000
+        assert 0 < speed["utilization"] < 1
+    parts = {"data", "forward", "backward", "optimizer", "average", "jepa losses", "attention"}
+    assert ours["parts_ms"].keys() == parts
+    verb._print(report)
+    shown = capsys.readouterr().out
+    assert shown.count(" GB") == 2
+    assert all(part in shown for part in parts)
+
+
+@pytest.mark.parametrize("name", ["eval", "prepare", "load"])
+def test_the_other_measurements_report_what_they_are_asked_for(name: str, minimal_config: RunConfig) -> None:
+    report: dict[str, Any]
+    if name == "eval":
+        report = bench.bench_eval(minimal_config, CPU, num_bytes=512, compile=False)
+        ways = report["ways"]
+        assert ways["sliding"]["bpb"] == pytest.approx(ways["sliding, nothing pruned"]["bpb"], abs=1e-6)
+        assert all(way["peak_memory_bytes"] > 50_000_000 for way in ways.values())
+        assert report["windows_over_one_pass"] == 4
+    elif name == "prepare":
+        report = bench.bench_prepare(num_megabytes=1, workers=1)
+        assert report["text_bytes"] > 100_000
+        assert report["peak_memory_bytes"] > 50_000_000
+    else:
+        report = bench.bench_load(minimal_config, CPU, steps=2)
+        assert 0 < report["make_ms"] < 1000
+    assert report["threads"] == torch.get_num_threads()
