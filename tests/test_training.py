@@ -22,7 +22,7 @@ from bytejepa.training.distributed import Ranks
 from bytejepa.training.gradient_step import GradientStep, averaged_weights
 from bytejepa.training.muon import Muon, newton_schulz_iteration, orthogonalize
 from bytejepa.training.runlog import METRICS, RunFolder
-from bytejepa.training.runs import train
+from bytejepa.training.runs import resume, train
 
 
 def weights(run, part="model"):
@@ -54,6 +54,30 @@ def test_the_log_declares_every_key_and_the_folder_says_where_it_ran(minimal_run
             assert line["train_bpb"] == pytest.approx(bits_from_nats(line["train_loss_nats"]))
     manifest = json.loads(folder.manifest_path.read_text())
     assert {"fingerprint", "versions", "platform", "data", "attention", "git_commit"} <= set(manifest)
+
+
+@pytest.mark.parametrize(("masks", "kernel"), [(False, "blocked"), (True, "flash")])
+def test_the_manifest_names_the_kernel_that_attention_takes(
+    masks, kernel, minimal_config, embedded_shards, tmp_path
+) -> None:
+    config = quiet(minimal_config, model={"document_masking": masks}, schedule={"steps": 1})
+    train(config, embedded_shards, tmp_path / "run")
+    assert RunFolder(tmp_path / "run").read_manifest()["attention"] == kernel
+
+
+def test_the_manifest_says_where_a_run_went_on(minimal_config, embedded_shards, tmp_path) -> None:
+    train(quiet(minimal_config), embedded_shards, tmp_path / "run")
+    resume(tmp_path / "run")
+    (again,) = RunFolder(tmp_path / "run").read_manifest()["resumed"]
+    assert again["after_step"] == 6
+    assert (again["device"], again["world_size"], again["attention"]) == ("cpu", 1, "blocked")
+
+
+def test_a_kernel_that_cannot_mask_is_refused_before_there_is_a_run(minimal_config, embedded_shards, tmp_path) -> None:
+    config = quiet(minimal_config, model={"document_masking": True}, training={"attention": "blocked"})
+    with pytest.raises(ConfigError, match=r"attention blocked is impossible on cpu: it cannot mask"):
+        train(config, embedded_shards, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

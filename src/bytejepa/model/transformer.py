@@ -215,15 +215,30 @@ class ByteLM(nn.Module):
         self, stride: int, length: int, document_ids: Tensor | None, device: torch.device
     ) -> tuple[Kernel, dict[int | None, Mask]]:
         """Return the kernel of the blocks that run every `stride` bytes, and one mask for each of their windows in its form."""
-        model = self.config.model
-        windows = {w for w, s in zip(model.window_of_place, model.stride_of_place, strict=True) if s == stride}
-        masked = document_ids is not None or any(w is not None and w < length for w in windows)
-        backend = choose_backend(self.attention_backend, device.type, masked=masked)
+        windows = self._windows(stride)
+        backend = self.attention_kernel(stride, length, device)
         if backend == "flex":
             from bytejepa.model.flex_masks import block_mask
 
             return backend, {window: block_mask(length, window, document_ids, device) for window in windows}
         return backend, {window: attention_mask(length, window, document_ids, device) for window in windows}
+
+    def _windows(self, stride: int) -> set[int | None]:
+        model = self.config.model
+        return {w for w, s in zip(model.window_of_place, model.stride_of_place, strict=True) if s == stride}
+
+    def attention_kernel(self, stride: int, length: int, device: torch.device) -> Kernel:
+        """Return the kernel of the blocks that run every `stride` bytes on `length` of those positions.
+
+        Raises: ConfigError, with the reason, where `training.attention` asks for one that cannot do it.
+        """
+        masked = self.config.model.document_masking or any(w is not None and w < length for w in self._windows(stride))
+        return choose_backend(self.attention_backend, device.type, masked=masked)
+
+    def attention_kernels(self, length: int, device: torch.device) -> list[Kernel]:
+        """Return every kernel that sequences of `length` ids go through, sorted."""
+        strides = set(self.config.model.stride_of_place)
+        return sorted({self.attention_kernel(stride, length // stride, device) for stride in strides})
 
     def _kept_tail(self, length: int, scored_tail: int) -> int:
         """Return how many last positions the last block must compute: the scored ones from their chunk's border on, and

@@ -83,6 +83,13 @@ class RunFolder:
         except (ValueError, ConfigError) as problem:
             raise CheckpointError(f"{self.config_path}: damaged: {problem}") from None
 
+    def add_resumption(self, machine: dict[str, Any]) -> None:
+        """Note in the manifest, under `resumed`, after which step and on which machine the run went on."""
+        manifest = self.read_manifest()
+        manifest["resumed"] = [*manifest.get("resumed", []), machine]
+        with file_errors_as(CheckpointError, "write", self.manifest_path):
+            write_atomically(self.manifest_path, json.dumps(manifest, indent=1).encode())
+
     def read_manifest(self) -> dict[str, Any]:
         """Return the run's manifest, empty if there is none. Raises: CheckpointError if it is damaged."""
         if not self.manifest_path.is_file():

@@ -38,9 +38,7 @@ def train(
     with _locked(run, ranks):
         if ranks.is_main:
             described = {"path": str(data.resolve()), **_described_data(data)}
-            machine = {**describe_machine(), "device": _device_name(ranks), "world_size": ranks.world_size}
-            machine |= {"attention": trainer.backend, "compiled": trainer.compiled}
-            run.create(config, run_manifest(config, described, machine), force=force)
+            run.create(config, run_manifest(config, described, _machine(trainer)), force=force)
         ranks.barrier()
         return _loop(trainer, run, on_progress)
 
@@ -75,7 +73,9 @@ def resume(
             for step in checkpoint.steps_on_disk(run.checkpoints_path):
                 if found is None or step > found.position.step:
                     checkpoint.remove(run.checkpoints_path, step)
-            run.truncate_metrics(found.position.step if found is not None else 0)
+            first_step = found.position.step if found is not None else 0
+            run.truncate_metrics(first_step)
+            run.add_resumption({"after_step": first_step, **_machine(trainer)})
         if found is not None:
             trainer.restore(found.tensors, found.position)
         return _loop(trainer, run, on_progress)
@@ -126,6 +126,17 @@ def _check_same_data(recorded: dict[str, object], found: dict[str, object], data
         raise CheckpointError(
             f"{data} does not hold the shards that the run began with", hint="say where they are with --data"
         )
+
+
+def _machine(trainer: Trainer) -> dict[str, object]:
+    """Return where a run computes and how: what the manifest says of it."""
+    return {
+        **describe_machine(),
+        "device": _device_name(trainer.ranks),
+        "world_size": trainer.ranks.world_size,
+        "attention": ", ".join(trainer.attention_kernels),
+        "compiled": trainer.compiled,
+    }
 
 
 def _device_name(ranks: Ranks) -> str:

@@ -16,7 +16,6 @@ from torch import Tensor
 from bytejepa.config import RunConfig
 from bytejepa.data.loader import IdStream, Loader, leading_ids
 from bytejepa.errors import ConfigError, DataError
-from bytejepa.model.attention import choose_backend
 from bytejepa.model.initialization import initialize
 from bytejepa.model.jepa import effective_rank, explained_variance, latent_std
 from bytejepa.model.transformer import ByteLM
@@ -63,7 +62,11 @@ class Trainer:
         if on_gpu and config.training.bfloat16_embeddings:
             keep_in_bfloat16(model)
         self.model = model.to(ranks.device)
-        self.backend = choose_backend(config.training.attention, ranks.device.type, masked=False)
+        # a kernel that is asked for in vain is refused here, before there is a run folder
+        lengths = {length for _, length in config.data.stages}
+        self.attention_kernels = sorted(
+            {kernel for length in lengths for kernel in self.model.attention_kernels(length, ranks.device)}
+        )
         self.compiled = config.training.compile == "on" or (config.training.compile == "auto" and on_gpu)
         if self.compiled and on_gpu:
             avoid_known_regressions()
