@@ -387,6 +387,25 @@ TECHNIQUES = {
 
 
 @pytest.mark.compiled
+def test_the_step_is_compiled_once_a_kind_and_never_left_uncompiled(minimal_config, monkeypatch) -> None:
+    """Five lengths with and without latent losses are more than the eight graphs that the compiler allows by itself."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compile_by = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compile_by(call, backend=count, **options))
+    step = GradientStep(initialize(ByteLM(minimal_config), 0), minimal_config, compile=True)
+    for jepa_lambda in (0.1, 0.0, 0.05, 0.0):
+        for length in (8, 16, 32, 64, 128):
+            ids = torch.randint(4, 260, (256 // length, length + 1))
+            step(ids[:, :-1], ids[:, 1:], jepa_lambda=jepa_lambda)
+    assert len(graphs) == 10
+
+
+@pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("options", [{}, TECHNIQUES], ids=["default", "every technique"])
 def test_compiled_training_takes_the_same_steps(options, minimal_config, embedded_shards, tmp_path) -> None:

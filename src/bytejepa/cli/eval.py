@@ -11,7 +11,7 @@ import tyro
 from bytejepa.errors import ConfigError, DataError, file_errors_as
 
 if TYPE_CHECKING:
-    from bytejepa.scoring.evaluate import Score
+    from bytejepa.scoring.evaluate import Score, Scorer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class Evaluate:
         """Score and print bits per byte."""
         from bytejepa.artifact.load import load
         from bytejepa.cli.terminal import note, print_json, print_table
+        from bytejepa.scoring.evaluate import Scorer
         from bytejepa.scoring.windows import check_windows
         from bytejepa.training.distributed import join, leave
 
@@ -54,9 +55,10 @@ class Evaluate:
                 f"the data has {len(ids) - 1} ids to score, fewer than the window of {window}: one shorter window is used"
             )
         strides = {"non-overlapping": window} | ({} if self.no_sliding or stride == window else {"sliding": stride})
+        scorer = Scorer(model, compile=ranks.device.type == "cuda")
         scores = {}
         for name, every in strides.items():
-            scores[name] = self._score(model, ids, window, every, evaluation.batch_bytes, ranks, name)
+            scores[name] = self._score(scorer, ids, window, every, evaluation.batch_bytes, ranks, name)
         leave()
         if not ranks.is_main:
             return 0
@@ -97,12 +99,12 @@ class Evaluate:
             raise DataError(f"{self.data} is empty: there is nothing to score")
         return np.concatenate((np.array([BOS], dtype=np.uint16), ids_from_bytes(text))), text
 
-    def _score(self, model: Any, ids: Any, window: int, stride: int, batch_ids: int, ranks: Any, name: str) -> Score:
+    def _score(
+        self, scorer: Scorer, ids: Any, window: int, stride: int, batch_ids: int, ranks: Any, name: str
+    ) -> Score:
         from bytejepa.cli.terminal import progress_bar
-        from bytejepa.scoring.evaluate import Scorer
         from bytejepa.training.shared_scoring import score_on_ranks
 
-        scorer = Scorer(model, compile=ranks.device.type == "cuda")
         with progress_bar(name, total=len(ids) - 1) as (bar, task):
             return score_on_ranks(
                 scorer,

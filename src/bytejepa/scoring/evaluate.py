@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bytejepa.bits import bits_per_byte
 from bytejepa.data.vocabulary import BOS, BYTE_OFFSET, ids_from_bytes
+from bytejepa.model.attention import available_backends
 from bytejepa.model.transformer import ByteLM
 from bytejepa.scoring.windows import Window, batch_windows, plan_windows
 
@@ -63,6 +64,10 @@ class Scorer:
         self.prune = prune
         # shapes are few (whole windows, the last ones, a ragged tail); made symbolic they fail to compile (PyTorch 2.13)
         self._losses = torch.compile(self._batch_losses, dynamic=False) if compile else self._batch_losses
+        if compile:
+            available_backends(
+                next(model.parameters()).device.type
+            )  # found while tracing, the first graph is made twice
 
     def _batch_losses(self, ids: Int[Tensor, "B T"], targets: Int[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         scored = targets.size(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,10 +11,14 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from bytejepa.config import RunConfig
+from bytejepa.model.attention import available_backends
 from bytejepa.model.jepa import Latents
 from bytejepa.model.quantization import fake_quantize_rows, is_block_matrix, row_rule, stored_bits
 from bytejepa.model.transformer import ByteLM
 from bytejepa.training.gradient_buckets import GradientBuckets
+
+MOST_GRAPHS = 64
+"""Versions of the compiled step that may exist: sequence lengths times latent losses on and off times quantiser on and off."""
 
 
 class StepLosses(NamedTuple):
@@ -69,7 +74,16 @@ class GradientStep:
             for name, parameter in model.named_parameters()
             if is_block_matrix(name) and stored_bits(name, parameter, config.artifact) is not None
         ]
-        self.weighted_loss = torch.compile(self._forward) if compile else self._forward
+        self.weighted_loss = self._compiled() if compile else self._forward
+
+    def _compiled(self) -> Callable[..., tuple[Tensor, ...]]:
+        # one graph each for a sequence length with and without latent losses, through the quantiser or not: shapes that are
+        # left symbolic give slower kernels, and past its limit the compiler would run the rest uncompiled
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+        available_backends(
+            next(self.loss.parameters()).device.type
+        )  # found while tracing, the first graph is made twice
+        return torch.compile(self._forward, dynamic=False)
 
     def _forward(
         self, inputs: Tensor, targets: Tensor, jepa_lambda: Tensor, jepa: bool, quantized: bool
