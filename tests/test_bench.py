@@ -51,7 +51,7 @@ def test_the_other_measurements_report_what_they_are_asked_for(name: str, minima
         ways = report["ways"]
         assert ways["sliding"]["bpb"] == pytest.approx(ways["sliding, nothing pruned"]["bpb"], abs=1e-6)
         assert all(way["peak_memory_bytes"] > 50_000_000 for way in ways.values())
-        assert report["windows_over_one_pass"] == 4
+        assert report["windows_over_one_pass"] == 29 / 8  # the first window prices 64 targets, the others 16
     elif name == "prepare":
         report = bench.bench_prepare(num_megabytes=1, workers=1)
         assert report["text_bytes"] > 100_000

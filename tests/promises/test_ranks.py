@@ -2,12 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from bytejepa.training import checkpoint
 from bytejepa.training.runlog import RunFolder
 from conftest import MINIMAL
 
@@ -17,18 +20,17 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def torchrun_command(ranks: int, *words: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*launcher, "-m", "bytejepa", *words]
+
+
 def torchrun(ranks: int, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        "-m",
-        "bytejepa",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([*command, *words], capture_output=True, text=True, check=False, env=environment, timeout=240)
+    command = torchrun_command(ranks, *words)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=240)
 
 
 def losses(run: Path) -> list[float]:
@@ -78,3 +80,48 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_with_all_numbers(embedde
     done = torchrun(3, "train", *SETTINGS, "--data", str(embedded_shards), "--out", str(tmp_path / "run"))
     assert done.returncode != 0
     assert "3 ranks do not divide the 8 sequences of a step" in done.stderr
+
+
+def test_sigterm_to_torchrun_leaves_a_whole_checkpoint(embedded_shards, tmp_path) -> None:
+    run = tmp_path / "run"
+    words = [
+        "train",
+        *SETTINGS,
+        "--data",
+        str(embedded_shards),
+        "--out",
+        str(run),
+        "--training.checkpoint-every-s=None",
+    ]
+    command = torchrun_command(2, *words, "--schedule.steps=2000")
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as going:
+        deadline = time.monotonic() + 120
+        while len(losses(run)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        going.send_signal(signal.SIGTERM)
+        said = going.communicate(timeout=60)[1]
+    assert going.returncode != 0
+    assert said.count("checkpoint written") == 1
+    (stopped_at,) = checkpoint.steps_on_disk(RunFolder(run).checkpoints_path)
+    assert 3 <= stopped_at < 2000
+    assert checkpoint.read(RunFolder(run).checkpoints_path, stopped_at).position.step == stopped_at
+
+
+def test_scoring_and_export_on_two_ranks_are_those_of_one(one_rank, embedded_shards, tmp_path) -> None:
+    words = ["--data", str(embedded_shards), "--json"]
+    scored, exported = [], []
+    for ranks in (1, 2):
+        done = torchrun(ranks, "eval", str(one_rank), *words, "--max-bytes=900", "--device=cpu")
+        assert done.returncode == 0, done.stderr[-2000:]
+        scored.append(json.loads(done.stdout)["scores"])
+        model = str(tmp_path / f"{ranks}.bjm")
+        done = torchrun(ranks, "export", str(one_rank), "-o", model, *words, "--score-bytes=900")
+        assert done.returncode == 0, done.stderr[-2000:]
+        exported.append(json.loads(done.stdout))
+    for way in ("non-overlapping", "sliding"):
+        assert scored[0][way]["num_targets"] == scored[1][way]["num_targets"] == 899
+        assert scored[0][way]["bpb"] == pytest.approx(scored[1][way]["bpb"], abs=1e-6)
+    assert exported[0]["sha256"] == exported[1]["sha256"]
+    assert exported[0]["bpb"] == pytest.approx(exported[1]["bpb"], abs=1e-6)
