@@ -1,5 +1,7 @@
 """Batches: every sequence of an epoch once, the reference's order to the id, the same for any number of ranks."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -80,6 +82,38 @@ def test_prefetching_changes_nothing() -> None:
     ahead, alone = loader(stream(4000), config), loader(stream(4000), config)
     for index in (0, 1, 2, 7, 8, 3):
         assert torch.equal(ahead.batch(0, index)[0], alone.make(0, index)[0])
+
+
+def test_the_next_batch_is_made_in_a_thread_while_this_one_is_used() -> None:
+    batches, makers = loader(stream(4000), DataConfig(sequence_bytes=10, batch_bytes=40)), []
+    make = batches.make
+
+    def noticed(stage: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        makers.append((index, threading.current_thread().name.partition("_")[0]))
+        return make(stage, index)
+
+    batches.make = noticed  # type: ignore[method-assign]
+    for index in range(4):
+        batches.batch(0, index)
+    batches._worker.shutdown()
+    assert makers[0] == (0, "MainThread")
+    assert makers[1:] == [(index, "loader") for index in range(1, 5)]
+
+
+def test_what_a_gpu_will_copy_is_pinned_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Size] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.shape)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batches = loader(stream(4000), DataConfig(sequence_bytes=10, batch_bytes=40))
+    batches.make(0, 0)
+    assert pinned == []
+    batches.device = torch.device("cuda")
+    batches.make(0, 0)
+    assert pinned == [(4, 10), (4, 10)]
 
 
 def test_stages_have_their_own_lengths() -> None:
