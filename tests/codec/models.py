@@ -5,9 +5,11 @@ import lzma
 import random
 import zlib
 from pathlib import Path
+from typing import Any
 
 from bytejepa.artifact.container import read_container
 from bytejepa.artifact.load import configuration_of
+from bytejepa.codec import coder, container
 from bytejepa.codec.integer_model import IntegerModel, integer_model
 from bytejepa.codec.lanes import LaneCoder
 
@@ -28,6 +30,23 @@ GREETINGS = (
     "Tất cả mọi người sinh ra", "Semua orang dilahirkan merdeka",
 )  # fmt: skip
 """The beginning of one sentence in more than 40 languages."""
+
+
+EVERY_CODE: dict[str, Any] = {"small_tensor_elements": 0}
+"""Matrices as codes even in small models: kept as float16, the codec would have to quantise them itself."""
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no latents": {"jepa": {"enabled": False}},
+    "no injection": {"jepa": {"inject": False}},
+    "plain": {
+        "model": {"smear": False, "bigram_rows": None, "residual_mix": False, "skip_connections": False,
+                  "depth_scaled_norm": False, "xsa_last_layers": 0}
+    },
+    "odd widths": {"model": {"num_layers": 5, "model_dim": 40, "num_heads": 5, "num_kv_heads": 1, "mlp_ratio": 1.125},
+                   "jepa": {"latent_dim": 11, "hidden_dim": 7}},
+    "all dimensions rotate": {"model": {"rotary_dims": None}},
+    "kept as float16": {"artifact": {"small_tensor_elements": 4096}},
+}  # fmt: skip
 
 
 @functools.cache
@@ -60,3 +79,14 @@ def inputs() -> dict[str, bytes]:
         "xz of text": lzma.compress(text),
         "zlib of noise": zlib.compress(noise),
     }
+
+
+def coded_file(model: IntegerModel, lane_coder: LaneCoder, data: bytes, *, block_bytes: int) -> bytes:
+    """A file whose every block is the model's, also where zstd would have been smaller, as it is for most short inputs."""
+    contents = [data[begin : begin + block_bytes] for begin in range(0, len(data), block_bytes)]
+    blocks = [
+        container.make_block(content, coder.encode(*lane_coder.price(content)), is_zstd=False) for content in contents
+    ]
+    return container.blocks_file(
+        data, blocks, block_bytes=block_bytes, window=lane_coder.window, hop=lane_coder.hop, model=model.sha256
+    )

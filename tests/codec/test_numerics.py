@@ -18,24 +18,8 @@ from bytejepa.codec.lanes import LaneCoder
 from bytejepa.codec.torch_model import TorchCoder, square_root
 from bytejepa.errors import CodecError
 from bytejepa.scoring.evaluate import score
-from codec.models import GOLDEN_MODEL, cpu_coder, golden_model
+from codec.models import EVERY_CODE, GOLDEN_MODEL, STRUCTURES, cpu_coder, golden_model
 from small_models import random_ids, small_model
-
-EVERY_CODE: dict[str, Any] = {"small_tensor_elements": 0}
-"""Matrices as codes even in small models: kept as float16, the codec would have to quantise them itself."""
-STRUCTURES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "no latents": {"jepa": {"enabled": False}},
-    "no injection": {"jepa": {"inject": False}},
-    "plain": {
-        "model": {"smear": False, "bigram_rows": None, "residual_mix": False, "skip_connections": False,
-                  "depth_scaled_norm": False, "xsa_last_layers": 0}
-    },
-    "odd widths": {"model": {"num_layers": 5, "model_dim": 40, "num_heads": 5, "num_kv_heads": 1, "mlp_ratio": 1.125},
-                   "jepa": {"latent_dim": 11, "hidden_dim": 7}},
-    "all dimensions rotate": {"model": {"rotary_dims": None}},
-    "kept as float16": {"artifact": {"small_tensor_elements": 4096}},
-}  # fmt: skip
 
 
 def integers(**sections: dict[str, Any]) -> Any:
