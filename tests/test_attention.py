@@ -1,5 +1,8 @@
 """Attention: every kernel of this machine against an explicit softmax in float64, masks, XSA, choice of kernel."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -131,9 +134,9 @@ def test_the_query_gain_starts_where_it_is_set() -> None:
 
 
 def test_auto_is_a_kernel_of_this_machine() -> None:
-    assert choose_backend("auto", "cpu", masked=False) == "blocked"
-    assert choose_backend("auto", "cpu", masked=True) == "flash"
-    assert choose_backend("math", "cpu", masked=True) == "math"
+    assert choose_backend("auto", "cpu", windows=False, documents=False) == "blocked"
+    assert choose_backend("auto", "cpu", windows=True, documents=False) == "flash"
+    assert choose_backend("math", "cpu", windows=False, documents=True) == "math"
 
 
 @pytest.mark.parametrize("kernel", ["flash3", "flash4", "cudnn", "flex"])
@@ -141,12 +144,38 @@ def test_an_impossible_kernel_is_refused_with_the_reason_and_what_is_possible(ke
     with pytest.raises(
         ConfigError, match=f"training.attention {kernel} is impossible on cpu: .*possible: blocked, flash, math"
     ):
-        choose_backend(kernel, "cpu", masked=False)
+        choose_backend(kernel, "cpu", windows=False, documents=False)
+
+
+def test_hopper_kernels_get_windows_as_the_keys_before_a_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flash_attn_func(q, k, v, causal, window_size=(-1, -1)):
+        assert causal
+        assert window_size[1] <= 0
+        window = None if window_size[0] < 0 else window_size[0] + 1
+        mask = attention_mask(13, window, None, CPU)
+        return causal_attention(q, k, v, backend="math", mask=mask)
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=flash_attn_func))
+    q, k, v = queries_keys_values()
+    for window in (1, 4, None):
+        visible = torch.ones(13, 13).tril().bool() & ~torch.ones(13, 13).tril(-(window or 13)).bool()
+        ours = causal_attention(q, k, v, backend="flash3", mask=window)
+        torch.testing.assert_close(ours.double(), explicit(q, k, v, visible[None]), rtol=0, atol=1e-5)
+
+
+def test_hopper_kernels_are_chosen_for_windows_but_not_for_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = dict.fromkeys(attention.available_backends("cpu"))  # a machine that has everything
+    monkeypatch.setitem(attention._available, "cuda", found)
+    assert choose_backend("auto", "cuda", windows=True, documents=False) == "flash3"
+    assert choose_backend("auto", "cuda", windows=True, documents=True) == "flex"
+    monkeypatch.setitem(attention._available, "cuda", found | {"flash3": "not installed", "flash4": "not installed"})
+    assert choose_backend("auto", "cuda", windows=True, documents=False) == "flex"
+    assert choose_backend("auto", "cuda", windows=False, documents=False) == "cudnn"
 
 
 def test_a_kernel_without_masks_is_refused_where_there_are_some() -> None:
     with pytest.raises(ConfigError, match=r"blocked is impossible on cpu: it cannot mask .*possible: flash, math"):
-        choose_backend("blocked", "cpu", masked=True)
+        choose_backend("blocked", "cpu", windows=True, documents=False)
 
 
 @pytest.mark.parametrize("kernel", ["math", "flash", "blocked"])

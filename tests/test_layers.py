@@ -150,6 +150,27 @@ def test_hand_written_rotation_gradients_are_those_of_finite_differences() -> No
     assert torch.autograd.gradcheck(lambda h, g: fused.normalize_and_rotate(h, cosines, sines, g), (heads, gain))
 
 
+def test_gradients_written_for_a_compiler_are_those_of_the_plain_formula() -> None:
+    cosines, sines = rotation(5, dims=4)
+    weight, results = normal(2, 5, 2, 16, seed=1), []
+    for function in (fused.normalize_and_rotate_compiled, plain_rotation):
+        heads, gain = normal(2, 5, 2, 16).requires_grad_(), torch.tensor([1.5, 0.5], requires_grad=True)
+        result = function(heads, cosines, sines, gain)
+        (result * weight).sum().backward()
+        results.append((result, heads.grad, gain.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_a_gradient_written_for_a_compiler_keeps_the_dtype_of_its_input() -> None:
+    cosines, sines = rotation(5, dims=4)
+    heads = normal(2, 5, 2, 16).bfloat16().requires_grad_()
+    result = fused.normalize_and_rotate_compiled(heads, cosines, sines, torch.tensor([1.5, 0.5]))
+    result.sum().backward()
+    assert result.dtype == heads.grad.dtype == torch.bfloat16
+    exact = plain_rotation(heads.detach().float(), cosines, sines, torch.tensor([1.5, 0.5]))
+    torch.testing.assert_close(result.float(), exact, rtol=1e-2, atol=1e-2)
+
+
 def test_hand_written_gradients_of_two_inputs_are_those_of_finite_differences() -> None:
     x, x0, mix = (normal(*shape, dtype=torch.float64).requires_grad_() for shape in ((2, 3, 4), (2, 3, 4), (2, 4)))
     assert torch.autograd.gradcheck(fused.mix_residual, (x, x0, mix))
@@ -169,10 +190,12 @@ def test_softcapped_cross_entropy_is_that_of_the_capped_logits() -> None:
     assert plain.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def plain_rotation(heads: torch.Tensor) -> torch.Tensor:
-    cosines, sines = rotation(5, dims=4)
-    gain = torch.tensor([1.5, 0.5])
+def plain_rotation(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     return rotate(F.rms_norm(heads, (heads.size(-1),)), cosines, sines) * gain[:, None]
+
+
+def plain_rotation_by_two_gains(heads: torch.Tensor) -> torch.Tensor:
+    return plain_rotation(heads, *rotation(5, dims=4), torch.tensor([1.5, 0.5]))
 
 
 def fused_rotation(heads: torch.Tensor) -> torch.Tensor:
@@ -185,7 +208,7 @@ def fused_rotation(heads: torch.Tensor) -> torch.Tensor:
     [
         (layers.rms_norm, lambda x: F.rms_norm(x, (x.size(-1),))),
         (layers.leaky_relu_squared, lambda x: F.leaky_relu(x, 0.5).square()),
-        (fused_rotation, plain_rotation),
+        (fused_rotation, plain_rotation_by_two_gains),
     ],
     ids=["rms_norm", "leaky_relu_squared", "normalize_and_rotate"],
 )

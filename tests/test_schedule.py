@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bytejepa.config import JepaConfig, OptimizerConfig, ScheduleConfig
-from bytejepa.training.schedule import jepa_lambda, learning_rate_scale, muon_momentum, progress
+from bytejepa.training.schedule import computes_latent_losses, jepa_lambda, learning_rate_scale, muon_momentum, progress
 
 
 def test_progress_is_the_share_of_whatever_runs_out_first() -> None:
@@ -45,6 +45,17 @@ def test_lambda_shapes() -> None:
     assert [round(jepa_lambda(pulse, p), 6) for p in (0, 0.3, 0.55, 0.79, 0.8, 1)] == [0, 0, 0.5, 0.98, 0, 0]
     assert [jepa_lambda(held, p) for p in (0, 0.05, 0.1, 1)] == [0, 0.5, 1, 1]
     assert jepa_lambda(JepaConfig(losses=False, lambda_max=1.0), 0.5) == 0
+
+
+def test_latent_losses_are_left_out_where_their_weight_stays_zero() -> None:
+    pulse = JepaConfig(lambda_zero_until=0.3, lambda_ramp_until=0.8, lambda_after="zero")
+    assert [computes_latent_losses(pulse, p) for p in (0, 0.29, 0.3, 0.79, 0.8, 1)] == [
+        False, False, True, True, False, False,
+    ]  # fmt: skip
+    held = JepaConfig(lambda_zero_until=0.0, lambda_ramp_until=0.1, lambda_after="hold")
+    assert all(computes_latent_losses(held, p) for p in (0, 0.1, 1))
+    assert not computes_latent_losses(JepaConfig(losses=False), 0.5)
+    assert not computes_latent_losses(JepaConfig(lambda_max=0.0), 0.5)
 
 
 def test_momentum_without_warmup_is_constant() -> None:

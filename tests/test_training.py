@@ -23,6 +23,7 @@ from bytejepa.training.gradient_step import GradientStep, averaged_weights
 from bytejepa.training.muon import Muon, newton_schulz_iteration, orthogonalize
 from bytejepa.training.runlog import METRICS, RunFolder
 from bytejepa.training.runs import resume, train
+from bytejepa.training.trainer import Trainer
 
 
 def weights(run, part="model"):
@@ -111,6 +112,20 @@ def test_warmup_steps_leave_no_trace(minimal_config, embedded_shards, tmp_path) 
         assert checkpoint.same_tensors(weights(tmp_path / "cold", part), weights(tmp_path / "warm", part))
     cold, warm = (RunFolder(tmp_path / name).read_metrics() for name in ("cold", "warm"))
     assert [line.get("train_loss_nats") for line in cold] == [line.get("train_loss_nats") for line in warm]
+
+
+def test_every_kind_of_step_is_warmed_up_and_no_other(minimal_config, embedded_shards) -> None:
+    config = quiet(
+        minimal_config,
+        data={"sequence_growth": ((0.0, 32), (0.5, 64))},
+        jepa={"lambda_zero_until": 0.25, "lambda_ramp_until": 0.75, "lambda_after": "zero"},
+        training={"qat_start": 0.9},
+    )
+    trainer = Trainer(config, embedded_shards, Ranks(), validate=False)
+    lengths = {0: 32, 1: 64}
+    kinds = [(lengths[kind.stage], kind.latent_losses, kind.quantized) for kind in trainer.step_kinds()]
+    assert kinds == [(32, False, False), (32, True, False), (64, True, False), (64, False, False), (64, False, True)]
+    trainer.close()
 
 
 def test_seeds_differ_and_repeat(minimal_config, embedded_shards, tmp_path) -> None:

@@ -50,6 +50,14 @@ class LaneCoder(abc.ABC):
     def frequencies(self, logits: Ids) -> Ids:
         """Return integer frequencies of sum 2^24, (R, 256), from logits (R, 256); these may be overwritten."""
 
+    def prices(self, state: Any, ids: Ids, position: int, first_wanted: int, symbols: Ids) -> tuple[Ids, Ids]:
+        """Return cumulative starts and frequencies of `symbols` (L, n), bytes that are predicted after the ids from the
+        `first_wanted`-th on, (L, n) each, and move the state on as `logits` does."""
+        table = self.frequencies(self.logits(state, ids, position, first_wanted)).reshape(*symbols.shape, 256)
+        chosen = np.take_along_axis(table, symbols[..., None], axis=-1)[..., 0]
+        starts = np.take_along_axis(table.cumsum(axis=-1), symbols[..., None], axis=-1)[..., 0] - chosen
+        return starts, chosen
+
     def price(self, block: bytes, on_progress: Progress | None = None) -> tuple[Ids, Ids]:
         """Return (cumulative starts, frequencies) of a block's bytes, (N,) each, out of totals of 2^24."""
         ids = ids_of(block)
@@ -98,15 +106,20 @@ class LaneCoder(abc.ABC):
         for place in range(0, length, at_once):
             part = np.ascontiguousarray(fed[:, place : place + at_once])
             wanted = min(max(skipped - place, 0), part.shape[1])
-            table = self.logits(state, part, place, wanted)
             if wanted == part.shape[1]:
+                self.logits(state, part, place, wanted)
                 continue
-            table = self.frequencies(table).reshape(len(plan), -1, 256)
+            coded = np.full((len(plan), part.shape[1] - wanted), BYTE_OFFSET, np.int64)
+            spans = []
             for lane, (begin, end, first) in enumerate(plan):
                 low, high = max(begin + place + wanted, first), min(begin + place + part.shape[1], end)
+                within = slice(low - begin - place - wanted, high - begin - place - wanted)
                 if low < high:
-                    rows = table[lane, low - begin - place - wanted : high - begin - place - wanted]
-                    choose(rows, ids[low + 1 : high + 1], starts[low:high], chosen[low:high])
+                    coded[lane, within] = ids[low + 1 : high + 1]
+                    spans.append((lane, within, slice(low, high)))
+            start, frequency = self.prices(state, part, place, wanted, coded - BYTE_OFFSET)
+            for lane, within, place_in_block in spans:
+                starts[place_in_block], chosen[place_in_block] = start[lane, within], frequency[lane, within]
 
     def _refill(self, state: Any, kept: Ids) -> None:
         """Begin a window with the ids `kept` (L, n)."""
@@ -131,11 +144,3 @@ def windows(length: int, window: int, hop: int) -> list[tuple[int, int, int]]:
         found.append((begin, end, first))
         begin, first = begin + hop, end
     return found
-
-
-def choose(table: Ids, ids: Ids, starts: Ids, chosen: Ids) -> None:
-    """Fill cumulative starts and frequencies of the bytes `ids` (N,) from their frequency tables (N, 256)."""
-    symbols = ids - BYTE_OFFSET
-    rows = np.arange(len(symbols))
-    chosen[:] = table[rows, symbols]
-    starts[:] = table.cumsum(axis=1)[rows, symbols] - chosen

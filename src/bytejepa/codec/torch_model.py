@@ -177,22 +177,36 @@ class TorchCoder(LaneCoder):
     @torch.no_grad()
     def logits(self, state: TorchState, ids: Ids, position: int, first_wanted: int = 0) -> Ids:
         """See `LaneCoder.logits`."""
-        x = self._run(state, self._tensor(ids), position)[:, first_wanted:]
-        found: Ids = self._logits(x).flatten(0, 1).cpu().numpy()
+        found: Ids = self._logits_after(state, ids, position, first_wanted).cpu().numpy()
         return found
+
+    @torch.no_grad()
+    def prices(self, state: TorchState, ids: Ids, position: int, first_wanted: int, symbols: Ids) -> tuple[Ids, Ids]:
+        """See `LaneCoder.prices`; the tables stay on the device."""
+        table = self._frequencies_of(self._logits_after(state, ids, position, first_wanted))
+        symbol = self._tensor(symbols).view(-1, 1)
+        chosen = table.gather(-1, symbol)
+        starts = table.cumsum(-1).gather(-1, symbol) - chosen
+        both: Ids = torch.cat((starts, chosen), dim=-1).cpu().numpy().reshape(*symbols.shape, 2)
+        return both[..., 0], both[..., 1]
+
+    def _logits_after(self, state: TorchState, ids: Ids, position: int, first_wanted: int) -> Tensor:
+        x = self._run(state, self._tensor(ids), position)[:, first_wanted:]
+        return self._logits(x).flatten(0, 1)
 
     @torch.no_grad()
     def frequencies(self, logits: Ids) -> Ids:
         """See `LaneCoder.frequencies`."""
-        logit = self._tensor(logits)
+        found: Ids = self._frequencies_of(self._tensor(logits)).cpu().numpy()
+        return found
+
+    def _frequencies_of(self, logit: Tensor) -> Tensor:
         best = logit.argmax(-1, keepdim=True)  # the first of equals, checked by a test
         weight = self._exp2(rounded(logit.gather(-1, best) - logit, fp.LOGIT_BITS - fp.SOFTMAX_BITS))
         total = torch.full_like(weight[:, :1], ((1 << fp.TOTAL_BITS) - 256) << fp.FREQUENCY_BITS)
         gain = total // weight.sum(-1, keepdim=True)
         table = 1 + ((weight * gain) >> fp.FREQUENCY_BITS)
-        table.scatter_add_(-1, best, (1 << fp.TOTAL_BITS) - table.sum(-1, keepdim=True))
-        found: Ids = table.cpu().numpy()
-        return found
+        return table.scatter_add_(-1, best, (1 << fp.TOTAL_BITS) - table.sum(-1, keepdim=True))
 
     def _exp2(self, exponent: Tensor) -> Tensor:
         """Return 2^30 * 2^(-exponent), the exponent with 12 fraction bits."""

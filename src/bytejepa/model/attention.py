@@ -20,7 +20,7 @@ from bytejepa.model import fused
 from bytejepa.model.layers import Linear, add_projected, normalize_and_rotate
 
 Mask = Any
-"""None, a bool tensor, or for `flex` a BlockMask."""
+"""None, a bool tensor, for `flex` a BlockMask, for `flash3` and `flash4` the number of ids that a query sees."""
 
 Kernel = Literal["flash4", "flash3", "cudnn", "blocked", "flash", "flex", "math"]
 
@@ -66,35 +66,31 @@ def _find_backends(device_type: str) -> dict[Kernel, str | None]:
     }
 
 
-def choose_backend(requested: AttentionBackend, device_type: str, *, masked: bool) -> Kernel:
-    """Return the kernel to use on `device_type`; `masked`: windows or document borders apply somewhere.
+def choose_backend(requested: AttentionBackend, device_type: str, *, windows: bool, documents: bool) -> Kernel:
+    """Return the kernel to use on `device_type`; `windows`, `documents`: whether such borders apply somewhere.
 
     Raises: ConfigError if `requested` is impossible here, with the reason.
     """
     available = available_backends(device_type)
-    handles_masks: dict[Kernel, bool] = {
-        "flash4": False,
-        "flash3": False,
-        "cudnn": False,
-        "blocked": False,
-        "flash": device_type == "cpu",
-        "flex": True,
-        "math": True,
-    }
+    able: set[Kernel] = set(available)
+    if windows or documents:
+        able = {"flex", "math"}
+        if device_type == "cpu":
+            able.add("flash")
+        if not documents:
+            able |= {"flash3", "flash4"}
     if requested != "auto":
         reason = available[requested]
-        if reason is None and masked and not handles_masks[requested]:
+        if reason is None and requested not in able:
             reason = "it cannot mask windows or documents here"
         if reason is not None:
-            possible = ", ".join(
-                name for name, why in available.items() if why is None and (not masked or handles_masks[name])
-            )
+            possible = ", ".join(name for name, why in available.items() if why is None and name in able)
             raise ConfigError(
                 f"training.attention {requested} is impossible on {device_type}: {reason}", hint=f"possible: {possible}"
             )
         return requested
     order: tuple[Kernel, ...] = ("flash3", "flash4", "cudnn", "blocked", "flash", "flex", "math")
-    return next(name for name in order if available[name] is None and (not masked or handles_masks[name]))
+    return next(name for name in order if available[name] is None and name in able)
 
 
 def attention_mask(
@@ -123,17 +119,11 @@ def causal_attention(
 ) -> Float[Tensor, "B T H E"]:
     """Return softmax(q k^T / sqrt(E)) v over the keys at or before each query that `mask` allows.
 
-    `mask` is what `attention_mask` returned, or for `flex` a BlockMask; the kernels without masks take None only.
+    `mask` is what `attention_mask` returned, for `flex` a BlockMask, for `flash3` and `flash4` the window or None; the
+    kernels without masks take None only.
     """
-    if backend == "flash3":
-        from flash_attn_interface import flash_attn_func
-
-        return flash_attn_func(q, k, v, causal=True)
-    if backend == "flash4":
-        from flash_attn.cute import flash_attn_func as flash4
-
-        out = flash4(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out
+    if backend in ("flash3", "flash4"):
+        return _flash_on_hopper(q, k, v, backend, mask)
     if backend == "blocked":
         if q.requires_grad and q.size(1) <= fused.ATTENTION_MAX_LENGTH and fused.is_profitable(q):
             return fused.causal_attention(q, k, v)
@@ -153,6 +143,17 @@ def causal_attention(
     with sdpa_kernel(kernels[backend]):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return out.transpose(1, 2)
+
+
+def _flash_on_hopper(q: Tensor, k: Tensor, v: Tensor, backend: Kernel, window: int | None) -> Tensor:
+    # their windows count the keys before the query; without one, the two packages write "no bound" differently
+    bounds = {} if window is None else {"window_size": (window - 1, 0)}
+    if backend == "flash3":
+        from flash_attn_interface import flash_attn_func as flash
+    else:
+        from flash_attn.cute import flash_attn_func as flash
+    out = flash(q, k, v, causal=True, **bounds)
+    return out[0] if isinstance(out, tuple) else out
 
 
 def masked_attention(

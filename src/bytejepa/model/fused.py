@@ -118,6 +118,40 @@ def normalize_and_rotate(heads: Tensor, cosines: Tensor, sines: Tensor, gain: Te
     return _NormalizeAndRotate.apply(heads, cosines, sines, gain)
 
 
+class _NormalizeAndRotateCompiled(torch.autograd.Function):
+    """For a compiler to fuse into one kernel each way: out of place, in float32 inside. Autograd's own formulas read the
+    heads and their gradient a second time for the gradient of the gain, which falls out of the norm's."""
+
+    @staticmethod
+    def forward(ctx, heads: Tensor, cosines: Tensor, sines: Tensor, gain: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        x = heads.float()
+        inverse = (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt()
+        ctx.save_for_backward(heads, inverse, cosines, sines, gain)
+        return (_rotated(x * inverse, cosines, sines) * gain.float()[:, None]).to(heads.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        heads, inverse, cosines, sines, gain = ctx.saved_tensors
+        normed, turned_back = heads.float() * inverse, _rotated(grad.float(), cosines, -sines)
+        along = (turned_back * normed).sum(-1)  # (B, T, heads)
+        towards = turned_back - normed * (along / heads.size(-1)).unsqueeze(-1)
+        grad_heads = (towards * inverse * gain.float()[:, None]).to(heads.dtype)
+        return grad_heads, None, None, along.sum((0, 1)).to(gain.dtype)
+
+
+def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    half = cosines.size(-1)
+    pairs = x[..., : 2 * half]
+    swapped = pairs.unflatten(-1, (2, half)).flip(-2).flatten(-2)  # (b, a)
+    cos, sin = torch.cat((cosines, cosines), -1)[:, None], torch.cat((sines, -sines), -1)[:, None]
+    return torch.cat((pairs * cos + swapped * sin, x[..., 2 * half :]), dim=-1)
+
+
+def normalize_and_rotate_compiled(heads: Tensor, cosines: Tensor, sines: Tensor, gain: Tensor) -> Tensor:
+    """Return gain * rotate(rms_norm(heads)), any dtype; for GPUs, under torch.compile."""
+    return _NormalizeAndRotateCompiled.apply(heads, cosines, sines, gain)
+
+
 class _MixResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, x0: Tensor, mix: Tensor) -> Tensor:  # type: ignore[no-untyped-def]

@@ -38,9 +38,12 @@ def add_projected(
     weight: Float[Tensor, "D in"],
     scale: Float[Tensor, D],
 ) -> Float[Tensor, "B T D"]:
-    """Return residual + scale * (x @ weight^T) as one product: the scale is folded into the weight, which is far smaller
-    than the activations, and the residual is what the product accumulates onto."""
+    """Return residual + scale * (x @ weight^T): the scale is folded into the weight, which is far smaller than the
+    activations. On a CPU the residual is what the product accumulates onto; on a GPU that would copy the residual first,
+    while the compiler adds it on the way into the norm that follows."""
     folded = (weight * scale[:, None]).to(x.dtype)
+    if x.is_cuda:
+        return residual + F.linear(x, folded)
     return torch.addmm(residual.flatten(0, 1), x.flatten(0, 1), folded.T).view_as(residual)
 
 
@@ -161,6 +164,8 @@ def normalize_and_rotate(
     """Return gain * rotate(rms_norm(heads)), the gain one number a head."""
     if fused.is_profitable(heads):
         return fused.normalize_and_rotate(heads, cosines, sines, gain)
+    if heads.is_cuda:
+        return fused.normalize_and_rotate_compiled(heads, cosines, sines, gain)
     return rotate(rms_norm(heads), cosines, sines) * gain.to(heads.dtype)[:, None]
 
 

@@ -221,6 +221,8 @@ class ByteLM(nn.Module):
             from bytejepa.model.flex_masks import block_mask
 
             return backend, {window: block_mask(length, window, document_ids, device) for window in windows}
+        if backend in ("flash3", "flash4"):
+            return backend, {window: window if window is not None and window < length else None for window in windows}
         return backend, {window: attention_mask(length, window, document_ids, device) for window in windows}
 
     def _windows(self, stride: int) -> set[int | None]:
@@ -232,8 +234,9 @@ class ByteLM(nn.Module):
 
         Raises: ConfigError, with the reason, where `training.attention` asks for one that cannot do it.
         """
-        masked = self.config.model.document_masking or any(w is not None and w < length for w in self._windows(stride))
-        return choose_backend(self.attention_backend, device.type, masked=masked)
+        bounded = any(w is not None and w < length for w in self._windows(stride))
+        documents = self.config.model.document_masking
+        return choose_backend(self.attention_backend, device.type, windows=bounded, documents=documents)
 
     def attention_kernels(self, length: int, device: torch.device) -> list[Kernel]:
         """Return every kernel that sequences of `length` ids go through, sorted."""

@@ -101,10 +101,20 @@ class GradientStep:
         return torch.func.functional_call(self.loss, rounded, (inputs, targets, jepa_lambda, jepa))
 
     def __call__(
-        self, inputs: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], *, jepa_lambda: float, quantized: bool = False
+        self,
+        inputs: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        *,
+        jepa_lambda: float,
+        latent_losses: bool | None = None,
+        quantized: bool = False,
     ) -> StepLosses:
         """Return the mean losses over the rows; gradients are added to `.grad`, and `buckets` averages them over ranks
-        from the last micro-batch on."""
+        from the last micro-batch on.
+
+        `latent_losses`: whether they are computed at all; None: if their weight `jepa_lambda` is not zero.
+        """
+        latent_losses = jepa_lambda > 0 if latent_losses is None else latent_losses
         micro_bytes = self.config.data.micro_batch_bytes or inputs.numel()
         rows = max(1, min(inputs.size(0), micro_bytes // inputs.size(1)))
         # a share that is no multiple is divided evenly into more, smaller parts
@@ -116,7 +126,7 @@ class GradientStep:
         latents: Latents | None = None
         micro_batches = zip(inputs.split(rows), targets.split(rows), strict=True)
         for number, (part_inputs, part_targets) in enumerate(micro_batches, start=1):
-            total, *parts = self.weighted_loss(part_inputs, part_targets, weight, jepa_lambda > 0, quantized)
+            total, *parts = self.weighted_loss(part_inputs, part_targets, weight, latent_losses, quantized)
             if self.buckets is not None and number == num_parts:
                 self.buckets.expect()
             (total / num_parts).backward()

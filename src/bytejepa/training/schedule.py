@@ -62,7 +62,14 @@ def jepa_lambda(jepa: JepaConfig, progress: float) -> float:
         return 0.0
     if progress >= jepa.lambda_ramp_until:
         return jepa.lambda_max if jepa.lambda_after == "hold" else 0.0
-    if progress <= jepa.lambda_zero_until:
+    if progress < jepa.lambda_zero_until:
         return 0.0
     share = (progress - jepa.lambda_zero_until) / (jepa.lambda_ramp_until - jepa.lambda_zero_until)
     return jepa.lambda_max * share
+
+
+def computes_latent_losses(jepa: JepaConfig, progress: float) -> bool:
+    """Return whether the latent losses are computed: where their weight stays zero they are left out. The first step of
+    a ramp has a weight of zero too, but is not worth a compiled graph of its own."""
+    ended = progress >= jepa.lambda_ramp_until and jepa.lambda_after == "zero"
+    return jepa.enabled and jepa.losses and jepa.lambda_max > 0 and not ended and progress >= jepa.lambda_zero_until

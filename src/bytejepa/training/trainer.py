@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,15 @@ class PendingStep:
     values: Tensor
     arrived: torch.cuda.Event | None
     log: dict[str, float | Tensor] | None
+
+
+class StepKind(NamedTuple):
+    """What makes one step another program than the next; each kind has its own compiled graph."""
+
+    stage: int
+    """Of `data.stages`: the sequence length."""
+    latent_losses: bool
+    quantized: bool
 
 
 class Trainer:
@@ -138,38 +148,55 @@ class Trainer:
         if not steps:
             return
         kept, position = {name: value.detach().clone() for name, value in self.state().items()}, self.position
-        lambdas = {schedule.jepa_lambda(self.config.jepa, share / 64) > 0 for share in range(64)}
-        quantized = {False} if self.config.training.qat_start is None else {False, True}
-        kinds = [(stage, lam, q) for stage in range(len(self.config.data.stages)) for lam in lambdas for q in quantized]
+        kinds = self.step_kinds()
         for number in range(max(steps, len(kinds))):
-            stage, with_lambda, through_quantizer = kinds[number % len(kinds)]
-            inputs, targets = self.loader.batch(stage, number)
+            kind = kinds[number % len(kinds)]
+            inputs, targets = self.loader.batch(kind.stage, number)
             self.optimizers.zero_grad()
-            self.gradient_step(inputs, targets, jepa_lambda=float(with_lambda), quantized=through_quantizer)
+            self.gradient_step(
+                inputs, targets, jepa_lambda=1.0, latent_losses=kind.latent_losses, quantized=kind.quantized
+            )
             self.optimizers.step(learning_rate_scale=1.0, momentum=0.9)
             self.average.update(step=number + 1, progress=0.0)
         self.optimizers.zero_grad()
         self.restore(kept, position)
         self.synchronize()
 
+    def step_kinds(self) -> list[StepKind]:
+        """Return every kind of step that the run takes, in the order of their first one."""
+        shares = [number / 128 for number in range(128)]
+        if self.config.schedule.warmdown == "mean_step_time":  # its latent losses follow the steps, not the wallclock
+            return list(dict.fromkeys(self._kind(share, of_steps) for share in shares for of_steps in shares))
+        return list(dict.fromkeys(self._kind(share, share) for share in shares))
+
+    def _kind(self, progress: float, latent_progress: float) -> StepKind:
+        training, stages = self.config.training, self.config.data.stages
+        return StepKind(
+            stage=max(index for index, (begin, _) in enumerate(stages) if begin <= progress),
+            latent_losses=schedule.computes_latent_losses(self.config.jepa, latent_progress),
+            quantized=training.qat_start is not None and progress >= training.qat_start,
+        )
+
     def take_step(self, *, progress: float, elapsed_s: float) -> PendingStep:
         """Launch one optimiser step and move the position past it."""
         config, at = self.config, self.position
-        stage = max(index for index, (begin, _) in enumerate(config.data.stages) if begin <= progress)
-        index = at.stage_index if stage == at.stage else 0
-        inputs, targets = self.loader.batch(stage, index)
+        latent_progress = self._latent_progress(progress)
+        kind = self._kind(progress, latent_progress)
+        index = at.stage_index if kind.stage == at.stage else 0
+        inputs, targets = self.loader.batch(kind.stage, index)
         lr_scale = schedule.learning_rate_scale(config.schedule, progress=progress, step=at.step, elapsed_s=elapsed_s)
         momentum = schedule.muon_momentum(config.optimizer, at.step)
-        jepa_lambda = schedule.jepa_lambda(config.jepa, self._schedule_progress(progress))
-        quantized = config.training.qat_start is not None and progress >= config.training.qat_start
+        jepa_lambda = schedule.jepa_lambda(config.jepa, latent_progress)
         self.optimizers.zero_grad()
-        losses = self.gradient_step(inputs, targets, jepa_lambda=jepa_lambda, quantized=quantized)
+        losses = self.gradient_step(
+            inputs, targets, jepa_lambda=jepa_lambda, latent_losses=kind.latent_losses, quantized=kind.quantized
+        )
         norm = self.optimizers.step(learning_rate_scale=lr_scale, momentum=momentum)
         step = at.step + 1
         self.average.update(step=step, progress=progress)
         self.position = Position(
             step=step,
-            stage=stage,
+            stage=kind.stage,
             stage_index=index + 1,
             num_bytes=at.num_bytes + config.data.batch_bytes,
             num_swa_samples=self.average.num_swa_samples,
@@ -184,7 +211,7 @@ class Trainer:
             }
         return self._launched(torch.stack((losses.ce.float(), norm.float())), progress, elapsed_s, log)
 
-    def _schedule_progress(self, progress: float) -> float:
+    def _latent_progress(self, progress: float) -> float:
         """Return the progress that lambda follows: the reference counts steps, not seconds."""
         if self.config.schedule.warmdown == "mean_step_time":
             assert self.config.schedule.steps is not None

@@ -1,0 +1,93 @@
+"""What only a CUDA device can show: its kernels, its training and its scores agree with the CPU's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bytejepa.config import replace
+from bytejepa.data.loader import IdStream
+from bytejepa.model import fused, layers
+from bytejepa.model.attention import attention_mask, available_backends, causal_attention, masked_attention
+from bytejepa.scoring.evaluate import Scorer, score_ids
+from bytejepa.training.runlog import RunFolder
+from bytejepa.training.runs import train
+from small_models import random_ids, small_model
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("kernel", ["flash4", "flash3", "cudnn", "flash", "flex", "math"])
+@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize("documents", [False, True])
+def test_every_kernel_agrees_with_an_explicit_softmax(kernel: str, window: int | None, documents: bool) -> None:
+    if reason := available_backends("cuda")[kernel]:
+        pytest.skip(reason)
+    if ((window or documents) and kernel in ("cudnn", "flash")) or (documents and kernel in ("flash3", "flash4")):
+        pytest.skip("takes no such mask")
+    random = torch.Generator(CUDA).manual_seed(0)
+    q, k, v = (
+        torch.randn(2, 300, h, 64, generator=random, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+        for h in (8, 4, 4)
+    )
+    ids = torch.arange(300, device=CUDA).expand(2, -1) // 100 if documents else None
+    plain = attention_mask(300, window, ids, CUDA)
+    full = torch.ones(300, 300, device=CUDA, dtype=torch.bool).tril()[None, None] if plain is None else plain
+    exact = masked_attention(q.double(), k.double(), v.double(), full)
+    mask, attend = plain, causal_attention
+    if kernel == "flex":
+        from bytejepa.model.flex_masks import block_mask
+
+        mask, attend = block_mask(300, window, ids, CUDA), torch.compile(causal_attention)
+    elif kernel in ("flash3", "flash4"):
+        mask = window
+    out = attend(q, k, v, backend=kernel, mask=mask)
+    assert ((out.double() - exact).norm() / exact.norm()).item() < 5e-3
+    gradients = [torch.autograd.grad(y.double().square().sum(), (q, k, v)) for y in (out, exact)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item() < 2e-2
+
+
+def test_the_compiled_norm_and_rotation_is_the_plain_formula() -> None:
+    tables = layers.RotaryTables(16, 10_000.0, 128).to(CUDA)
+    heads = torch.randn(2, 128, 6, 64, device=CUDA, requires_grad=True)
+    gain = torch.linspace(0.5, 2.0, 6, device=CUDA).requires_grad_()
+    weight = torch.randn_like(heads)
+    ours = torch.compile(fused.normalize_and_rotate_compiled)(heads, *tables(128), gain)
+    plain = layers.rotate(layers.rms_norm(heads), *tables(128)) * gain[:, None]
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(
+        *(torch.autograd.grad((y * weight).sum(), (heads, gain)) for y in (ours, plain)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("compile_", ["on", "off"])
+def test_losses_in_float32_are_those_of_a_cpu(minimal_config, embedded_shards: Path, tmp_path, compile_: str) -> None:
+    losses = {}
+    for device in ("cpu", "cuda"):
+        config = replace(
+            minimal_config,
+            training={"device": device, "precision": "float32", "compile": compile_ if device == "cuda" else "off"},
+        )
+        train(config, embedded_shards, tmp_path / device)
+        losses[device] = [
+            line["train_loss_nats"] for line in RunFolder(tmp_path / device).read_metrics() if "train_loss_nats" in line
+        ]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
+
+
+def test_a_score_is_that_of_a_cpu(embedded_shards: Path) -> None:
+    model, ids = small_model(), IdStream.open(embedded_shards, "val").read(0, 5000)
+    on_cpu = score_ids(Scorer(model), ids, window=256, stride=64, batch_ids=4096).bpb
+    on_gpu = score_ids(Scorer(model.to(CUDA)), ids, window=256, stride=64, batch_ids=4096).bpb
+    assert on_gpu == pytest.approx(on_cpu, abs=1e-4)
+
+
+def test_document_masks_and_windows_change_nothing_but_rounding() -> None:
+    settings = {"document_masking": True, "attention_windows": (16, 0, 16), "num_heads": 2, "num_kv_heads": 1}
+    model, ids = small_model(model=settings), random_ids(2, 128, documents=True)
+    expected = model.logits(ids)
+    found = model.to(CUDA).logits(ids.to(CUDA)).cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
