@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from bytejepa.artifact.write import write_artifact
 from bytejepa.data.corpus import embedded_text
 from codec.models import GOLDEN_MODEL
+from small_models import small_model
 
 DATA = embedded_text("val")[:600]
 
@@ -41,6 +43,28 @@ def test_both_are_filters(tmp_path: Path) -> None:
     back = subprocess.run([*words, "decompress", *options], input=packed.stdout, capture_output=True, check=True)
     assert back.stdout == DATA
     assert packed.stderr == back.stderr == b""
+
+
+def test_a_wrong_model_is_refused_before_a_byte(
+    refuses: Callable, command: Callable, file: Path, tmp_path: Path
+) -> None:
+    packed, other, target = file.with_name("notes.txt.bjc"), artifact(tmp_path / "other.bjm"), file.with_name("out.bin")
+    assert command("compress", file, "--model", GOLDEN_MODEL).code == 0
+    for options in (["-o", "-"], ["--test"], ["-o", target], ["-o", target, "--keep-going"]):
+        assert "made with the model" in refuses(6, "decompress", packed, "--model", other, *options)
+    assert not target.exists()
+
+
+def test_a_model_that_the_codec_cannot_use_is_refused(refuses: Callable, file: Path, tmp_path: Path) -> None:
+    other = artifact(tmp_path / "other.bjm", chunk_blocks=(1, 1), skip_connections=False)
+    assert "does not implement model.chunk_blocks (1, 1)" in refuses(6, "compress", file, "--model", other)
+    assert not file.with_name("notes.txt.bjc").exists()
+
+
+def artifact(path: Path, **settings: object) -> Path:
+    model = small_model(model=settings)
+    write_artifact(path, dict(model.named_parameters()), model.config)
+    return path
 
 
 def test_existing_files_are_kept(refuses: Callable, command: Callable, file: Path) -> None:

@@ -45,6 +45,9 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "odd widths": {"model": {"num_layers": 5, "model_dim": 40, "num_heads": 5, "num_kv_heads": 1, "mlp_ratio": 1.125},
                    "jepa": {"latent_dim": 11, "hidden_dim": 7}},
     "all dimensions rotate": {"model": {"rotary_dims": None}},
+    "other constants": {
+        "model": {"rotary_base": 500.0, "logit_softcap": 12.0, "xsa_last_layers": 3, "bigram_rows": 61, "num_kv_heads": 4}
+    },
     "kept as float16": {"artifact": {"small_tensor_elements": 4096}},
 }  # fmt: skip
 
@@ -81,12 +84,21 @@ def inputs() -> dict[str, bytes]:
     }
 
 
-def coded_file(model: IntegerModel, lane_coder: LaneCoder, data: bytes, *, block_bytes: int) -> bytes:
-    """A file whose every block is the model's, also where zstd would have been smaller, as it is for most short inputs."""
+def coded_blocks(lane_coder: LaneCoder, data: bytes, block_bytes: int) -> list[container.Block]:
+    """The model's blocks of `data`."""
     contents = [data[begin : begin + block_bytes] for begin in range(0, len(data), block_bytes)]
-    blocks = [
+    return [
         container.make_block(content, coder.encode(*lane_coder.price(content)), is_zstd=False) for content in contents
     ]
-    return container.blocks_file(
-        data, blocks, block_bytes=block_bytes, window=lane_coder.window, hop=lane_coder.hop, model=model.sha256
-    )
+
+
+def file_of(data: bytes, blocks: list[container.Block], block_bytes: int, lane_coder: LaneCoder | None = None) -> bytes:
+    """A file of `blocks` with the checksums that these, and `data` as a whole, have."""
+    lane_coder = lane_coder or cpu_coder()
+    window, hop, model = lane_coder.window, lane_coder.hop, golden_model().sha256
+    return container.blocks_file(data, blocks, block_bytes=block_bytes, window=window, hop=hop, model=model)
+
+
+def coded_file(data: bytes, block_bytes: int = 400, lane_coder: LaneCoder | None = None) -> bytes:
+    """A file whose every block is the golden model's, also where zstd would have been smaller, as for most short inputs."""
+    return file_of(data, coded_blocks(lane_coder or cpu_coder(), data, block_bytes), block_bytes, lane_coder)

@@ -9,13 +9,14 @@ import pytest
 
 from bytejepa.artifact.container import write_container
 from bytejepa.artifact.store import store_weights
+from bytejepa.codec import container
 from bytejepa.codec.compress import compress
 from bytejepa.codec.cpu import CpuCoder
 from bytejepa.codec.integer_model import integer_model
 from bytejepa.config_json import to_dict
 from codec import independent_decoder
 from codec.golden import TEXT, sha256
-from codec.models import EVERY_CODE, GOLDEN, GOLDEN_MODEL, STRUCTURES, coded_file, golden_model, inputs
+from codec.models import EVERY_CODE, GOLDEN, GOLDEN_MODEL, STRUCTURES, coded_blocks, golden_model, inputs
 from small_models import small_model
 
 EXPECTED = json.loads((GOLDEN / "codec.json").read_text())
@@ -54,7 +55,8 @@ def test_it_decodes_what_the_package_encodes_with_any_structure(name: str, tmp_p
     path = tmp_path / "model.bjm"
     write_container(path, configuration=to_dict(model.config), tensors=stored, metadata={}, codecs=("zstd", "brotli"))
     integers = integer_model(stored, model.config)
-    blob = coded_file(integers, CpuCoder(integers, 24, 9), TEXT[:70], block_bytes=41)
+    blocks = coded_blocks(CpuCoder(integers, 24, 9), TEXT[:70], 41)
+    blob = container.blocks_file(TEXT[:70], blocks, block_bytes=41, window=24, hop=9, model=integers.sha256)
     assert independent_decoder.decode_file(independent_decoder.read_model(path), blob) == TEXT[:70]
 
 

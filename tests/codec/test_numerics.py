@@ -126,6 +126,12 @@ def test_square_roots_are_exact() -> None:
         {"model": {"document_masking": True}},
         {"model": {"attention_windows": (16,)}},
         {"model": {"skip_gates": True}},
+        {"model": {"parallel_last_layers": 1}},
+        {"model": {"recurrent_layers": (0, 1)}},
+        {"model": {"attention_gate_dims": 4}},
+        {"model": {"value_embedding_last_layers": 1}},
+        {"model": {"smear_gate": "input"}},
+        {"model": {"bigram_table": "exact", "bigram_rows": 65_537}},
         {"model": {"ngram_orders": (3,), "ngram_rows": 16, "ngram_dim": 4}},
         {"model": {"chunk_blocks": (1, 1), "skip_connections": False}},
         {"jepa": {"context": "causal"}},
@@ -135,3 +141,15 @@ def test_other_structures_are_refused(changes: dict[str, Any]) -> None:
     section, settings = next(iter(changes.items()))
     with pytest.raises(CodecError, match=rf"does not implement {section}\.{next(iter(settings))}"):
         integers(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"multi_token_heads": 2}},
+        {"jepa": {"horizons": 2, "next_bytes_weight": 0.1}},
+        {"jepa": {"losses": False}},
+    ],
+)
+def test_what_only_training_reads_changes_nothing(changes: dict[str, Any]) -> None:
+    assert integers(**changes).head.codes.shape == (256, 32)
