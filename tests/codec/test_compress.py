@@ -246,6 +246,15 @@ def test_blocks_that_changed_places_are_noticed() -> None:
     assert twice[entries + 4 : entries + 8] != twice[entries + 16 : entries + 20]
 
 
+def test_a_block_that_decodes_to_something_else_is_named() -> None:
+    blocks = coded_blocks(cpu_coder(), TEXT[:450], 150)
+    payload = blocks[1].payload
+    blocks[1] = dataclasses.replace(blocks[1], payload=payload[:9] + bytes([payload[9] ^ 64]) + payload[10:])
+    content, damaged = restore(golden_model(), file_of(TEXT[:450], blocks, 150))
+    assert content == TEXT[:150] + bytes(150) + TEXT[300:450]
+    assert [(block.begin, block.num_bytes) for block in damaged] == [(150, 150)]
+
+
 def test_hostile_headers_allocate_nothing() -> None:
     # a valid checksum over a header that claims the world
     for content_bytes, block_bytes in ((1 << 62, 1), (1 << 62, 1 << 20), (1 << 20, 1 << 31), (100, 0)):

@@ -211,6 +211,31 @@ def test_a_browser_draws_the_page(surprised: SurpriseMap, tmp_path: Path, size: 
     assert dom.count("<mark") == len(surprising_spots(surprised))
 
 
+HOVER = """<script>
+setInterval(() => {
+  const cell = document.documentElement.dataset.ready && document.querySelector('[data-offset="OFFSET"]');
+  if (cell) cell.dispatchEvent(new MouseEvent("mouseover", { bubbles: true }));
+}, 50);
+</script>"""
+
+
+@needs_chromium
+def test_pointing_at_a_character_shows_its_bits_and_the_likeliest_bytes(surprised: SurpriseMap, tmp_path: Path) -> None:
+    offset = TEXT.index(b"naive".replace(b"i", "ï".encode()))
+    page = to_html(surprised, title="t", model="m.bjm") + HOVER.replace("OFFSET", str(offset))
+    dom = dump(page, tmp_path, "")
+    tip = html.unescape(dom[dom.index('id="tip"') : dom.index('id="spoken"')])
+    assert f"n: {surprised.bits[offset]:.2f} bits" in tip
+    shown = re.findall(r"<td>([^<]*)</td><td>([\d.]+) %</td>", tip)
+    names = [
+        chr(byte) if 32 < byte < 127 else {32: "space"}.get(byte, f"0x{byte:02x}")
+        for byte in surprised.alternatives[offset]
+    ]
+    assert [name for name, _ in shown] == names
+    assert [float(share) for _, share in shown] == pytest.approx(100 * surprised.probabilities[offset], abs=0.06)
+    assert f"running bpb {surprised.bits[: offset + 1].sum() / (offset + 1):.3f}"[:-1] in tip
+
+
 @needs_chromium
 @pytest.mark.parametrize("data", [b"", b"a\n" * 500_000, b"word " * 40_000], ids=["empty", "short lines", "one line"])
 def test_a_browser_draws_only_what_is_in_view(data: bytes, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bytejepa.codec.compilation import compiled
 from bytejepa.codec.fixed_point import (
     ATTENTION_BITS,
     INT16_MAX,
@@ -16,7 +17,7 @@ from bytejepa.codec.fixed_point import (
     SOFTMAX_BITS,
 )
 from bytejepa.codec.kernels import clamped, normalize, rounded
-from bytejepa.codec.tiles import compiled, multiply_wide
+from bytejepa.codec.tiles import multiply_wide
 
 
 @compiled

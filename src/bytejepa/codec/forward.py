@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bytejepa.codec.attention import attend, drop_own_values, heads
+from bytejepa.codec.compilation import compiled
 from bytejepa.codec.fixed_point import (
     FREQUENCY_BITS,
     GATE_BITS,
@@ -31,7 +32,7 @@ from bytejepa.codec.fixed_point import (
     TOTAL_BITS,
 )
 from bytejepa.codec.kernels import add_scaled, bit_length, clamped, mix, normalize, normalize_rows, rounded, squared
-from bytejepa.codec.tiles import compiled, multiply
+from bytejepa.codec.tiles import multiply
 
 
 @compiled

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bytejepa.codec.compilation import compiled
 from bytejepa.codec.fixed_point import (
     HIDDEN_LIMIT,
     INT16_MAX,
@@ -14,7 +15,6 @@ from bytejepa.codec.fixed_point import (
     NORMED_BITS,
     RESIDUAL_LIMIT,
 )
-from bytejepa.codec.tiles import compiled
 
 
 @compiled

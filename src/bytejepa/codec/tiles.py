@@ -11,25 +11,20 @@ in them pairs of inputs, padded with zeros to N % 32 == 0 and K % 2 == 0.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+
+from bytejepa.codec.compilation import compiled
 
 LANES = 16
 TILE_BLOCKS = 2
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _PAIRS, _SUMS = ir.VectorType(_I32, 2 * LANES), ir.VectorType(_I32, LANES)
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    """Return `function` compiled by numba: without the interpreter's lock, kept on disk for the next process."""
-    return njit(nogil=True, cache=True, error_model="numpy")(function)
 
 
 def pack(matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -189,7 +189,7 @@ function showTip(offset, at) {
     tables.append(table);
   }
   tip.replaceChildren(element("h3", "", `${title}: ${number(costAt(offset), 2)} bits`), tables,
-    element("p", "hint", `offset ${number(offset, 0)}, line ${number(last(lineStart, offset) + 1, 0)}`));
+    element("p", "hint", `offset ${number(offset, 0)}, line ${number(last(lineStart, offset) + 1, 0)}, running bpb ${number(prefix[offset + length] / (offset + length), 3)}`));
   tip.hidden = false;
   const box = tip.getBoundingClientRect();
   const below = at.bottom + 8 + box.height < innerHeight;
