@@ -150,6 +150,7 @@ def test_a_damaged_block_loses_only_itself() -> None:
     content, damaged = restore(golden_model(), bytes(blob))
     assert content == TEXT[:1200] + bytes(300)
     assert [(block.begin, block.num_bytes) for block in damaged] == [(1200, 300)]
+    assert damaged[0].reason == "its stored bytes are damaged"  # noticed before anything is decoded
 
 
 def damaged_bytes(kind: str, blob: bytes, random_numbers: random.Random) -> bytes:
@@ -253,6 +254,7 @@ def test_a_block_that_decodes_to_something_else_is_named() -> None:
     content, damaged = restore(golden_model(), file_of(TEXT[:450], blocks, 150))
     assert content == TEXT[:150] + bytes(150) + TEXT[300:450]
     assert [(block.begin, block.num_bytes) for block in damaged] == [(150, 150)]
+    assert damaged[0].reason == "it does not decode to what was compressed"
 
 
 def test_hostile_headers_allocate_nothing() -> None:

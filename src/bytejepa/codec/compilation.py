@@ -14,7 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from numba import config, njit
+from numba import config as numba_config
+from numba import njit
+
+config: Any = numba_config  # its attributes are made at run time
 
 
 def compiled(function: Callable[..., Any]) -> Any:
