@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_training.py OUT.json [--minutes 8]
 
-Writes one JSON object after every section, so that a run cut short keeps what it has.
+Writes one JSON object after every section, so that a run cut short keeps what it has. Beside other work on the same GPU,
+let BYTEJEPA_TURN_FILE name a file: timings then wait for their turn (`turns`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from turns import alone
 
 from bytejepa.benchmark.speed import (
     Speed,
@@ -78,8 +80,10 @@ def attend(backend: str, qkv: Sequence[torch.Tensor]) -> torch.Tensor:
 def attention_times(backend: str, qkv: Sequence[torch.Tensor], gradient: torch.Tensor) -> dict[str, float]:
     """Return median milliseconds of a forward pass, and of a forward and a backward pass."""
     device = gradient.device
-    forward = time_step(lambda: attend(backend, qkv), device, steps=10)
-    both = time_step(lambda: attend(backend, qkv).backward(gradient), device, steps=10)
+    attend(backend, qkv).backward(gradient)  # compiles
+    with alone():
+        forward = time_step(lambda: attend(backend, qkv), device, steps=10)
+        both = time_step(lambda: attend(backend, qkv).backward(gradient), device, steps=10)
     return {"forward_ms": statistics.median(forward), "forward_backward_ms": statistics.median(both)}
 
 
@@ -92,70 +96,112 @@ def explicit_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tor
     return torch.einsum("bhqk,bkhe->bqhe", scores.masked_fill(future, -torch.inf).softmax(-1), v)
 
 
-def _make_batches_when_needed(step: TrainingStep) -> None:
+Undo = Callable[[], None]
+
+
+def _make_batches_when_needed(step: TrainingStep) -> Undo:
     step.loader.device = torch.device("cpu")  # nothing is pinned, and every copy is waited for
     numbers = itertools.count()
     step.read = lambda: tuple(part.to(step.device) for part in step.loader.make(0, next(numbers)))
 
+    def undo() -> None:
+        del step.read
+        step.loader.device = step.device
 
-def _average_weight_by_weight(step: TrainingStep) -> None:
+    return undo
+
+
+def _average_weight_by_weight(step: TrainingStep) -> Undo:
     @torch.no_grad()
     def update(**_: object) -> None:
         for average, live in zip(step.average.average, step.average.live, strict=True):
             average.lerp_(live.float(), 0.003)
 
     step.average.update = update
+    return lambda: step.average.__dict__.pop("update")
 
 
-def _adam_weight_by_weight(step: TrainingStep) -> None:
-    for group in step.optimizers.adam.param_groups:
+def _adam_weight_by_weight(step: TrainingStep) -> Undo:
+    groups = step.optimizers.adam.param_groups
+    kept = [(group["fused"], group["foreach"]) for group in groups]
+    for group in groups:
         group["fused"] = group["foreach"] = False
 
+    def undo() -> None:
+        for group, (fused, foreach) in zip(groups, kept, strict=True):
+            group["fused"], group["foreach"] = fused, foreach
 
-def _muon_matrix_by_matrix(step: TrainingStep) -> None:
-    muon = step.optimizers.muon
+    return undo
+
+
+def _muon_matrix_by_matrix(step: TrainingStep) -> Undo:
+    muon, kept = step.optimizers.muon, step.optimizers.muon.batches
     muon.batches = [muon._batch([matrix]) for matrix in muon.parameters]
 
+    def undo() -> None:
+        muon.batches = kept
 
-def _mix_order_reduction(_: TrainingStep) -> None:
-    import torch._inductor.config as inductor
-
-    inductor.triton.mix_order_reduction = True  # the next TrainingStep switches it off again
+    return undo
 
 
-SWITCHES: dict[str, Callable[[TrainingStep], None]] = {
+SWITCHES: dict[str, Callable[[TrainingStep], Undo]] = {
     "batches made ahead": _make_batches_when_needed,
     "foreach average": _average_weight_by_weight,
     "fused AdamW": _adam_weight_by_weight,
     "batched Muon": _muon_matrix_by_matrix,
-    "mix_order_reduction off": _mix_order_reduction,
 }
-"""What of the hot path can be taken away, each alone."""
+"""What of the hot path can be taken away, each alone, from a step that is already compiled."""
 
 
-def measured(
-    name: str,
-    config: RunConfig,
-    device: torch.device,
-    peak: float,
-    *,
-    compile: bool = True,  # noqa: A002 - torch's word
-    steps: int = 20,
-    without: str | None = None,
-    **call: object,
-) -> Speed:
-    """Return the speed of the fast path under `config`, `without` one of `SWITCHES`."""
-    step = TrainingStep(config, device, compile=compile)
-    if without is not None:
-        SWITCHES[without](step)
-    speed = measure(name, lambda: step(**call), config, device, peak=peak, steps=steps)
-    if name == "ours":
-        speed = dataclasses.replace(speed, parts_ms=measure_parts(step, steps=8))
-    del step
-    torch._dynamo.reset()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return speed
+class Steps:
+    """Measures steps; one that is compiled serves every section that can use it."""
+
+    def __init__(self, device: torch.device, peak: float, *, compile: bool, steps: int) -> None:  # noqa: A002 - torch's word
+        self.device, self.peak, self.compile, self.steps = device, peak, compile, steps
+        self.ours: TrainingStep | None = None
+
+    def of_ours(self, config: RunConfig, name: str, *, without: str | None = None, **call: object) -> Speed:
+        """Return the speed of `config`'s step called with `call`, `without` one of `SWITCHES`."""
+        if self.ours is None:
+            self.ours = TrainingStep(config, self.device, compile=self.compile)
+        undo = SWITCHES[without](self.ours) if without else None
+        speed = self._measured(name, self.ours, config, **call)
+        if undo is not None:
+            undo()
+        if name == "ours":
+            with alone():
+                parts = measure_parts(self.ours, steps=8)
+            speed = dataclasses.replace(speed, parts_ms=parts)
+        return speed
+
+    def of_other(
+        self, config: RunConfig, name: str, *, inductor: dict[str, bool] | None = None, **how: object
+    ) -> Speed:
+        """Return the speed of another configuration, or of the same one compiled with settings of the `inductor`."""
+        self.ours = None
+        self._forget()
+        import torch._inductor.config as settings
+
+        step = TrainingStep(config, self.device, compile=bool(how.get("compile", self.compile)))
+        with settings.patch(inductor or {}):
+            speed = self._measured(name, step, config, steps=8 if how else self.steps)
+        del step
+        self._forget()
+        return speed
+
+    def _measured(
+        self, name: str, step: TrainingStep, config: RunConfig, steps: int | None = None, **call: object
+    ) -> Speed:
+        for _ in range(2):  # compiles
+            step(**call)
+        synchronize(self.device)
+        with alone():
+            return measure(name, lambda: step(**call), config, self.device, peak=self.peak, steps=steps or self.steps)
+
+    def _forget(self) -> None:
+        torch._dynamo.reset()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def full_size() -> tuple[RunConfig, RunConfig]:
@@ -174,22 +220,29 @@ def rehearsal() -> tuple[RunConfig, RunConfig]:
     return small, replace(small, jepa={"gradient": "detached"})
 
 
-def variants(ours: RunConfig, reference: RunConfig) -> dict[str, tuple[RunConfig, dict[str, object]]]:
-    """Return what is measured: name -> (configuration, arguments of `measured`)."""
+def speeds(steps: Steps, ours: RunConfig, reference: RunConfig) -> dict[str, Callable[[], Speed]]:
+    """Return what is measured by name; those that need no compilation of their own come first."""
     L = ours.model.num_layers
     windows = tuple(0 if i % 4 == 3 else ours.data.sequence_bytes // 8 for i in range(L))
-    return {
-        "ours": (ours, {}),
+    same: dict[str, dict[str, object]] = {
+        "ours": {},
+        "loss read every step": {"wait": True},
+        **{f"without {name}": {"without": name} for name in SWITCHES},
+        "latent losses at weight zero": {"jepa_lambda": 0.0},
+    }
+    other: dict[str, tuple[RunConfig, dict[str, object]]] = {
         "reference's settings": (reference, {}),
-        "loss read every step": (ours, {"wait": True}),
-        "latent losses at weight zero": (ours, {"jepa_lambda": 0.0}),
+        "with mix_order_reduction": (ours, {"inductor": {"triton.mix_order_reduction": True}}),
+        "with coordinate_descent_tuning": (ours, {"inductor": {"coordinate_descent_tuning": True}}),
         "without JEPA": (replace(ours, jepa={"enabled": False}), {}),
         "float32 embeddings": (replace(ours, training={"bfloat16_embeddings": False}), {}),
-        "plain flash attention": (replace(ours, training={"attention": "flash"}), {}),
         "windows of T/8 in 3 of 4 layers": (replace(ours, model={"attention_windows": windows}), {}),
         "document masking": (replace(ours, model={"document_masking": True}), {}),
-        "not compiled": (ours, {"compile": False, "steps": 8}),
-        **{f"without {name}": (ours, {"without": name}) for name in SWITCHES},
+        "not compiled": (ours, {"compile": False}),
+    }
+    return {
+        **{name: lambda n=name, c=call: steps.of_ours(ours, n, **c) for name, call in same.items()},
+        **{name: lambda n=name, c=config, h=how: steps.of_other(c, n, **h) for name, (config, how) in other.items()},
     }
 
 
@@ -257,16 +310,15 @@ def main(words: Sequence[str] | None = None) -> None:
         "bytes_a_step": ours.data.batch_bytes,
         "flop_per_byte": flop_per_byte(ours),
     }
-    sections = {"attention": lambda: check_attention(device, *((2, 256) if options.rehearse else ()))}
-    for name, (config, arguments) in variants(ours, reference).items():
-        if options.rehearse:
-            arguments |= {"compile": False, "steps": 2}
-        sections[f"speed: {name}"] = lambda n=name, c=config, a=arguments: dataclasses.asdict(
-            measured(n, c, device, peak, **a)
-        )
-    sections["agreement"] = lambda: check_agreement(3, ("cpu",)) if options.rehearse else check_agreement()
-    first = ["attention", "speed: ours", "speed: reference's settings", "agreement"]  # what a run cut short must have
-    sections = {name: sections[name] for name in [*first, *sections]}
+    steps = Steps(device, peak, compile=not options.rehearse, steps=2 if options.rehearse else 20)
+    sections: dict[str, Callable[[], object]] = {
+        "attention": lambda: check_attention(device, *((2, 256) if options.rehearse else ()))
+    }
+    agreement = (3, ("cpu",)) if options.rehearse else ()
+    for name, run in speeds(steps, ours, reference).items():
+        if name == "reference's settings":  # from here on every section compiles anew
+            sections["agreement"] = lambda: check_agreement(*agreement)
+        sections[f"speed: {name}"] = lambda r=run: dataclasses.asdict(r())
     for section, run in sections.items():
         if time.perf_counter() - begin > 60 * options.minutes:
             report[section] = "not reached in the time given"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,10 @@ from bytejepa.errors import ArtifactError
 MAX_TABLES = 64
 MAX_SYMBOLS = 256
 CLUSTERING_ROUNDS = 8
+SAMPLED_ROWS = 8192
+"""Most rows that tables are sought on; a model of 35 million weights has 120,000."""
+ROUNDS_OF_ALL = 4
+"""After that, with all rows."""
 STREAM_NAMES = ("frequencies", "table of each row", "codes")
 
 Codes = npt.NDArray[np.int8]
@@ -73,50 +78,94 @@ def row_histograms(matrices: Sequence[Codes], lowest: int, num_symbols: int) -> 
 
 
 def choose_tables(histograms: npt.NDArray[np.int32]) -> RowTables:
-    """Return the tables, at most MAX_TABLES, that code rows of these histograms in about the fewest bytes."""
+    """Return the tables, at most MAX_TABLES, that code rows of these histograms in about the fewest bytes.
+
+    How many, and which, is found on at most SAMPLED_ROWS rows; then all rows choose among them.
+    """
+    sample = _sampled_rows(histograms)
+    sampled = histograms[sample].astype(np.float32)  # products of floats are what numpy is quick at
+    scale = float(histograms.sum()) / max(1.0, float(sampled.sum(dtype=np.float64)))
     best, least = None, np.inf
     count = 1
-    exact = histograms.astype(np.float64)  # products of floats are what numpy is quick at
     while count <= MAX_TABLES:
-        tables = _cluster(exact, count)
+        table_of_row = _cluster(sampled, count)
+        tables = _row_tables(sampled, table_of_row)
         # a frequency takes about a byte after compression
-        total_bits = float(tables.bits_of_row.sum()) + 8 * np.count_nonzero(tables.frequencies)
+        total_bits = scale * float(tables.bits_of_row.sum()) + 8 * np.count_nonzero(tables.frequencies)
         if best is not None and total_bits >= least:
             break
-        best, least = tables, total_bits
+        best, least = table_of_row, total_bits
         count *= 2
     assert best is not None
-    return best
+    if len(sample) == len(histograms):
+        return _row_tables(sampled, best)
+    counts, _, name_bits = _tables_of(sampled, best)
+    exact = histograms.astype(np.float32)
+    for _ in range(ROUNDS_OF_ALL):
+        table_of_row = _cheapest(exact, counts, name_bits)
+        counts, table_of_row, name_bits = _tables_of(exact, table_of_row)
+    return _row_tables(exact, table_of_row)
 
 
-def _cluster(histograms: npt.NDArray[np.float64], count: int) -> RowTables:
-    """Return up to `count` tables after a few rounds from rows ordered by their spread."""
-    symbols = np.arange(histograms.shape[1])
-    lengths = np.maximum(1, histograms.sum(1))
-    spread = histograms @ np.square(symbols) / lengths - np.square(histograms @ symbols / lengths)
-    rank = np.argsort(np.argsort(spread, kind="stable"), kind="stable")
+def _sampled_rows(histograms: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """Return which rows stand for all: evenly along their spread, long ones more often; in their order."""
+    if len(histograms) <= SAMPLED_ROWS:
+        return np.arange(len(histograms))
+    ends = np.cumsum(histograms.sum(1, dtype=np.int64)[order := np.argsort(_spread(histograms), kind="stable")])
+    places = np.searchsorted(ends, (np.arange(SAMPLED_ROWS) + 0.5) * (ends[-1] / SAMPLED_ROWS))
+    return np.sort(order[np.unique(places)])
+
+
+def _spread(histograms: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Return the variance of each row's codes."""
+    symbols = np.arange(histograms.shape[1], dtype=np.float64)
+    moments = histograms.astype(np.float32) @ np.stack((np.ones_like(symbols), symbols, symbols**2), 1).astype(
+        np.float32
+    )
+    length, first, second = moments.T.astype(np.float64)
+    length = np.maximum(1, length)
+    return second / length - np.square(first / length)
+
+
+def _cluster(histograms: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
+    """Return each row's table, up to `count` of them, after a few rounds from rows ordered by their spread."""
+    rank = np.argsort(np.argsort(_spread(histograms), kind="stable"), kind="stable")
     table_of_row = rank * count // max(1, len(rank))
     for _ in range(CLUSTERING_ROUNDS if count > 1 else 0):
         counts, table_of_row, name_bits = _tables_of(histograms, table_of_row)
-        # a code that a table has not seen is possible, and dear
-        code_bits = -np.log2(np.maximum(counts, 2**-6) / np.maximum(1, counts.sum(1, keepdims=True)))
-        table_of_row = (histograms @ code_bits.T + name_bits).argmin(1)
+        table_of_row = _cheapest(histograms, counts, name_bits)
+    return table_of_row
+
+
+def _cheapest(
+    histograms: npt.NDArray[np.float32], counts: npt.NDArray[np.int64], name_bits: npt.NDArray[np.float64]
+) -> npt.NDArray[np.int64]:
+    """Return for each row the table that codes it in the fewest bits."""
+    # a code that a table has not seen is possible, and dear
+    code_bits = -np.log2(np.maximum(counts, 2**-6) / np.maximum(1, counts.sum(1, keepdims=True)))
+    return (histograms @ code_bits.T.astype(np.float32) + name_bits.astype(np.float32)).argmin(1)
+
+
+def _row_tables(histograms: npt.NDArray[np.float32], table_of_row: npt.NDArray[np.int64]) -> RowTables:
     counts, table_of_row, name_bits = _tables_of(histograms, table_of_row)
     frequencies = np.stack([rans.normalize(row) for row in counts])
     code_bits = rans.TOTAL_BITS - np.log2(np.maximum(frequencies, 1))
-    bits_of_row = np.einsum("rs,rs->r", histograms, code_bits[table_of_row]) + name_bits[table_of_row]
+    bits_of_row = np.empty(len(histograms))
+    for table, bits in enumerate(code_bits):
+        rows = table_of_row == table
+        bits_of_row[rows] = histograms[rows] @ bits + name_bits[table]
     return RowTables(frequencies=frequencies, table_of_row=table_of_row.astype(np.uint8), bits_of_row=bits_of_row)
 
 
 def _tables_of(
-    histograms: npt.NDArray[np.float64], table_of_row: npt.NDArray[np.int64]
+    histograms: npt.NDArray[np.float32], table_of_row: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Return (counts of each table in use, table of each row renumbered, bits that naming each table takes)."""
-    used, table_of_row = np.unique(table_of_row, return_inverse=True)
-    members = table_of_row == np.arange(max(1, len(used)))[:, None]
-    counts = np.rint(members.astype(np.float64) @ histograms).astype(np.int64)
-    name_bits = -np.log2(np.maximum(members.sum(1), 1) / max(1, len(histograms)))
-    return counts, table_of_row, name_bits
+    used, table_of_row, rows = np.unique(table_of_row, return_inverse=True, return_counts=True)
+    if not len(used):
+        return np.zeros((1, histograms.shape[1]), np.int64), table_of_row, np.zeros(1)
+    sums = [histograms[table_of_row == table].sum(0, dtype=np.float64) for table in range(len(used))]
+    return np.rint(np.stack(sums)).astype(np.int64), table_of_row, -np.log2(rows / len(histograms))
 
 
 def tables_of_matrices(matrices: Sequence[Codes]) -> RowTables:
