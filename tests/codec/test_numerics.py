@@ -51,8 +51,28 @@ def test_all_paths_give_the_same_integers(name: str) -> None:
 @pytest.mark.compiled
 def test_compiled_torch_gives_the_same_integers() -> None:
     model = integers(model={"num_layers": 1, "xsa_last_layers": 1}, jepa={"enabled": False})
-    compiled, ids = TorchCoder(model, 16, 8, compile=True), random_ids(2, 16).numpy()
-    assert np.array_equal(in_parts(compiled, ids, []), in_parts(CpuCoder(model, 16, 8), ids, []))
+    compiled, block = TorchCoder(model, 16, 8, compile=True), bytes(range(200))
+    compiled.windows_at_once = 4
+    passes: list[tuple[int, ...]] = []
+    whole = compiled._compiled
+
+    def counted(state, ids, position):
+        passes.append((*ids.shape, position))
+        return whole(state, ids, position)
+
+    compiled._compiled = counted
+    for found, expected in zip(compiled.price(block), CpuCoder(model, 16, 8).price(block), strict=True):
+        assert np.array_equal(found, expected)
+    assert passes == [(4, 16, 0)] * 6  # 24 windows; the last one is shorter
+
+
+def test_a_last_pass_that_is_filled_up_changes_nothing() -> None:
+    coder, plain = (TorchCoder(integers(), 16, 8) for _ in range(2))
+    coder.fills_passes, coder.windows_at_once, plain.windows_at_once = True, 4, 3
+    for num_bytes in (1, 16, 40, 41, 90):
+        block = bytes(range(num_bytes))
+        for found, expected in zip(coder.price(block), plain.price(block), strict=True):
+            assert np.array_equal(found, expected)
 
 
 @pytest.mark.gpu

@@ -64,14 +64,14 @@ class _Common:
     @contextlib.contextmanager
     def _settings(self, what: str, total: int, lanes: int | None = None) -> Iterator[Settings]:
         from bytejepa.cli.terminal import progress_bar
-        from bytejepa.codec.compress import LANES, Settings
+        from bytejepa.codec.compress import Settings
 
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"--threads: expected 1 or more, got {self.threads}")
         with progress_bar(what, total=total) as (bar, task):
             yield Settings(
                 threads=self.threads,
-                lanes=lanes or LANES,
+                lanes=lanes,
                 device=self.device,
                 on_progress=lambda done: bar.advance(task, done),
             )
@@ -136,8 +136,8 @@ class Decompress(_Common):
     """Decode and check everything, write nothing."""
     keep_going: bool = False
     """Write what can be restored, with zeros in place of damaged blocks; the exit code is 6 all the same."""
-    lanes: int = 8
-    """Blocks that a thread decodes together."""
+    lanes: int | None = None
+    """Blocks that a thread decodes together; default: 8, and 1,024 on a GPU."""
 
     def run_command(self) -> int:
         """Decompress."""
@@ -146,7 +146,7 @@ class Decompress(_Common):
         from bytejepa.cli.terminal import note
         from bytejepa.codec.compress import decompress, restore
 
-        if self.lanes < 1:
+        if self.lanes is not None and self.lanes < 1:
             raise ConfigError(f"--lanes: expected 1 or more, got {self.lanes}")
         target = None if self.test else self._target(self._default_output())
         blob = self._read()

@@ -31,6 +31,10 @@ WINDOW = 1024
 """Longest default window: beyond it attention costs more than the context gains."""
 LANES = 8
 """Most lanes of a thread."""
+GPU_LANES = 1024
+"""The same on a GPU, where one thread feeds them all: keys and values of `default` then take 14 GB."""
+COMPILED_FROM_BYTES = 4_000_000
+"""Content from which on compiling the model for a GPU, half a minute, pays."""
 INCOMPRESSIBLE = 0.98
 """A block that zstd cannot bring below this share is not given to the model."""
 
@@ -45,12 +49,14 @@ class Settings:
     """How to compute: none of it changes what is computed."""
 
     threads: int | None = None
-    """None: as many as there are processors."""
-    lanes: int = LANES
-    """Most blocks that a thread decodes together."""
+    """None: as many as there are processors; one for a GPU."""
+    lanes: int | None = None
+    """Most blocks that a thread decodes together; None: 8, and 1,024 on a GPU."""
     backend: Backend = "auto"
     """`cpu`: compiled for this processor; `torch`: PyTorch, on `device`; auto: torch if the device is a GPU."""
     device: str = "cpu"
+    compile: bool | None = None
+    """Let PyTorch compile the encoder; None: on a GPU, from 4 MB on."""
     on_progress: Progress | None = None
     """Called with the number of bytes done since the last call, from any thread but never from two at once."""
 
@@ -59,7 +65,14 @@ class Settings:
         """Threads to use."""
         if self.threads:
             return self.threads
+        if self.device != "cpu":
+            return 1
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    @property
+    def num_lanes(self) -> int:
+        """Lanes of a thread to use."""
+        return self.lanes or (LANES if self.device == "cpu" else GPU_LANES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +122,10 @@ def compress(
     window, hop = checked_window(integers, window, hop)
     if not 1 <= block_bytes <= container.MAX_BLOCK_BYTES:
         raise ConfigError(f"block bytes: expected 1 to {container.MAX_BLOCK_BYTES}, got {block_bytes}")
-    chosen = _coder(integers, window, hop, settings)
+    compiled = settings.compile
+    if compiled is None:
+        compiled = settings.device != "cpu" and len(data) >= COMPILED_FROM_BYTES
+    chosen = _coder(integers, window, hop, settings, compiled=compiled)
     contents = [data[begin : begin + block_bytes] for begin in range(0, len(data), block_bytes)]
     blocks = _in_threads(lambda content, report: _encode_block(chosen, content, report), contents, settings)
     coded = container.blocks_file(data, blocks, block_bytes=block_bytes, window=window, hop=hop, model=integers.sha256)
@@ -167,12 +183,12 @@ def checked_window(model: IntegerModel, window: int | None, hop: int | None) -> 
     return window, hop
 
 
-def _coder(model: IntegerModel, window: int, hop: int, settings: Settings) -> LaneCoder:
+def _coder(model: IntegerModel, window: int, hop: int, settings: Settings, *, compiled: bool = False) -> LaneCoder:
     on_gpu = settings.device != "cpu"
     if settings.backend == "torch" or (settings.backend == "auto" and on_gpu):
         from bytejepa.codec.torch_model import TorchCoder
 
-        return TorchCoder(model, window, hop, device=settings.device)
+        return TorchCoder(model, window, hop, device=settings.device, compile=compiled)
     from bytejepa.codec.cpu import CpuCoder
 
     return CpuCoder(model, window, hop)
@@ -239,7 +255,7 @@ def _in_threads(work: Callable[[Item, Progress], Result], items: Sequence[Item],
 
 def _groups(indices: list[int], settings: Settings) -> Iterator[list[int]]:
     """Yield the blocks that are decoded together: no more than the lanes, and something for every thread."""
-    size = max(1, min(settings.lanes, -(-len(indices) // settings.num_threads)))
+    size = max(1, min(settings.num_lanes, -(-len(indices) // settings.num_threads)))
     for first in range(0, len(indices), size):
         yield indices[first : first + size]
 

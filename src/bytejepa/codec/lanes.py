@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +30,11 @@ Ids = npt.NDArray[np.int64]
 class LaneCoder(abc.ABC):
     """The coder of one model, window and hop: one subclass for each way to compute the same integers."""
 
-    windows_at_once: ClassVar[int] = 1
+    windows_at_once: int = 1
     """Windows of a block that are priced as lanes of one pass."""
-    chunk_rows: ClassVar[int] = CHUNK_ROWS
+    chunk_rows: int = CHUNK_ROWS
+    fills_passes = False
+    """Whether a block's last pass gets as many windows as the others, so that its shape is theirs."""
 
     def __init__(self, window: int, hop: int) -> None:
         self.window, self.hop = window, hop
@@ -66,6 +68,9 @@ class LaneCoder(abc.ABC):
         state = self.start(min(self.windows_at_once, len(plan)))
         for index in range(0, len(plan), self.windows_at_once):
             together = plan[index : index + self.windows_at_once]
+            if self.fills_passes and index:
+                begin, end, _ = plan[0]
+                together += [(begin, end, end)] * (self.windows_at_once - len(together))  # of which nothing is wanted
             if len(together) < min(self.windows_at_once, len(plan)):
                 state = self.start(len(together))
             self._price_windows(state, ids, together, starts, chosen)

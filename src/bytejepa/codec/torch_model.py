@@ -136,6 +136,8 @@ class TorchCoder(LaneCoder):
         compile: bool = False,  # noqa: A002 - torch's word
     ) -> None:
         super().__init__(window, hop)
+        self.windows_at_once = max(1, min(self.windows_at_once, self.chunk_rows // window))
+        self.fills_passes = compile
         self.model, self.device, self.container = model, torch.device(device), container
         self.cosines, self.sines = (
             self._tensor(table) for table in fp.rotary_tables(window, model.rotary_dims, model.rotary_base)
@@ -149,7 +151,7 @@ class TorchCoder(LaneCoder):
         self.head = self._matrix(model.head)
         self.layers = [_Layer(layer, self) for layer in model.layers]
         self.latents = None if model.latents is None else _Latents(model.latents, self)
-        self._run = torch.compile(self._advance, dynamic=False) if compile else self._advance
+        self._compiled = torch.compile(self._advance, dynamic=False) if compile else None
 
     def _tensor(self, array: Ids) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
@@ -191,7 +193,10 @@ class TorchCoder(LaneCoder):
         return both[..., 0], both[..., 1]
 
     def _logits_after(self, state: TorchState, ids: Ids, position: int, first_wanted: int) -> Tensor:
-        x = self._run(state, self._tensor(ids), position)[:, first_wanted:]
+        # one shape is compiled, that of whole windows; each other one would take longer to compile than it saves
+        is_whole = ids.shape == (self.windows_at_once, self.window)
+        run = self._compiled if self._compiled is not None and is_whole else self._advance
+        x = run(state, self._tensor(ids), position)[:, first_wanted:]
         return self._logits(x).flatten(0, 1)
 
     @torch.no_grad()
