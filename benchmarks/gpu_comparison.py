@@ -3,8 +3,7 @@
     python benchmarks/gpu_comparison.py DATA OUT --seconds 70 [--arms pr832 golf golf-chunks]
 
 DATA: byte260 shards of a training and a validation split. One process an arm: they compile side by side, train one after the
-other, each for the same seconds (compilation not counted) at the reference's share of a batch, 49,152 bytes a step, and pack on
-the CPU while the next one trains. Writes OUT/comparison.json; the run folders and artifacts stay in OUT.
+other, each for the same seconds (compilation not counted) at the reference's share of a batch, 49,152 bytes a step. Writes OUT/comparison.json; the run folders and artifacts stay in OUT.
 """
 
 from __future__ import annotations
@@ -103,17 +102,17 @@ def run_arm(name: str, config: RunConfig, data: Path, out: Path, score_bytes: in
 
     Trainer.warm_up = warm_up_and_wait  # type: ignore[method-assign]
     runs.Trainer = functools.partial(Trainer, validate=False)  # type: ignore[misc, assignment]
-    run = out / name
+    run, artifact = out / name, out / f"{name}.bjm"
+    device = torch.device("cpu" if config.training.device == "cpu" else "cuda")
     try:
         result = runs.train(config, data, run, force=True)
+        config, average = run_weights(run)
+        begin = time.perf_counter()
+        sequences = calibration_sequences(IdStream.open(data, "train"), config, data)
+        info = write_artifact(artifact, average, config, sequences=sequences, device=device, force=True)
+        pack_s = time.perf_counter() - begin
     finally:
         turn.__exit__(None, None, None)
-    device = torch.device(config.training.device if config.training.device != "auto" else "cuda")
-    config, average = run_weights(run)
-    begin, artifact = time.perf_counter(), out / f"{name}.bjm"
-    sequences = calibration_sequences(IdStream.open(data, "train"), config, data)
-    info = write_artifact(artifact, average, config, sequences=sequences, force=True)
-    pack_s = time.perf_counter() - begin
     ids = leading_ids(IdStream.open(data, "val"), score_bytes + 1, data)
     window = config.evaluation.window_bytes
     scores = {}
