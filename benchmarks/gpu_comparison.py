@@ -3,7 +3,8 @@
     python benchmarks/gpu_comparison.py DATA OUT --seconds 70 [--arms pr832 golf golf-chunks]
 
 DATA: byte260 shards of a training and a validation split. One process an arm: they compile side by side, train one after the
-other, each for the same seconds (compilation not counted) at the reference's share of a batch, 49,152 bytes a step. Writes OUT/comparison.json; the run folders and artifacts stay in OUT.
+other, each for the same seconds (compilation not counted) at the reference's share of a batch, 49,152 bytes a step. Writes
+OUT/comparison.json; the run folders and artifacts stay in OUT.
 """
 
 from __future__ import annotations
