@@ -13,9 +13,10 @@ from bytejepa.artifact.store import store_weights
 from bytejepa.bits import bits_per_byte
 from bytejepa.codec import fixed_point as fp
 from bytejepa.codec.cpu import CpuCoder
-from bytejepa.codec.integer_model import integer_model
+from bytejepa.codec.integer_model import IntegerMatrix, integer_model
 from bytejepa.codec.lanes import LaneCoder
 from bytejepa.codec.torch_model import TorchCoder, square_root
+from bytejepa.codec.torch_model import _Matrix as TorchMatrix
 from bytejepa.errors import CodecError
 from bytejepa.scoring.evaluate import score
 from codec.models import EVERY_CODE, GOLDEN_MODEL, STRUCTURES, cpu_coder, golden_model
@@ -46,6 +47,16 @@ def test_all_paths_give_the_same_integers(name: str) -> None:
     for container in ("float64", "float32", "int64"):
         torch_path = TorchCoder(model, 32, 16, container=container)
         assert np.array_equal(in_parts(torch_path, ids, [1, 7, 8, 21]), expected), container
+
+
+def test_products_of_the_widest_rows_are_exact_in_float32() -> None:
+    codes = np.full((2, 4096), 127, dtype=np.int8)
+    codes[1, ::3] = -128
+    matrix = IntegerMatrix(codes=codes, multiplier=np.ones(2, np.int64), shift=1, input_bits=15)
+    a = torch.full((3, 4096), 127)  # sums of odd numbers beyond 2^24, of which float32 would drop the last digit
+    a[1, 7], a[2] = 126, 32_767
+    in_float32 = TorchMatrix.of(matrix, "float32", torch.device("cpu")).sums(a)
+    assert torch.equal(in_float32, a @ torch.from_numpy(codes).long().T)
 
 
 @pytest.mark.compiled
