@@ -1,8 +1,13 @@
 """The format's own numbers: a change here breaks every file that exists."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from bytejepa.codec import coder
 from bytejepa.codec.compress import decompress
@@ -19,6 +24,15 @@ def test_the_compiled_path_gives_the_golden_numbers() -> None:
 
 def test_the_torch_path_gives_the_golden_numbers() -> None:
     assert measured(TorchCoder(golden_model(), 64, 32)) == EXPECTED
+
+
+@pytest.mark.slow
+def test_code_for_the_plainest_processor_gives_the_golden_numbers(tmp_path: Path) -> None:
+    """Without AVX, in a process of its own: the compiled code is another, its integers are not."""
+    environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)}
+    test = f"{__file__}::test_the_compiled_path_gives_the_golden_numbers"
+    done = subprocess.run([sys.executable, "-m", "pytest", test], env=environment, capture_output=True, text=True)
+    assert "1 passed" in done.stdout, done.stdout
 
 
 def test_golden_words_of_the_coder() -> None:

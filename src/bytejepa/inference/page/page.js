@@ -191,6 +191,7 @@ function showTip(offset, at) {
   tip.replaceChildren(element("h3", "", `${title}: ${number(costAt(offset), 2)} bits`), tables,
     element("p", "hint", `offset ${number(offset, 0)}, line ${number(last(lineStart, offset) + 1, 0)}, running bpb ${number(prefix[offset + length] / (offset + length), 3)}`));
   tip.hidden = false;
+  tip.style.left = "0"; // its width is what it takes where there is room
   const box = tip.getBoundingClientRect();
   const below = at.bottom + 8 + box.height < innerHeight;
   tip.style.left = Math.max(6, Math.min(at.left, innerWidth - box.width - 8)) + "px";
