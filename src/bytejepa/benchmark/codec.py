@@ -17,7 +17,7 @@ import zstandard
 
 from bytejepa.artifact.store import store_weights
 from bytejepa.benchmark.bench import surroundings
-from bytejepa.codec.compress import Model, Settings, codec_model, compress, decompress
+from bytejepa.codec.compress import Model, Settings, codec_model, compress, decompress, default_hop
 from bytejepa.codec.cpu import CpuCoder
 from bytejepa.codec.integer_model import IntegerModel, integer_model
 from bytejepa.config import RunConfig
@@ -33,7 +33,7 @@ def bench_codec(
 ) -> dict[str, Any]:
     """Return bytes a second of the codec on blocks of `num_bytes` random bytes, with random weights.
 
-    For every window (hop: half of it): encoding one block a thread, decoding so many lanes a thread, and what
+    For every window, with its default hop: encoding one block a thread, decoding so many lanes a thread, and what
     float32 stepping reaches with as many lanes in all (without an entropy coder, at 3/4 of the window).
     """
     threads = threads or len(os.sched_getaffinity(0))
@@ -58,7 +58,7 @@ def bench_codec(
 def _codec_rows(
     model: IntegerModel, block: bytes, window: int, lanes: Sequence[int], threads: int
 ) -> list[dict[str, Any]]:
-    coder = CpuCoder(model, window, window // 2)
+    coder = CpuCoder(model, window, default_hop(window))
     coder.price(block[:2])  # compiles, or reads the compiled code
     coder.decode([block], [2])
     with ThreadPoolExecutor(threads) as pool:

@@ -98,8 +98,11 @@ class Bench:
 
     def _codec(self) -> dict[str, Any]:
         from bytejepa.benchmark.codec import bench_codec
+        from bytejepa.codec.compress import default_hop
 
-        num_bytes = min(self.num_bytes, 3 * max(self.contexts) // 2)  # one window and one hop
+        # a window and three hops: near enough to a long block, in which every hop's rest is computed again
+        longest = max(self.contexts)
+        num_bytes = min(self.num_bytes, longest + 3 * default_hop(longest))
         return bench_codec(
             self.config, num_bytes=num_bytes, lanes=self.lanes, windows=self.contexts, threads=self.threads
         )

@@ -105,7 +105,7 @@ class Compress(_Common):
     window: int | None = None
     """Context of a prediction, in ids; default: the model's, at most 1,024. Stored in the file."""
     hop: int | None = None
-    """Ids by which a full context moves on; default: half the window. Stored in the file."""
+    """Ids by which a full context moves on; default: three quarters of the window. Stored in the file."""
     block_bytes: int = 32_768
     """Content that decodes by itself: smaller blocks give more lanes, larger ones compress better."""
 

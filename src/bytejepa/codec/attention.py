@@ -37,16 +37,21 @@ def _softmax(scores: Any, length: int, multiplier: int, shift: int, exp2: Any, w
     largest = scores[0]
     for j in range(1, length):
         largest = max(largest, scores[j])
-    half = np.int64(1) << (shift - 1)
-    total = np.int64(0)
+    # factors that are seen to have 32 bits are multiplied eight at a time; a loop without a look-up too
+    factor, down = np.uint64(np.uint32(multiplier)), np.uint64(shift)
+    half = np.uint64(1) << np.uint64(shift - 1)
     for j in range(length):
-        exponent = ((np.int64(largest) - np.int64(scores[j])) * multiplier + half) >> shift
-        weight = exp2[exponent & ((1 << SOFTMAX_BITS) - 1)] >> min(exponent >> SOFTMAX_BITS, 63)
-        weights[j] = weight
-        total += weight
-    inverse = (np.int64(INT16_MAX) << INVERSE_BITS) // total
+        exponent = (np.uint64(np.uint32(largest - scores[j])) * factor + half) >> down
+        weights[j] = min(exponent, np.uint64((32 << SOFTMAX_BITS) - 1))  # 2^30 >> 31 is 0 already
+    total = np.uint64(0)
     for j in range(length):
-        out[j] = (weights[j] * inverse + (np.int64(1) << (INVERSE_BITS - 1))) >> INVERSE_BITS
+        exponent = weights[j]
+        weights[j] = exp2[exponent & np.uint32((1 << SOFTMAX_BITS) - 1)] >> (exponent >> np.uint32(SOFTMAX_BITS))
+        total += np.uint64(weights[j])
+    inverse = np.uint64(np.uint32((np.uint64(INT16_MAX) << np.uint64(INVERSE_BITS)) // total))
+    half = np.uint64(1) << np.uint64(INVERSE_BITS - 1)
+    for j in range(length):
+        out[j] = (np.uint64(weights[j]) * inverse + half) >> np.uint64(INVERSE_BITS)
 
 
 @compiled
@@ -93,7 +98,7 @@ def attend(
     per_group = num_rows // y.shape[0]
     positions, outputs = keys.shape[3] * 16, values.shape[3] * 16
     scores = np.empty((4, positions), np.int32)
-    weights = np.empty(positions, np.int64)
+    weights = np.empty(positions, np.uint32)
     shares = np.zeros((4, positions), np.int16)
     sums = np.empty((4, outputs), np.int32)
     scores_at, shares_at, sums_at = scores.ctypes.data, shares.ctypes.data, sums.ctypes.data

@@ -83,6 +83,7 @@ class PackedModel(NamedTuple):
     latent_start: Array
     """(Z,) int64."""
     exp2: Array
+    """(4096,) uint32."""
     tanh: Array
     sigmoid: Array
 
@@ -143,7 +144,7 @@ def pack_model(model: IntegerModel, window: int) -> PackedModel:
         latent_maps=_latent_maps(latents),
         latent_widths=_latent_widths(latents),
         latent_start=np.zeros(0, np.int64) if latents is None else latents.start,
-        exp2=fp.exp2_table(),
+        exp2=fp.exp2_table().astype(np.uint32),
         tanh=fp.tanh_table(),
         sigmoid=fp.sigmoid_table(),
     )
