@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from bytejepa.artifact.write import write_artifact
 from bytejepa.data.corpus import embedded_text
@@ -34,6 +35,15 @@ def test_a_file_goes_and_comes_back(command: Callable, file: Path) -> None:
     assert not file.exists()
     assert command("decompress", packed, "--model", GOLDEN_MODEL).code == 0
     assert file.read_bytes() == original
+
+
+def test_it_works_out_of_the_box(command: Callable, file: Path) -> None:
+    file.write_bytes(DATA)
+    assert command("compress", file).code == 0
+    packed = file.with_name("notes.txt.bjc")
+    assert packed.stat().st_size < 0.6 * len(zstandard.ZstdCompressor(level=19).compress(DATA))
+    assert command("decompress", packed, "--force").code == 0
+    assert file.read_bytes() == DATA
 
 
 def test_both_are_filters(tmp_path: Path) -> None:

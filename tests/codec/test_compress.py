@@ -291,6 +291,12 @@ def test_foreign_and_newer_files_are_told_apart() -> None:
             decompress(golden_model(), blob)
 
 
+def test_a_full_window_moves_by_three_quarters_unless_told() -> None:
+    parsed = container.parse(compress(golden_model(), TEXT))
+    assert isinstance(parsed, container.Blocks)
+    assert (parsed.window, parsed.hop) == (128, 96)
+
+
 def test_impossible_windows_are_refused() -> None:
     for settings in ({"window": 0}, {"window": 1 << 20}, {"window": 64, "hop": 65}, {"hop": 0}, {"block_bytes": 0}):
         with pytest.raises(ConfigError):
