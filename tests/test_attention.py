@@ -134,17 +134,17 @@ def test_the_query_gain_starts_where_it_is_set() -> None:
 
 
 def test_auto_is_a_kernel_of_this_machine() -> None:
-    assert choose_backend("auto", "cpu", windows=False, documents=False) == "blocked"
-    assert choose_backend("auto", "cpu", windows=True, documents=False) == "flash"
-    assert choose_backend("math", "cpu", windows=False, documents=True) == "math"
+    assert choose_backend("auto", "cpu") == "blocked"
+    assert choose_backend("auto", "cpu", windows=True) == "flash"
+    assert choose_backend("math", "cpu", documents=True) == "math"
 
 
-@pytest.mark.parametrize("kernel", ["flash3", "flash4", "cudnn", "flex"])
+@pytest.mark.parametrize("kernel", ["flash3", "flash4", "cudnn", "flex", "efficient"])
 def test_an_impossible_kernel_is_refused_with_the_reason_and_what_is_possible(kernel: str) -> None:
     with pytest.raises(
         ConfigError, match=f"training.attention {kernel} is impossible on cpu: .*possible: blocked, flash, math"
     ):
-        choose_backend(kernel, "cpu", windows=False, documents=False)
+        choose_backend(kernel, "cpu")
 
 
 def test_hopper_kernels_get_windows_as_the_keys_before_a_query(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,16 +166,34 @@ def test_hopper_kernels_get_windows_as_the_keys_before_a_query(monkeypatch: pyte
 def test_hopper_kernels_are_chosen_for_windows_but_not_for_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     found = dict.fromkeys(attention.available_backends("cpu"))  # a machine that has everything
     monkeypatch.setitem(attention._available, "cuda", found)
-    assert choose_backend("auto", "cuda", windows=True, documents=False) == "flash3"
-    assert choose_backend("auto", "cuda", windows=True, documents=True) == "flex"
-    monkeypatch.setitem(attention._available, "cuda", found | {"flash3": "not installed", "flash4": "not installed"})
-    assert choose_backend("auto", "cuda", windows=True, documents=False) == "flex"
-    assert choose_backend("auto", "cuda", windows=False, documents=False) == "cudnn"
+    half = {"dtype": torch.bfloat16, "compiled": True}
+    assert choose_backend("auto", "cuda", windows=True, **half) == "flash3"
+    assert choose_backend("auto", "cuda", windows=True, documents=True, **half) == "flex"
+    monkeypatch.setitem(
+        attention._available, "cuda", found | dict.fromkeys(("flash3", "flash4", "blocked"), "not installed")
+    )
+    assert choose_backend("auto", "cuda", windows=True, **half) == "flex"
+    assert choose_backend("auto", "cuda", **half) == "cudnn"
+
+
+def test_a_gpu_computes_float32_and_uncompiled_masks_by_the_kernel_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(attention._available, "cuda", dict.fromkeys(attention.available_backends("cpu")))
+    assert choose_backend("auto", "cuda", dtype=torch.float32) == "blocked"
+    monkeypatch.setitem(
+        attention._available, "cuda", dict.fromkeys(attention.available_backends("cpu")) | {"blocked": "for CPUs"}
+    )
+    assert choose_backend("auto", "cuda", dtype=torch.float32) == "efficient"
+    assert choose_backend("auto", "cuda", documents=True, dtype=torch.float32, compiled=True) == "flex"
+    assert choose_backend("auto", "cuda", documents=True, dtype=torch.bfloat16) == "efficient"
+    with pytest.raises(
+        ConfigError, match=r"cudnn is impossible on cuda: it computes in half precision only, .*float32"
+    ):
+        choose_backend("cudnn", "cuda", dtype=torch.float32)
 
 
 def test_a_kernel_without_masks_is_refused_where_there_are_some() -> None:
     with pytest.raises(ConfigError, match=r"blocked is impossible on cpu: it cannot mask .*possible: flash, math"):
-        choose_backend("blocked", "cpu", windows=True, documents=False)
+        choose_backend("blocked", "cpu", windows=True)
 
 
 @pytest.mark.parametrize("kernel", ["math", "flash", "blocked"])

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 
 
-@pytest.mark.parametrize("kernel", ["flash4", "flash3", "cudnn", "flash", "flex", "math"])
+@pytest.mark.parametrize("kernel", ["flash4", "flash3", "cudnn", "flash", "flex", "efficient", "math"])
 @pytest.mark.parametrize("window", [None, 64])
 @pytest.mark.parametrize("documents", [False, True])
 def test_every_kernel_agrees_with_an_explicit_softmax(kernel: str, window: int | None, documents: bool) -> None:
@@ -51,16 +51,15 @@ def test_every_kernel_agrees_with_an_explicit_softmax(kernel: str, window: int |
 
 def test_the_compiled_norm_and_rotation_is_the_plain_formula() -> None:
     tables = layers.RotaryTables(16, 10_000.0, 128).to(CUDA)
-    heads = torch.randn(2, 128, 6, 64, device=CUDA, requires_grad=True)
+    heads = torch.randn(2, 128, 6, 64, device=CUDA).bfloat16().requires_grad_()
     gain = torch.linspace(0.5, 2.0, 6, device=CUDA).requires_grad_()
     weight = torch.randn_like(heads)
     ours = torch.compile(fused.normalize_and_rotate_compiled)(heads, *tables(128), gain)
-    plain = layers.rotate(layers.rms_norm(heads), *tables(128)) * gain[:, None]
-    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
-    for mine, theirs in zip(
-        *(torch.autograd.grad((y * weight).sum(), (heads, gain)) for y in (ours, plain)), strict=True
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+    plain = layers.rotate(layers.rms_norm(heads.float()), *tables(128)) * gain[:, None]
+    torch.testing.assert_close(ours.float(), plain, rtol=1e-2, atol=1e-2)
+    gradients = [torch.autograd.grad((y.float() * weight).sum(), (heads, gain)) for y in (ours, plain)]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine.float(), theirs.float(), rtol=2e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize("compile_", ["on", "off"])

@@ -171,6 +171,19 @@ def test_a_gradient_written_for_a_compiler_keeps_the_dtype_of_its_input() -> Non
     torch.testing.assert_close(result.float(), exact, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
+def test_compiled_gradients_in_half_precision_are_those_of_the_plain_formula() -> None:
+    cosines, sines = rotation(5, dims=4)
+    weight, results = normal(2, 5, 2, 16, seed=1), []
+    for function in (torch.compile(fused.normalize_and_rotate_compiled), plain_rotation):
+        heads, gain = normal(2, 5, 2, 16).bfloat16().requires_grad_(), torch.tensor([1.5, 0.5], requires_grad=True)
+        result = function(heads if function is not plain_rotation else heads.float(), cosines, sines, gain)
+        (result.float() * weight).sum().backward()
+        results.append((result.float(), heads.grad.float(), gain.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=2e-2, atol=2e-2)
+
+
 def test_hand_written_gradients_of_two_inputs_are_those_of_finite_differences() -> None:
     x, x0, mix = (normal(*shape, dtype=torch.float64).requires_grad_() for shape in ((2, 3, 4), (2, 3, 4), (2, 4)))
     assert torch.autograd.gradcheck(fused.mix_residual, (x, x0, mix))

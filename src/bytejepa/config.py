@@ -145,7 +145,7 @@ class ScheduleConfig(Section):
             raise ConfigError("schedule.warmdown mean_step_time needs schedule.steps")
 
 
-AttentionBackend = Literal["auto", "flash4", "flash3", "cudnn", "blocked", "flash", "flex", "math"]
+AttentionBackend = Literal["auto", "flash4", "flash3", "cudnn", "blocked", "flash", "flex", "efficient", "math"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

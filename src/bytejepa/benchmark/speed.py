@@ -271,7 +271,7 @@ def _kernel_ms(step: TrainingStep, stride: int, *, steps: int) -> float:
     ]
     dtype = step.model.compute_dtype
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
-    backend = choose_backend(config.training.attention, device.type, windows=False, documents=False)
+    backend = choose_backend(config.training.attention, device.type, dtype=dtype)
     gradient = torch.randn(shapes[0], device=device, dtype=dtype)
 
     def once() -> None:

@@ -22,8 +22,11 @@ from bytejepa.model.layers import Linear, add_projected, normalize_and_rotate
 Mask = Any
 """None, a bool tensor, for `flex` a BlockMask, for `flash3` and `flash4` the number of ids that a query sees."""
 
-Kernel = Literal["flash4", "flash3", "cudnn", "blocked", "flash", "flex", "math"]
+Kernel = Literal["flash4", "flash3", "cudnn", "blocked", "flash", "flex", "efficient", "math"]
 
+
+HALF_PRECISION_ONLY: frozenset[Kernel] = frozenset({"flash4", "flash3", "cudnn", "flash"})
+"""Of the kernels of a GPU."""
 
 _available: dict[str, dict[Kernel, str | None]] = {}
 
@@ -62,35 +65,53 @@ def _find_backends(device_type: str) -> dict[Kernel, str | None]:
         "blocked": None if device_type == "cpu" else "it is for CPUs",
         "flash": None,
         "flex": no_cuda,
+        "efficient": no_cuda,
         "math": None,
     }
 
 
-def choose_backend(requested: AttentionBackend, device_type: str, *, windows: bool, documents: bool) -> Kernel:
-    """Return the kernel to use on `device_type`; `windows`, `documents`: whether such borders apply somewhere.
+def choose_backend(
+    requested: AttentionBackend,
+    device_type: str,
+    *,
+    windows: bool = False,
+    documents: bool = False,
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+) -> Kernel:
+    """Return the kernel to use on `device_type`.
 
+    `windows`, `documents`: whether such borders apply somewhere; `dtype`: of queries, keys and values; `compiled`: under
+    torch.compile, without which FlexAttention writes all scores.
     Raises: ConfigError if `requested` is impossible here, with the reason.
     """
-    available = available_backends(device_type)
-    able: set[Kernel] = set(available)
-    if windows or documents:
-        able = {"flex", "math"}
-        if device_type == "cpu":
-            able.add("flash")
-        if not documents:
-            able |= {"flash3", "flash4"}
+    available, on_gpu = available_backends(device_type), device_type == "cuda"
+    masked = windows or documents
+    refused: dict[Kernel, str] = {}
+    for name, why in available.items():
+        if why is not None:
+            refused[name] = why
+        elif on_gpu and dtype not in (torch.bfloat16, torch.float16) and name in HALF_PRECISION_ONLY:
+            refused[name] = f"it computes in half precision only, this is {str(dtype).removeprefix('torch.')}"
+        elif masked and not _takes_masks(name, documents=documents, on_gpu=on_gpu):
+            refused[name] = "it cannot mask windows or documents here"
+    possible = [name for name in available if name not in refused]
     if requested != "auto":
-        reason = available[requested]
-        if reason is None and requested not in able:
-            reason = "it cannot mask windows or documents here"
-        if reason is not None:
-            possible = ", ".join(name for name, why in available.items() if why is None and name in able)
+        if requested in refused:
+            hint = f"possible: {', '.join(possible)}"
             raise ConfigError(
-                f"training.attention {requested} is impossible on {device_type}: {reason}", hint=f"possible: {possible}"
+                f"training.attention {requested} is impossible on {device_type}: {refused[requested]}", hint=hint
             )
         return requested
-    order: tuple[Kernel, ...] = ("flash3", "flash4", "cudnn", "blocked", "flash", "flex", "math")
-    return next(name for name in order if available[name] is None and name in able)
+    sparse: tuple[Kernel, ...] = ("flex", "efficient") if masked and compiled else ("efficient", "flex")
+    order: tuple[Kernel, ...] = ("flash3", "flash4", "cudnn", "blocked", "flash", *sparse, "math")
+    return next(name for name in order if name in possible)
+
+
+def _takes_masks(name: Kernel, *, documents: bool, on_gpu: bool) -> bool:
+    if name in ("flash3", "flash4"):
+        return not documents
+    return name in ("flex", "efficient", "math") or (name == "flash" and not on_gpu)
 
 
 def attention_mask(
@@ -135,11 +156,16 @@ def causal_attention(
         assert mask is not None, "flex attention is causal through its mask only"
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
     grouped = q.size(1) != k.size(1)
-    if q.device.type == "cpu" and grouped:
-        # the CPU flash kernel has no grouped queries; without this SDPA falls back to explicit scores
+    if grouped and (q.device.type == "cpu" or backend == "efficient"):
+        # the CPU flash kernel and the memory-efficient one have no grouped queries
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
         grouped = False
-    kernels = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+    kernels = {
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "math": SDPBackend.MATH,
+    }
     with sdpa_kernel(kernels[backend]):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return out.transpose(1, 2)

@@ -119,8 +119,11 @@ def normalize_and_rotate(heads: Tensor, cosines: Tensor, sines: Tensor, gain: Te
 
 
 class _NormalizeAndRotateCompiled(torch.autograd.Function):
-    """For a compiler to fuse into one kernel each way: out of place, in float32 inside. Autograd's own formulas read the
-    heads and their gradient a second time for the gradient of the gain, which falls out of the norm's."""
+    """For a compiler to fuse: out of place, in float32 inside. Autograd's own formulas read the heads and their gradient
+    a second time for the gradient of the gain, which falls out of the norm's.
+
+    In half precision only: where `float()` is no copy, compiled code of PyTorch 2.11 returns gradients of zero.
+    """
 
     @staticmethod
     def forward(ctx, heads: Tensor, cosines: Tensor, sines: Tensor, gain: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -148,7 +151,7 @@ def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 
 def normalize_and_rotate_compiled(heads: Tensor, cosines: Tensor, sines: Tensor, gain: Tensor) -> Tensor:
-    """Return gain * rotate(rms_norm(heads)), any dtype; for GPUs, under torch.compile."""
+    """Return gain * rotate(rms_norm(heads)) in half precision; for GPUs, under torch.compile."""
     return _NormalizeAndRotateCompiled.apply(heads, cosines, sines, gain)
 
 

@@ -216,7 +216,7 @@ class ByteLM(nn.Module):
     ) -> tuple[Kernel, dict[int | None, Mask]]:
         """Return the kernel of the blocks that run every `stride` bytes, and one mask for each of their windows in its form."""
         windows = self._windows(stride)
-        backend = self.attention_kernel(stride, length, device)
+        backend = self.attention_kernel(stride, length, device, compiled=torch.compiler.is_compiling())
         if backend == "flex":
             from bytejepa.model.flex_masks import block_mask
 
@@ -229,19 +229,27 @@ class ByteLM(nn.Module):
         model = self.config.model
         return {w for w, s in zip(model.window_of_place, model.stride_of_place, strict=True) if s == stride}
 
-    def attention_kernel(self, stride: int, length: int, device: torch.device) -> Kernel:
+    def attention_kernel(self, stride: int, length: int, device: torch.device, *, compiled: bool) -> Kernel:
         """Return the kernel of the blocks that run every `stride` bytes on `length` of those positions.
 
         Raises: ConfigError, with the reason, where `training.attention` asks for one that cannot do it.
         """
         bounded = any(w is not None and w < length for w in self._windows(stride))
         documents = self.config.model.document_masking
-        return choose_backend(self.attention_backend, device.type, windows=bounded, documents=documents)
+        return choose_backend(
+            self.attention_backend,
+            device.type,
+            windows=bounded,
+            documents=documents,
+            dtype=self.compute_dtype,
+            compiled=compiled,
+        )
 
-    def attention_kernels(self, length: int, device: torch.device) -> list[Kernel]:
-        """Return every kernel that sequences of `length` ids go through, sorted."""
+    def attention_kernels(self, length: int, device: torch.device, *, compiled: bool) -> list[Kernel]:
+        """Return every kernel that sequences of `length` ids go through, `compiled` or not, sorted."""
         strides = set(self.config.model.stride_of_place)
-        return sorted({self.attention_kernel(stride, length // stride, device) for stride in strides})
+        kernels = (self.attention_kernel(s, length // s, device, compiled=compiled) for s in strides)
+        return sorted(set(kernels))
 
     def _kept_tail(self, length: int, scored_tail: int) -> int:
         """Return how many last positions the last block must compute: the scored ones from their chunk's border on, and

@@ -74,10 +74,9 @@ class Trainer:
         self.model = model.to(ranks.device)
         # a kernel that is asked for in vain is refused here, before there is a run folder
         lengths = {length for _, length in config.data.stages}
-        self.attention_kernels = sorted(
-            {kernel for length in lengths for kernel in self.model.attention_kernels(length, ranks.device)}
-        )
         self.compiled = config.training.compile == "on" or (config.training.compile == "auto" and on_gpu)
+        found = [self.model.attention_kernels(length, ranks.device, compiled=self.compiled) for length in lengths]
+        self.attention_kernels = sorted({kernel for kernels in found for kernel in kernels})
         if self.compiled and on_gpu:
             avoid_known_regressions()
         self.optimizers = Optimizers(self.model, config.optimizer, ranks, compile_update=self.compiled and on_gpu)
