@@ -147,7 +147,9 @@ def test_what_golf_tiny_has_beyond_tiny_is_off_once_and_all_of_it_fits_the_time(
         assert plan.budget.seconds is not None
         assert len(plan.variants) * len(plan.seeds) * plan.budget.seconds < 3600
     off = techniques.config(techniques.variant("no-ngrams"), 1)
-    assert off.model == dataclasses.replace(preset("tiny").model, ngram_dim=off.model.ngram_dim)  # which has no effect
+    without_effect = {"ngram_dim": off.model.ngram_dim, "chunk_stride_bytes": off.model.chunk_stride_bytes}
+    chunks = {"chunk_blocks": preset("golf-tiny").model.chunk_blocks}
+    assert off.model == dataclasses.replace(preset("tiny").model, **without_effect, **chunks)
     control = techniques.config(techniques.variant(techniques.baseline), 1)
     for name in ("model", "jepa", "data", "optimizer", "artifact"):
         assert getattr(control, name) == getattr(preset("golf-tiny"), name)
