@@ -1,6 +1,6 @@
 """The codec on a GPU: the same integers as on the CPU, and bytes a second.
 
-    python benchmarks/gpu_codec.py OUT.json TEXT [--lanes 64 1024] [--bytes 524288]
+    python benchmarks/gpu_codec.py OUT.json TEXT [--lanes 64 1024] [--bytes 524288] [--eager-only]
 
 The shipped model and `default` at full size with random weights: encoding TEXT, not compiled and compiled (compilation is timed
 apart), and decoding so many lanes. What the GPU encodes a CPU decodes, and the other way round. Timings wait for their turn
@@ -23,7 +23,7 @@ from turns import alone
 from bytejepa.artifact.store import store_weights
 from bytejepa.benchmark.bench import surroundings
 from bytejepa.benchmark.speed import synchronize
-from bytejepa.codec.compress import Settings, codec_model, compress, decompress
+from bytejepa.codec.compress import Settings, checked_window, codec_model, compress, decompress
 from bytejepa.codec.integer_model import IntegerModel, integer_model
 from bytejepa.codec.torch_model import TorchCoder
 from bytejepa.model.initialization import initialize
@@ -49,10 +49,12 @@ def full_size() -> IntegerModel:
     return integer_model(store_weights(dict(model.named_parameters()), config), config)
 
 
-def speeds(model: IntegerModel, text: bytes, lanes: list[int], window: int, device: torch.device) -> dict[str, float]:
+def speeds(
+    model: IntegerModel, text: bytes, lanes: list[int], window: int, device: torch.device, *, eager_only: bool
+) -> dict[str, float]:
     """Return bytes a second by what was done, and the seconds that compiling took."""
-    found, hop = {}, window // 2
-    for name, compiled in (("encode", False), ("encode, compiled", True)):
+    found, hop = {}, checked_window(model, window, None)[1]
+    for name, compiled in (("encode", False), *([] if eager_only else [("encode, compiled", True)])):
         coder = TorchCoder(model, window, hop, device=device.type, compile=compiled)
         first_pass = text[: window + (coder.windows_at_once - 1) * hop]
         found[f"{name}: first pass, s"] = seconds(lambda c=coder, t=first_pass: c.price(t), device)
@@ -88,6 +90,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=524_288)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--eager-only", action="store_true")
     parser.add_argument("--models", nargs="+", default=["shipped", "full size"])
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -98,7 +101,9 @@ def main() -> None:
     models = {"shipped": lambda: codec_model(None), "full size": full_size}
     for name in options.models:
         share = text if name == "shipped" else text[: len(text) // 4]
-        report[name] = speeds(models[name](), share, options.lanes, options.window, device)
+        report[name] = speeds(
+            models[name](), share, options.lanes, options.window, device, eager_only=options.eager_only
+        )
         print(name, json.dumps(report[name]), flush=True)
         options.out.write_text(json.dumps(report, indent=1))
 

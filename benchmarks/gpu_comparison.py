@@ -3,8 +3,9 @@
     python benchmarks/gpu_comparison.py DATA OUT --seconds 70 [--arms pr832 golf golf-chunks]
 
 DATA: byte260 shards of a training and a validation split. One process an arm: they compile side by side, train one after the
-other, each for the same seconds (compilation not counted) at the reference's share of a batch, 49,152 bytes a step. Writes
-OUT/comparison.json; the run folders and artifacts stay in OUT.
+other, each for the same seconds (compilation not counted) at the reference's share of a batch, 49,152 bytes a step. On one
+H100 compiling takes 100 s (pr832) to 200 s (golf), so that three arms of 70 s need seven minutes of a GPU without other work.
+Writes OUT/ARM.json as soon as an arm is scored, and OUT/comparison.json; run folders and artifacts stay in OUT.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def rehearsed(config: RunConfig) -> RunConfig:
         config,
         model={
             "num_layers": 4, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1, "rotary_dims": 8, "rotary_length_bytes": 64,
-            "xsa_last_layers": 1, **chunks, **windows,
+            "xsa_last_layers": 1, "ngram_rows": 64, **chunks, **windows,
         },
         jepa={"latent_dim": 16, "hidden_dim": 16, "sigreg_directions": 8, "sigreg_group_sequences": None},
         data={"sequence_bytes": 64, "batch_bytes": 256, **growth},
@@ -84,14 +85,8 @@ def rehearsed(config: RunConfig) -> RunConfig:
     )  # fmt: skip
 
 
-def on_gpu(model: ByteLM, device: torch.device) -> Scorer:
-    """Return the scorer of `model` in float32 with the plain kernel, which needs no compilation."""
-    model.attention_backend = "math"
-    return Scorer(model.to(device))
-
-
-def run_arm(name: str, config: RunConfig, data: Path, out: Path, score_bytes: int) -> dict[str, Any]:
-    """Train, pack and score one arm; return what came of it."""
+def run_arm(name: str, config: RunConfig, data: Path, out: Path, score_bytes: int) -> None:
+    """Train, score and pack one arm."""
     turn, warm_up, begin = alone(), Trainer.warm_up, time.perf_counter()
     compile_s = 0.0
 
@@ -105,40 +100,48 @@ def run_arm(name: str, config: RunConfig, data: Path, out: Path, score_bytes: in
     runs.Trainer = functools.partial(Trainer, validate=False)  # type: ignore[misc, assignment]
     run, artifact = out / name, out / f"{name}.bjm"
     device = torch.device("cpu" if config.training.device == "cpu" else "cuda")
+    ids = leading_ids(IdStream.open(data, "val"), score_bytes + 1, data)
+    window = config.evaluation.window_bytes
+
+    def bpb(model: ByteLM) -> float:
+        model.attention_backend = "math"  # needs no compilation
+        with torch.no_grad():
+            scorer = Scorer(model.to(device))
+            return score_ids(scorer, ids, window=window, stride=window, batch_ids=4 * window).bpb
+
     try:
         result = runs.train(config, data, run, force=True)
         config, average = run_weights(run)
+        metrics = [line for line in RunFolder(run).read_metrics() if "train_bpb" in line]
+        found = {
+            "arm": name,
+            "steps": result.steps,
+            "train_bytes": result.num_bytes,
+            "train_s": result.elapsed_s,
+            "bytes_per_s": result.num_bytes / result.elapsed_s,
+            "compile_s": compile_s,
+            "last_train_bpb": sum(line["train_bpb"] for line in metrics[-5:]) / len(metrics[-5:]),
+            "num_parameters": sum(value.numel() for value in average.values()),
+            "scored_bytes": score_bytes,
+            "window_bytes": window,
+            "average_bpb": bpb(build(config, average, source=name)),
+            **surroundings(device),
+        }
+        write(out, found)  # packing takes long; what there is is kept
         begin = time.perf_counter()
         sequences = calibration_sequences(IdStream.open(data, "train"), config, data)
         info = write_artifact(artifact, average, config, sequences=sequences, device=device, force=True)
-        pack_s = time.perf_counter() - begin
+        found |= {"pack_s": time.perf_counter() - begin, "artifact_bytes": info.file_bytes}
+        found["artifact_bpb"] = bpb(load(artifact))
+        write(out, found)
     finally:
         turn.__exit__(None, None, None)
-    ids = leading_ids(IdStream.open(data, "val"), score_bytes + 1, data)
-    window = config.evaluation.window_bytes
-    scores = {}
-    with alone(), torch.no_grad():
-        for stage, model in (("average", build(config, average, source=name)), ("artifact", load(artifact))):
-            score = score_ids(on_gpu(model, device), ids, window=window, stride=window, batch_ids=4 * window)
-            scores[stage] = score.bpb
-    metrics = [line for line in RunFolder(run).read_metrics() if "train_bpb" in line]
-    return {
-        "arm": name,
-        "steps": result.steps,
-        "train_bytes": result.num_bytes,
-        "train_s": result.elapsed_s,
-        "bytes_per_s": result.num_bytes / result.elapsed_s,
-        "compile_s": compile_s,
-        "last_train_bpb": sum(line["train_bpb"] for line in metrics[-5:]) / len(metrics[-5:]),
-        "num_parameters": sum(value.numel() for value in average.values()),
-        "average_bpb": scores["average"],
-        "artifact_bpb": scores["artifact"],
-        "artifact_bytes": info.file_bytes,
-        "pack_s": pack_s,
-        "scored_bytes": score_bytes,
-        "window_bytes": window,
-        **surroundings(device),
-    }
+
+
+def write(out: Path, found: dict[str, Any]) -> None:
+    """Write what came of an arm."""
+    (out / f"{found['arm']}.json").write_text(json.dumps(found, indent=1))
+    print(json.dumps(found), flush=True)
 
 
 def main() -> None:
@@ -156,9 +159,7 @@ def main() -> None:
     if options.alone:
         config = arm(options.alone, options.seconds)
         config = rehearsed(config) if options.rehearse else config
-        found = run_arm(options.alone, config, options.data, options.out, options.score_bytes)
-        (options.out / f"{options.alone}.json").write_text(json.dumps(found, indent=1))
-        print(json.dumps(found), flush=True)
+        run_arm(options.alone, config, options.data, options.out, options.score_bytes)
         return
     os.environ.setdefault("BYTEJEPA_TURN_FILE", str(options.out.resolve() / "turn.lock"))
     started = [subprocess.Popen([sys.executable, *sys.argv, "--alone", name]) for name in options.arms]

@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_training.py OUT.json [--minutes 8]
 
-Writes one JSON object after every section, so that a run cut short keeps what it has. Beside other work on the same GPU,
-let BYTEJEPA_TURN_FILE name a file: timings then wait for their turn (`turns`).
+Writes one JSON object after every section, so that a run cut short keeps what it has. Its figures
+are worth something on a GPU without other work only; programs that take turns by BYTEJEPA_TURN_FILE (`turns`) still disturb
+each other while they compile.
 """
 
 from __future__ import annotations
