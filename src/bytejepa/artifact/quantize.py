@@ -106,14 +106,8 @@ def order_hidden_units(
     ordered = dict(weights)
     spreads = dict(calibration.spreads) if calibration else {}
     sensitivity = dict(calibration.sensitivity) if calibration else {}
-    for up_name in weights:
-        path = PurePosixPath(up_name.replace(".", "/"))
-        down_name = up_name.removesuffix("up.weight") + "down.weight"
-        if path.parts[-2:] != ("up", "weight") or down_name not in weights:
-            continue
+    for up_name, down_name in hidden_pairs(weights):
         up, down = weights[up_name], weights[down_name]
-        if up.ndim != 2 or down.ndim != 2 or len(up) != down.shape[1]:
-            continue
         size = sensitivity[up_name] if by_sensitivity and up_name in sensitivity else up.square().mean(1).cpu()
         order = torch.argsort(size, descending=True, stable=True).to(up.device)
         ordered[up_name], ordered[down_name] = up[order], down[:, order]
@@ -123,3 +117,16 @@ def order_hidden_units(
             spread, place = spreads[down_name], torch.argsort(order)  # the new place of each old column
             spreads[down_name] = ErrorSpread(order=place[spread.order], factor=spread.factor, gain=spread.gain)
     return ordered, Calibration(spreads=spreads, sensitivity=sensitivity) if calibration else None
+
+
+def hidden_pairs(weights: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """Return the names of every PREFIX.up and PREFIX.down of matrices that share hidden units."""
+    pairs = []
+    for up_name in weights:
+        down_name = up_name.removesuffix("up.weight") + "down.weight"
+        if PurePosixPath(up_name.replace(".", "/")).parts[-2:] != ("up", "weight") or down_name not in weights:
+            continue
+        up, down = weights[up_name], weights[down_name]
+        if up.ndim == 2 and down.ndim == 2 and len(up) == down.shape[1]:
+            pairs.append((up_name, down_name))
+    return pairs

@@ -46,13 +46,18 @@ def smoothed(values: Array) -> Array:
 
 
 def seed_band(runs: Sequence[LoggedRun], key: str, *, smooth: bool = False) -> Band:
-    """Return the band of `key` over `runs`, at the points that all of them logged."""
-    curves = []
+    """Return the band of `key` over `runs`, at the points that all of them logged; if there are none, but equally many of
+    each (runs that end by the clock are validated at their end), at the means of the first ones, the second ones, ..."""
+    curves: list[dict[float, float]] = []
     for run in runs:
         x, values = logged_curve(run, key)
         curves.append(
             dict(zip(x.tolist(), (smoothed(values) if smooth and len(values) else values).tolist(), strict=True))
         )
+    if len({len(curve) for curve in curves}) == 1 and not set.intersection(*(set(curve) for curve in curves)):
+        places = np.array([list(curve) for curve in curves], dtype=np.float64).reshape(len(curves), -1)
+        ordered = np.array([list(curve.values()) for curve in curves], dtype=np.float64).reshape(len(curves), -1)
+        return Band.over(places.mean(axis=0), ordered)
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))
     values = np.array([[curve[x] for x in shared] for curve in curves], dtype=np.float64).reshape(len(curves), -1)
     return Band.over(np.array(shared, dtype=np.float64), values)

@@ -106,18 +106,27 @@ def _frame_loss(axes: Any, highest: list[float]) -> None:
 
 
 def compared_curves(configurations: Sequence[Configuration]) -> Plot:
-    """Return the averaged weights' validation loss of every configuration in one plot."""
-    rows = [row for c in configurations for row in _long_table(c.runs, {"val_bpb_average": None}, c.label).rows]
+    """Return the averaged weights' validation loss of every configuration in one plot; of runs that were validated at
+    their end only, the training loss."""
+    validated = any(len(seed_band(c.runs, "val_bpb_average").x) > 1 for c in configurations)
+    key = "val_bpb_average" if validated else "train_bpb"
+    rows = [row for c in configurations for row in _long_table(c.runs, {key: None}, c.label).rows]
+    what = (
+        "Bits per byte of the averaged weights on validation text against training text read, in MB; lower is better. "
+        if validated
+        else f"Bits per byte of training batches, moving average of at most {SMOOTHED_LINES} logged ones, against training text "
+        "read, in MB; lower is better. No run was validated before its end. "
+    )
 
     def draw(layout: Layout) -> Any:
         figure = new_figure(layout, (3.4 if layout.is_narrow else 4.2) + _legend_inches(configurations, layout))
         axes = figure.subplots()
         highest = []
         for index, configuration in enumerate(configurations):
-            band = seed_band(configuration.runs, "val_bpb_average")
+            band = seed_band(configuration.runs, key, smooth=not validated)
             _draw_band(axes, band, label=configuration.label, **style_of(index))
             if len(band.x):
-                highest.append(float(band.high[min(1, len(band.x) - 1)]))
+                highest.append(float(band.high[min(len(band.x) - 1, max(1, len(band.x) // 20))]))
         _frame_loss(axes, highest)
         legend_below(figure, layout)
         return figure
@@ -126,10 +135,10 @@ def compared_curves(configurations: Sequence[Configuration]) -> Plot:
         name="learning_compared",
         title="Learning curves of all configurations",
         caption=(
-            "Bits per byte of the averaged weights on validation text against training text read, in MB; lower is better. "
+            what
             + "; ".join(f"{c.label}: {c.seeds}" for c in configurations)
-            + ". Lines are means over the seeds, bands reach from the best to the worst. As logged while training, "
-            "non-overlapping windows."
+            + ". Lines are means over the seeds, bands reach from the best to the worst. As logged while training"
+            + (", non-overlapping windows." if validated else ".")
         ),
         table=Table.of(CURVE_COLUMNS, rows),
         draw=draw,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from bytejepa.artifact.container import Container, read_container
 from bytejepa.artifact.export import ExportResult, export
 from bytejepa.artifact.load import build, run_weights
+from bytejepa.artifact.quantize import hidden_pairs
 from bytejepa.bits import NATS_PER_BIT, bits_per_byte
 from bytejepa.config import RunConfig, replace
 from bytejepa.data.loader import IdStream, leading_ids
@@ -79,10 +82,11 @@ def measure(
     assert priced is not None
     tell("gradients", 0.0)
     batch, gradients, initial = _gradients(config, raw, ids, device)
+    restored = in_trained_order(container.tensors, average)
     return RunMeasurements(
         scores=scores,
         priced=priced,
-        tensors=tuple(_tensor_figures(name, raw, average, initial, container, gradients) for name in initial),
+        tensors=tuple(_tensor_figures(name, raw, average, initial, container, restored, gradients) for name in initial),
         gradient_batch=batch,
         device=torch.cuda.get_device_name() if device.startswith("cuda") else device,
         **_sizes(exported),
@@ -156,12 +160,31 @@ def _gradients(
     return batch, gradients, initial
 
 
+def in_trained_order(stored: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what an artifact restores with its hidden units where those of `weights`, as trained, stand.
+
+    An artifact does not say how `order_hidden_units` sorted them. Each stored unit is the trained one that its row and
+    column are most alike; where two claim the same one, as many as possible are as alike as possible.
+    """
+    aligned = dict(stored)
+    for up_name, down_name in hidden_pairs(stored):
+        units, trained = (torch.cat((w[up_name], w[down_name].T), 1).float().cpu() for w in (stored, weights))
+        likeness = F.normalize(units) @ F.normalize(trained).T
+        order = likeness.argmax(1)
+        if len(order.unique()) < len(order):
+            order = torch.from_numpy(linear_sum_assignment(likeness.numpy(), maximize=True)[1])
+        place = torch.argsort(order)
+        aligned[up_name], aligned[down_name] = stored[up_name][place], stored[down_name][:, place]
+    return aligned
+
+
 def _tensor_figures(
     name: str,
     raw: dict[str, Tensor],
     average: dict[str, Tensor],
     initial: dict[str, Tensor],
     container: Container,
+    restored: dict[str, Tensor],
     gradients: dict[str, Tensor | None],
 ) -> TensorFigures:
     weights, gradient = average[name].float(), gradients[name]
@@ -174,7 +197,7 @@ def _tensor_figures(
         initial_rms=_rms(initial[name]),
         scheme="not stored" if stored is None else _scheme(stored),
         artifact_bytes=container.info.tensor_bytes.get(name, 0),
-        relative_error=0.0 if stored is None else _ratio(_rms(container.tensors[name] - weights), _rms(weights)),
+        relative_error=0.0 if stored is None else _ratio(_rms(restored[name] - weights), _rms(weights)),
         gradient_rms=_rms(gradient),
         share_without_gradient=float((gradient == 0).double().mean()),
         flow=flow_of_weights(gradient, raw[name], initial[name]),

@@ -1,0 +1,65 @@
+"""Reports on runs as the plans at equal time make them: packed compactly, validated at their end only."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from bytejepa.artifact.quantize import order_hidden_units
+from bytejepa.report.curves import seed_band
+from bytejepa.report.learning_plots import compared_curves
+from bytejepa.report.measure import in_trained_order
+from small_models import small_model
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 3.0])
+def test_quantisation_errors_are_measured_between_the_same_hidden_units(noise: float) -> None:
+    weights = {name: value.detach() for name, value in small_model().named_parameters() if value.ndim == 2}
+    ordered, _ = order_hidden_units(weights, None, by_sensitivity=False)
+    up = "blocks.1.mlp.up.weight"
+    assert not torch.equal(ordered[up], weights[up])
+    random = torch.Generator().manual_seed(0)
+    stored = {
+        name: value + noise * torch.randn(value.shape, generator=random) * value.std()
+        for name, value in ordered.items()
+    }
+    restored = in_trained_order(stored, weights)
+    for name in weights:
+        assert sorted(restored[name].flatten().tolist()) == sorted(stored[name].flatten().tolist())
+        if noise < 1:  # beyond recognition, units stay in some order
+            torch.testing.assert_close(
+                restored[name], weights[name], rtol=0, atol=max(1e-6, 6 * noise * float(weights[name].std()))
+            )
+
+
+def logged(seed: int, places: list[float], **curves: list[float]) -> SimpleNamespace:
+    metrics = [
+        {"step": n, "num_bytes": place * 1e6, **{key: values[n] for key, values in curves.items() if n < len(values)}}
+        for n, place in enumerate(places)
+    ]
+    return SimpleNamespace(name=f"seed_{seed}", seed=seed, metrics=metrics)
+
+
+def test_a_band_of_runs_that_ended_by_the_clock_is_at_their_mean_end() -> None:
+    runs = [logged(1, [1.0], val_bpb=[2.0]), logged(2, [3.0], val_bpb=[2.2])]
+    band = seed_band(runs, "val_bpb")
+    assert (band.x.tolist(), band.low.tolist(), band.high.tolist()) == ([2.0], [2.0], [2.2])
+    shared = seed_band([logged(1, [1.0, 2.0], a=[5.0, 4.0]), logged(2, [2.0, 3.0], a=[6.0, 5.0])], "a")
+    assert (shared.x.tolist(), shared.mean.tolist()) == ([2.0], [5.0])
+    assert len(seed_band([logged(1, [1.0], a=[1.0]), logged(2, [2.0], b=[1.0])], "a").x) == 0
+
+
+def test_configurations_validated_at_their_end_are_compared_by_their_training_loss() -> None:
+    places = list(np.arange(1.0, 30.0))
+    train = [4.0 - 0.1 * n for n in range(29)]
+    at_the_end = SimpleNamespace(
+        label="a", seeds="seed 1", runs=[logged(1, places, train_bpb=train, val_bpb_average=[3.0])]
+    )
+    plot = compared_curves([at_the_end])
+    assert {row[5] for row in plot.table.rows} == {"train_bpb"}
+    assert "training batches" in plot.caption
+    twice = logged(1, places, train_bpb=train, val_bpb_average=[3.0, 2.0])
+    often = compared_curves([SimpleNamespace(label="a", seeds="seed 1", runs=[twice])])
+    assert {row[5] for row in often.table.rows} == {"val_bpb_average"}
+    assert "validation text" in often.caption
