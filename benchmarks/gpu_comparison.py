@@ -11,6 +11,7 @@ Writes OUT/ARM.json as soon as an arm is scored, and OUT/comparison.json; run fo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -87,14 +88,14 @@ def rehearsed(config: RunConfig) -> RunConfig:
 
 def run_arm(name: str, config: RunConfig, data: Path, out: Path, score_bytes: int) -> None:
     """Train, score and pack one arm."""
-    turn, warm_up, begin = alone(), Trainer.warm_up, time.perf_counter()
+    warm_up, begin = Trainer.warm_up, time.perf_counter()
     compile_s = 0.0
 
     def warm_up_and_wait(trainer: Trainer) -> None:
         nonlocal compile_s
         warm_up(trainer)
         compile_s = time.perf_counter() - begin
-        turn.__enter__()
+        turn.enter_context(alone())
 
     Trainer.warm_up = warm_up_and_wait  # type: ignore[method-assign]
     runs.Trainer = functools.partial(Trainer, validate=False)  # type: ignore[misc, assignment]
@@ -109,7 +110,7 @@ def run_arm(name: str, config: RunConfig, data: Path, out: Path, score_bytes: in
             scorer = Scorer(model.to(device))
             return score_ids(scorer, ids, window=window, stride=window, batch_ids=4 * window).bpb
 
-    try:
+    with contextlib.ExitStack() as turn:  # taken once all is compiled
         result = runs.train(config, data, run, force=True)
         config, average = run_weights(run)
         metrics = [line for line in RunFolder(run).read_metrics() if "train_bpb" in line]
@@ -134,8 +135,6 @@ def run_arm(name: str, config: RunConfig, data: Path, out: Path, score_bytes: in
         found |= {"pack_s": time.perf_counter() - begin, "artifact_bytes": info.file_bytes}
         found["artifact_bpb"] = bpb(load(artifact))
         write(out, found)
-    finally:
-        turn.__exit__(None, None, None)
 
 
 def write(out: Path, found: dict[str, Any]) -> None:

@@ -147,15 +147,30 @@ def test_an_impossible_kernel_is_refused_with_the_reason_and_what_is_possible(ke
         choose_backend(kernel, "cpu")
 
 
-def test_hopper_kernels_get_windows_as_the_keys_before_a_query(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def flash_attention_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the package, with its meaning of windows."""
+
     def flash_attn_func(q, k, v, causal, window_size=(-1, -1)):
         assert causal
         assert window_size[1] <= 0
         window = None if window_size[0] < 0 else window_size[0] + 1
-        mask = attention_mask(13, window, None, CPU)
+        mask = attention_mask(q.size(1), window, None, CPU)
         return causal_attention(q, k, v, backend="math", mask=mask)
 
     monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=flash_attn_func))
+    monkeypatch.setitem(attention._available, "cpu", attention.available_backends("cpu") | {"flash3": None})
+
+
+def test_a_model_gives_hopper_kernels_the_window_of_each_layer(flash_attention_3: None) -> None:
+    model, ids = small_model(model={"attention_windows": (3, 0, 40)}), random_ids(2, 33)
+    expected = model.logits(ids)
+    model.attention_backend = "flash3"
+    assert model.attention_kernels(33, CPU, compiled=False) == ["flash3"]
+    torch.testing.assert_close(model.logits(ids), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hopper_kernels_get_windows_as_the_keys_before_a_query(flash_attention_3: None) -> None:
     q, k, v = queries_keys_values()
     for window in (1, 4, None):
         visible = torch.ones(13, 13).tril().bool() & ~torch.ones(13, 13).tril(-(window or 13)).bool()

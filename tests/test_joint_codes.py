@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from bytejepa.artifact import joint_codes
 from bytejepa.artifact.container import container_from_bytes, container_to_bytes
 from bytejepa.artifact.joint_codes import choose_tables, row_histograms
 from bytejepa.artifact.packing import pack, unpack
@@ -72,6 +73,25 @@ def test_codes_cost_within_half_a_percent_of_their_entropy_given_the_rows_tables
         counts = counts[counts > 0]
         bound -= float(counts @ np.log2(counts / counts.sum())) / 8
     assert bound < packed.joint.num_bytes < 1.005 * bound
+
+
+def test_tables_found_on_a_sample_code_all_rows_about_as_well(monkeypatch: pytest.MonkeyPatch):
+    matrices = [matrix(700, 64, seed=0), matrix(900, 16, seed=1), matrix(100, 256, seed=2)]
+    codes = [stored.codes.numpy() for stored in matrices]
+    lowest = min(int(c.min()) for c in codes)
+    histograms = row_histograms(codes, lowest, max(int(c.max()) for c in codes) - lowest + 1)
+    every_row = choose_tables(histograms)
+    monkeypatch.setattr(joint_codes, "SAMPLED_ROWS", 200)
+    sampled = choose_tables(histograms)
+    assert len(sampled.table_of_row) == len(histograms)
+    assert 4 < len(sampled.frequencies) <= joint_codes.MAX_TABLES
+    assert float(sampled.bits_of_row.sum()) == pytest.approx(float(every_row.bits_of_row.sum()), rel=0.01)
+    tensors = dict(zip("abc", matrices, strict=True))
+    packed = pack(tensors, codecs=CODECS)
+    assert packed.joint is not None
+    again = unpack(packed.records, packed.payload, packed.joint)
+    for name, stored in tensors.items():
+        np.testing.assert_array_equal(codes_of(again, name), stored.codes.numpy())
 
 
 def test_rows_of_different_spread_gain_from_tables_of_their_own():

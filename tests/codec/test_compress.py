@@ -314,3 +314,23 @@ def test_windows_are_the_engines(length: int, window: int, hop: int) -> None:
             assert begin == expected
             predicted.append(t)
     assert predicted == list(range(length))
+
+
+def test_a_gpu_gets_one_thread_many_lanes_and_compiled_code_for_long_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bool] = []
+
+    class OnCpu(TorchCoder):
+        def __init__(self, *given: object, device: str, compile: bool) -> None:  # noqa: A002 - torch's word
+            assert device == "cuda"
+            made.append(compile)
+            super().__init__(*given)
+
+    monkeypatch.setattr("bytejepa.codec.torch_model.TorchCoder", OnCpu)
+    monkeypatch.setattr("bytejepa.codec.compress.COMPILED_FROM_BYTES", 500)
+    settings = Settings(device="cuda")
+    assert (settings.num_threads, settings.num_lanes) == (1, 1024)
+    assert Settings(device="cuda", threads=2, lanes=3).num_lanes == 3
+    small_file(TEXT[:499], settings=settings)
+    small_file(TEXT[:500], settings=settings)
+    small_file(TEXT[:500], settings=dataclasses.replace(settings, compile=False))
+    assert made == [False, True, False]

@@ -119,10 +119,7 @@ def _sampled_rows(histograms: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
 def _spread(histograms: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Return the variance of each row's codes."""
     symbols = np.arange(histograms.shape[1], dtype=np.float64)
-    moments = histograms.astype(np.float32) @ np.stack((np.ones_like(symbols), symbols, symbols**2), 1).astype(
-        np.float32
-    )
-    length, first, second = moments.T.astype(np.float64)
+    length, first, second = (histograms @ weight for weight in (np.ones_like(symbols), symbols, symbols**2))
     length = np.maximum(1, length)
     return second / length - np.square(first / length)
 
@@ -143,7 +140,9 @@ def _cheapest(
     """Return for each row the table that codes it in the fewest bits."""
     # a code that a table has not seen is possible, and dear
     code_bits = -np.log2(np.maximum(counts, 2**-6) / np.maximum(1, counts.sum(1, keepdims=True)))
-    return (histograms @ code_bits.T.astype(np.float32) + name_bits.astype(np.float32)).argmin(1)
+    # in float64, where a table seldom wins by a rounding error that another machine does not make; in parts, for memory's sake
+    parts = np.array_split(histograms, 1 + len(histograms) // SAMPLED_ROWS)
+    return np.concatenate([(part.astype(np.float64) @ code_bits.T + name_bits).argmin(1) for part in parts])
 
 
 def _row_tables(histograms: npt.NDArray[np.float32], table_of_row: npt.NDArray[np.int64]) -> RowTables:
