@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 
 from bytejepa.review import Status, Word, review
+from bytejepa.review.surroundings import repeated_targets
 from review.folders import Folder
 from review.scripts import NGRAM, SLIDING, TTT_ADAPT, script, wrap
 
@@ -190,3 +193,10 @@ def test_notes_are_not_made_of_dead_code(name: str, tmp_path) -> None:
     found = outcome(DEAD[name], tmp_path)
     assert status_of(found, f"source.{name}") is Status.PASS
     assert found.verdict.word is Word.CLEAN
+
+
+def test_cutting_an_array_into_parts_is_no_plan_of_windows() -> None:
+    starts, parts = "[s for s in range(0, n, step)]", "[a[s : s + step] for s in range(0, n, step)]"
+    plans = [ast.parse(text, mode="eval").body for text in (starts, parts)]
+    assert [repeated_targets(plan) for plan in plans][1] is None
+    assert (repeated_targets(plans[0]) or 0) > 0

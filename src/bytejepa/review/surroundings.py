@@ -195,10 +195,10 @@ def repeated_targets(plan: ast.ListComp, *, total: int = 4096, window: int = 512
     """Return how many targets a plan of window starts scores more than once, by trying it out on a small text.
 
     A window scores all its targets if it is the first and its last `stride` ones otherwise, the challenge's usual form.
-    None if the plan is of another form.
+    None if the plan is of another form; one of slices, as [a[s : s + n] for s in range(0, len(a), n)], cuts into parts.
     """
     generator = plan.generators[0]
-    if not (
+    if isinstance(plan.elt, ast.Subscript) or not (
         isinstance(generator.target, ast.Name)
         and isinstance(generator.iter, ast.Call)
         and len(generator.iter.args) == 3
