@@ -51,11 +51,11 @@ def test_every_kernel_agrees_with_an_explicit_softmax(kernel: str, window: int |
 
 def test_the_compiled_norm_and_rotation_is_the_plain_formula() -> None:
     tables = layers.RotaryTables(16, 10_000.0, 128).to(CUDA)
-    heads = torch.randn(2, 128, 6, 64, device=CUDA).bfloat16().requires_grad_()
+    heads = torch.randn(2, 128, 8, 64, device=CUDA).bfloat16().requires_grad_()
     gain = torch.linspace(0.5, 2.0, 6, device=CUDA).requires_grad_()
-    weight = torch.randn_like(heads)
-    ours = torch.compile(fused.normalize_and_rotate_compiled)(heads, *tables(128), gain)
-    plain = layers.rotate(layers.rms_norm(heads.float()), *tables(128)) * gain[:, None]
+    weight = torch.randn_like(heads[:, :, :6])
+    ours = torch.cat(torch.compile(fused.queries_and_keys)(heads, *tables(128), gain, 4), dim=2)
+    plain = layers.rotate(layers.rms_norm(heads[:, :, :6].float()), *tables(128)) * gain[:, None]
     torch.testing.assert_close(ours.float(), plain, rtol=1e-2, atol=1e-2)
     gradients = [torch.autograd.grad((y.float() * weight).sum(), (heads, gain)) for y in (ours, plain)]
     for mine, theirs in zip(*gradients, strict=True):

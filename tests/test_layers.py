@@ -150,35 +150,54 @@ def test_hand_written_rotation_gradients_are_those_of_finite_differences() -> No
     assert torch.autograd.gradcheck(lambda h, g: fused.normalize_and_rotate(h, cosines, sines, g), (heads, gain))
 
 
-def test_gradients_written_for_a_compiler_are_those_of_the_plain_formula() -> None:
+def queries_and_keys_and_values(
+    heads: torch.Tensor, gain: torch.Tensor, *, written_for_a_compiler: bool
+) -> torch.Tensor:
+    """Return 2 queries, a key and a value, beside each other, of (2, 5, 4, 16) heads."""
     cosines, sines = rotation(5, dims=4)
-    weight, results = normal(2, 5, 2, 16, seed=1), []
-    for function in (fused.normalize_and_rotate_compiled, plain_rotation):
-        heads, gain = normal(2, 5, 2, 16).requires_grad_(), torch.tensor([1.5, 0.5], requires_grad=True)
-        result = function(heads, cosines, sines, gain)
+    if written_for_a_compiler:
+        q, k = fused.queries_and_keys(heads, cosines, sines, gain, 2)
+    else:
+        q, k = plain_rotation(heads[:, :, :3], cosines, sines, gain).split((2, 1), dim=2)
+    return torch.cat((k, heads[:, :, 3:], q), dim=2)
+
+
+def test_gradients_written_for_a_compiler_are_those_of_the_plain_formula() -> None:
+    weight, results = normal(2, 5, 4, 16, seed=1), []
+    for written in (True, False):
+        heads, gain = normal(2, 5, 4, 16).requires_grad_(), torch.tensor([1.5, 0.5, 1.0], requires_grad=True)
+        result = queries_and_keys_and_values(heads, gain, written_for_a_compiler=written)
         (result * weight).sum().backward()
         results.append((result, heads.grad, gain.grad))
     torch.testing.assert_close(results[0], results[1])
 
 
 def test_a_gradient_written_for_a_compiler_keeps_the_dtype_of_its_input() -> None:
-    cosines, sines = rotation(5, dims=4)
-    heads = normal(2, 5, 2, 16).bfloat16().requires_grad_()
-    result = fused.normalize_and_rotate_compiled(heads, cosines, sines, torch.tensor([1.5, 0.5]))
+    gain = torch.tensor([1.5, 0.5, 1.0])
+    heads = normal(2, 5, 4, 16).bfloat16().requires_grad_()
+    result = queries_and_keys_and_values(heads, gain, written_for_a_compiler=True)
     result.sum().backward()
     assert result.dtype == heads.grad.dtype == torch.bfloat16
-    exact = plain_rotation(heads.detach().float(), cosines, sines, torch.tensor([1.5, 0.5]))
+    exact = queries_and_keys_and_values(heads.detach().float(), gain, written_for_a_compiler=False)
     torch.testing.assert_close(result.float(), exact, rtol=1e-2, atol=1e-2)
+
+
+def test_tails_are_rotated_as_whole_sequences_are_on_a_gpu() -> None:
+    cosines, sines = rotation(5, dims=4)
+    heads, gain = normal(2, 5, 4, 16).bfloat16(), torch.tensor([1.5, 0.5, 1.0])
+    q, k = fused.queries_and_keys(heads, cosines, sines, gain, 2)
+    both = fused.normalize_and_rotate_in_float32(heads[:, 2:, :3], cosines[2:], sines[2:], gain)
+    assert torch.equal(torch.cat((q, k), dim=2)[:, 2:], both)
 
 
 @pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
 def test_compiled_gradients_in_half_precision_are_those_of_the_plain_formula() -> None:
-    cosines, sines = rotation(5, dims=4)
-    weight, results = normal(2, 5, 2, 16, seed=1), []
-    for function in (torch.compile(fused.normalize_and_rotate_compiled), plain_rotation):
-        heads, gain = normal(2, 5, 2, 16).bfloat16().requires_grad_(), torch.tensor([1.5, 0.5], requires_grad=True)
-        result = function(heads if function is not plain_rotation else heads.float(), cosines, sines, gain)
+    weight, results = normal(2, 5, 4, 16, seed=1), []
+    for written in (True, False):
+        heads, gain = normal(2, 5, 4, 16).bfloat16().requires_grad_(), torch.tensor([1.5, 0.5, 1.0], requires_grad=True)
+        function = torch.compile(queries_and_keys_and_values) if written else queries_and_keys_and_values
+        result = function(heads if written else heads.float(), gain, written_for_a_compiler=written)
         (result.float() * weight).sum().backward()
         results.append((result.float(), heads.grad.float(), gain.grad))
     torch.testing.assert_close(results[0], results[1], rtol=2e-2, atol=2e-2)

@@ -247,7 +247,10 @@ class Attention(nn.Module):
         heads = F.linear(x, (weight * norm_scale).to(x.dtype)).unflatten(-1, (H + 2 * G, E))
         gain = torch.cat((self.query_gain, self.query_gain.new_ones(G)))
         qk, v = heads.split((H + G, G), dim=2)
-        q, k = normalize_and_rotate(qk, cosines, sines, gain).split((H, G), dim=2)
+        if fused.is_half_on_gpu(heads):
+            q, k = fused.queries_and_keys(heads, cosines, sines, gain, H)
+        else:
+            q, k = normalize_and_rotate(qk, cosines, sines, gain).split((H, G), dim=2)
         return q, k, self._with_embedding(v, ids)
 
     def _with_embedding(self, v: Tensor, ids: Tensor) -> Tensor:

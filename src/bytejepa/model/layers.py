@@ -164,8 +164,8 @@ def normalize_and_rotate(
     """Return gain * rotate(rms_norm(heads)), the gain one number a head."""
     if fused.is_profitable(heads):
         return fused.normalize_and_rotate(heads, cosines, sines, gain)
-    if heads.is_cuda and heads.dtype in (torch.bfloat16, torch.float16):
-        return fused.normalize_and_rotate_compiled(heads, cosines, sines, gain)
+    if fused.is_half_on_gpu(heads):
+        return fused.normalize_and_rotate_in_float32(heads, cosines, sines, gain)
     return rotate(rms_norm(heads), cosines, sines) * gain.to(heads.dtype)[:, None]
 
 
