@@ -1,28 +1,31 @@
 """Presets at full size on one GPU, at equal wallclock: train, pack, read back, score.
 
-    python benchmarks/gpu_comparison.py DATA OUT --seconds 70 [--arms pr832 golf golf-chunks]
+    python benchmarks/gpu_comparison.py DATA OUT --seconds 50 [--arms pr832 golf golf-chunks] [--seeds 1 2 3] [--also NAME=DATA]
 
-DATA: byte260 shards of a training and a validation split. One process an arm: they compile side by side, train one after the
-other, each for the same seconds (compilation not counted) at the reference's share of a batch, 49,152 bytes a step. On one
-H100 compiling takes 100 s (pr832) to 200 s (golf), so that three arms of 70 s need seven minutes of a GPU without other work.
-Writes OUT/ARM.json as soon as an arm is scored, and OUT/comparison.json; run folders and artifacts stay in OUT.
+DATA: byte260 shards of a training and a validation split; `--also` names further ones, of which the validation split is scored.
+One process an arm: they compile side by side, then train turn by turn, seed by seed, each for the same seconds (compilation
+not counted) at the reference's share of a batch, 49,152 bytes a step. What they trained is packed and scored by a process each,
+once nothing is timed any more. On one H100 compiling takes 100 s (pr832) to 200 s (golf). Writes OUT/ARM-SEED.json and
+OUT/comparison.json; run folders and artifacts stay in OUT.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import functools
+import gc
 import json
-import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from turns import alone
+from turns import alone, wait_for
 
 import bytejepa.training.runs as runs
 from bytejepa.artifact.load import build, load, run_weights
@@ -86,87 +89,126 @@ def rehearsed(config: RunConfig) -> RunConfig:
     )  # fmt: skip
 
 
-def run_arm(name: str, config: RunConfig, data: Path, out: Path, score_bytes: int) -> None:
-    """Train, score and pack one arm."""
-    warm_up, begin = Trainer.warm_up, time.perf_counter()
-    compile_s = 0.0
+def train_arm(name: str, config: RunConfig, options: argparse.Namespace) -> None:
+    """Train one arm on each seed, in its turns."""
+    turns = [(seed, arm_name) for seed in options.seeds for arm_name in options.arms]
+    warm_up, begin, compile_s = Trainer.warm_up, time.perf_counter(), 0.0
 
     def warm_up_and_wait(trainer: Trainer) -> None:
         nonlocal compile_s
         warm_up(trainer)
-        compile_s = time.perf_counter() - begin
+        if not compile_s:  # later seeds find everything compiled
+            compile_s = time.perf_counter() - begin
+        before = turns[: turns.index((trainer.config.training.seed, name))]
+        (options.out / f"{name}.compiled").touch()
+        wait_for(*(options.out / f"{other}.compiled" for other in options.arms))
+        wait_for(*(options.out / f"{other}-{seed}.trained" for seed, other in before))
         turn.enter_context(alone())
 
     Trainer.warm_up = warm_up_and_wait  # type: ignore[method-assign]
     runs.Trainer = functools.partial(Trainer, validate=False)  # type: ignore[misc, assignment]
-    run, artifact = out / name, out / f"{name}.bjm"
-    device = torch.device("cpu" if config.training.device == "cpu" else "cuda")
-    ids = leading_ids(IdStream.open(data, "val"), score_bytes + 1, data)
-    window = config.evaluation.window_bytes
-
-    def bpb(model: ByteLM) -> float:
-        model.attention_backend = "math"  # needs no compilation
-        with torch.no_grad():
-            scorer = Scorer(model.to(device))
-            return score_ids(scorer, ids, window=window, stride=window, batch_ids=4 * window).bpb
-
-    with contextlib.ExitStack() as turn:  # taken once all is compiled
-        result = runs.train(config, data, run, force=True)
-        config, average = run_weights(run)
+    marks = [options.out / f"{name}.compiled", *(options.out / f"{name}-{seed}.trained" for seed in options.seeds)]
+    atexit.register(lambda: [mark.touch() for mark in marks])  # nobody waits for an arm that failed
+    for seed in options.seeds:
+        run = options.out / f"{name}-{seed}"
+        with contextlib.ExitStack() as turn:
+            result = runs.train(replace(config, training={"seed": seed}), options.data, run, force=True)
         metrics = [line for line in RunFolder(run).read_metrics() if "train_bpb" in line]
         found = {
             "arm": name,
+            "seed": seed,
             "steps": result.steps,
             "train_bytes": result.num_bytes,
             "train_s": result.elapsed_s,
             "bytes_per_s": result.num_bytes / result.elapsed_s,
             "compile_s": compile_s,
             "last_train_bpb": sum(line["train_bpb"] for line in metrics[-5:]) / len(metrics[-5:]),
-            "num_parameters": sum(value.numel() for value in average.values()),
-            "scored_bytes": score_bytes,
-            "window_bytes": window,
-            "average_bpb": bpb(build(config, average, source=name)),
-            **surroundings(device),
         }
-        write(out, found)  # packing takes long; what there is is kept
-        begin = time.perf_counter()
-        sequences = calibration_sequences(IdStream.open(data, "train"), config, data)
-        info = write_artifact(artifact, average, config, sequences=sequences, device=device, force=True)
-        found |= {"pack_s": time.perf_counter() - begin, "artifact_bytes": info.file_bytes}
-        found["artifact_bpb"] = bpb(load(artifact))
-        write(out, found)
+        write(options.out, found)
+        (options.out / f"{name}-{seed}.trained").touch()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def pack_and_score(name: str, seed: int, options: argparse.Namespace) -> None:
+    """Pack what an arm trained, and score average and artifact on the validation split of every corpus."""
+    run, artifact = options.out / f"{name}-{seed}", options.out / f"{name}-{seed}.bjm"
+    config, average = run_weights(run)
+    device = torch.device("cpu" if options.rehearse else "cuda")
+    corpora = {"books": options.data, **dict(options.also)}
+    window = config.evaluation.window_bytes
+    found = json.loads((options.out / f"{name}-{seed}.json").read_text())
+
+    def bpb(model: ByteLM, corpora: dict[str, Path]) -> dict[str, float]:
+        model.attention_backend = "math" if options.rehearse else "efficient"  # need no compilation
+        scorer, scores = Scorer(model.to(device)), {}
+        for corpus, data in corpora.items():
+            ids = leading_ids(IdStream.open(data, "val"), options.score_bytes + 1, data)
+            with torch.no_grad():
+                scores[corpus] = score_ids(scorer, ids, window=window, stride=window // 2, batch_ids=8 * window).bpb
+        return scores
+
+    begin = time.perf_counter()
+    found |= {"num_parameters": sum(value.numel() for value in average.values()), **surroundings(device)}
+    found |= {"window_bytes": window, "average_bpb": bpb(build(config, average, source=name), {"books": options.data})}
+    write(options.out, found)  # packing takes long; what there is is kept
+    sequences = calibration_sequences(IdStream.open(options.data, "train"), config, options.data)
+    info = write_artifact(artifact, average, config, sequences=sequences, device=device, force=True)
+    found |= {"artifact_bytes": info.file_bytes, "artifact_bpb": bpb(load(artifact), corpora)}
+    write(options.out, found | {"pack_and_score_s": time.perf_counter() - begin})
 
 
 def write(out: Path, found: dict[str, Any]) -> None:
     """Write what came of an arm."""
-    (out / f"{found['arm']}.json").write_text(json.dumps(found, indent=1))
+    (out / f"{found['arm']}-{found['seed']}.json").write_text(json.dumps(found, indent=1))
     print(json.dumps(found), flush=True)
 
 
+def corpus(words: str) -> tuple[str, Path]:
+    """Return NAME and DATA of NAME=DATA."""
+    name, _, data = words.partition("=")
+    return name, Path(data)
+
+
 def main() -> None:
-    """Start a process an arm, and gather what they wrote."""
+    """Start a process an arm, then one for everything they trained, and gather what they wrote."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, default=70.0)
+    parser.add_argument("--seconds", type=float, default=50.0)
     parser.add_argument("--arms", nargs="+", default=["pr832", "golf", "golf-chunks"])
-    parser.add_argument("--score-bytes", type=int, default=1_000_000)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--also", nargs="*", type=corpus, default=[], metavar="NAME=DATA")
+    parser.add_argument("--score-bytes", type=int, default=500_000)
     parser.add_argument("--rehearse", action="store_true", help="walk through it on a CPU, at a tiny size")
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--train", help=argparse.SUPPRESS)
+    parser.add_argument("--score", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.alone:
-        config = arm(options.alone, options.seconds)
-        config = rehearsed(config) if options.rehearse else config
-        run_arm(options.alone, config, options.data, options.out, options.score_bytes)
+    if options.train:
+        config = arm(options.train, options.seconds)
+        train_arm(options.train, rehearsed(config) if options.rehearse else config, options)
         return
-    os.environ.setdefault("BYTEJEPA_TURN_FILE", str(options.out.resolve() / "turn.lock"))
-    started = [subprocess.Popen([sys.executable, *sys.argv, "--alone", name]) for name in options.arms]
-    failed = [name for name, process in zip(options.arms, started, strict=True) if process.wait()]
-    rows = [json.loads((options.out / f"{name}.json").read_text()) for name in options.arms if name not in failed]
+    if options.score:
+        pack_and_score(options.score[0], int(options.score[1]), options)
+        return
+    for pattern in ("*.compiled", "*.trained", "*.json"):  # of a run before
+        for left in options.out.glob(pattern):
+            left.unlink()
+    failed = failures(["--train", name] for name in options.arms)
+    planned = [(name, seed) for name in options.arms for seed in options.seeds]
+    trained = [(name, seed) for name, seed in planned if (options.out / f"{name}-{seed}.json").exists()]
+    failed += failures(["--score", name, str(seed)] for name, seed in trained)
+    rows = [json.loads((options.out / f"{name}-{seed}.json").read_text()) for name, seed in trained]
     (options.out / "comparison.json").write_text(json.dumps(rows, indent=1))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def failures(commands: Iterable[list[str]]) -> list[str]:
+    """Run this script with each of `commands` at the same time; return those that failed."""
+    started = {" ".join(words): subprocess.Popen([sys.executable, *sys.argv, *words]) for words in commands}
+    return [words for words, process in started.items() if process.wait()]
 
 
 if __name__ == "__main__":

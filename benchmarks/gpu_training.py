@@ -1,10 +1,9 @@
 """One call checks and measures on a GPU all that a CPU cannot: speed, memory, each choice on and off, agreement.
 
-    python benchmarks/gpu_training.py OUT.json [--minutes 8]
+    python benchmarks/gpu_training.py OUT.json [--minutes 8] [--only "speed: ours" agreement] [--attention cudnn]
 
 Writes one JSON object after every section, so that a run cut short keeps what it has. Its figures
-are worth something on a GPU without other work only; programs that take turns by BYTEJEPA_TURN_FILE (`turns`) still disturb
-each other while they compile.
+are worth something on a GPU without other work only: several of these at once take turns (`turns`).
 """
 
 from __future__ import annotations
@@ -157,14 +156,18 @@ SWITCHES: dict[str, Callable[[TrainingStep], Undo]] = {
 class Steps:
     """Measures steps; one that is compiled serves every section that can use it."""
 
-    def __init__(self, device: torch.device, peak: float, *, compile: bool, steps: int) -> None:  # noqa: A002 - torch's word
-        self.device, self.peak, self.compile, self.steps = device, peak, compile, steps
+    def __init__(self, device: torch.device, *, compile: bool, steps: int) -> None:  # noqa: A002 - torch's word
+        self.device, self.compile, self.steps = device, compile, steps
+        self.peak: float | None = None
+        """Of a matrix product, FLOP/s; measured in the first turn."""
         self.ours: TrainingStep | None = None
 
     def of_ours(self, config: RunConfig, name: str, *, without: str | None = None, **call: object) -> Speed:
         """Return the speed of `config`'s step called with `call`, `without` one of `SWITCHES`."""
         if self.ours is None:
             self.ours = TrainingStep(config, self.device, compile=self.compile)
+            self.ours()
+            self.ours(jepa_lambda=0.0)  # both graphs, before anything is timed
         undo = SWITCHES[without](self.ours) if without else None
         speed = self._measured(name, self.ours, config, **call)
         if undo is not None:
@@ -197,6 +200,8 @@ class Steps:
             step(**call)
         synchronize(self.device)
         with alone():
+            if self.peak is None:
+                self.peak = matmul_peak_flop_per_s(self.device)
             return measure(name, lambda: step(**call), config, self.device, peak=self.peak, steps=steps or self.steps)
 
     def _forget(self) -> None:
@@ -295,23 +300,26 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="these sections, by the names that are printed")
+    parser.add_argument("--attention", default="auto", help="kernel of every section but the comparison of kernels")
     parser.add_argument("--rehearse", action="store_true", help="walk through all of it on a CPU, at a tiny size")
     options = parser.parse_args(words)
     begin = time.perf_counter()
     device = torch.device("cpu" if options.rehearse else "cuda")
-    ours, reference = rehearsal() if options.rehearse else full_size()
-    peak = matmul_peak_flop_per_s(device)
+    ours, reference = (
+        replace(config, training={"attention": options.attention})
+        for config in (rehearsal() if options.rehearse else full_size())
+    )
     report: dict[str, object] = {
         "device": "cpu, rehearsal" if options.rehearse else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "python": platform.python_version(),
-        "matmul_peak_tflop_per_s": peak / 1e12,
         "bytes_a_step": ours.data.batch_bytes,
         "flop_per_byte": flop_per_byte(ours),
     }
-    steps = Steps(device, peak, compile=not options.rehearse, steps=2 if options.rehearse else 20)
+    steps = Steps(device, compile=not options.rehearse, steps=2 if options.rehearse else 20)
     sections: dict[str, Callable[[], object]] = {
         "attention": lambda: check_attention(device, *((2, 256) if options.rehearse else ()))
     }
@@ -320,7 +328,11 @@ def main(words: Sequence[str] | None = None) -> None:
         if name == "reference's settings":  # from here on every section compiles anew
             sections["agreement"] = lambda: check_agreement(*agreement)
         sections[f"speed: {name}"] = lambda r=run: dataclasses.asdict(r())
+    if unknown := set(options.only or ()) - set(sections):
+        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(sections)}")
     for section, run in sections.items():
+        if options.only and section not in options.only:
+            continue
         if time.perf_counter() - begin > 60 * options.minutes:
             report[section] = "not reached in the time given"
             continue
@@ -330,6 +342,7 @@ def main(words: Sequence[str] | None = None) -> None:
             report[section] = f"failed: {type(problem).__name__}: {str(problem)[:500]}"
         if section == "speed: ours" and isinstance(report[section], dict):
             report["targets"] = against_targets(report[section])
+        report["matmul_peak_tflop_per_s"] = steps.peak and steps.peak / 1e12
         synchronize(device)
         print(f"{time.perf_counter() - begin:6.0f} s  {section}: {report[section]}", flush=True)
         options.out.write_text(json.dumps(report, indent=1))

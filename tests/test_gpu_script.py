@@ -1,9 +1,11 @@
 """The GPU scripts are walked through on a CPU: a GPU's minutes must not be spent on their mistakes."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,15 +55,34 @@ def run_script(name: str, *words: object) -> None:
 
 @pytest.mark.slow
 def test_arms_of_the_comparison_train_and_come_back_from_their_artifacts(embedded_shards: Path, tmp_path: Path) -> None:
-    arms = ("pr832", "golf-chunks")
-    options = ("--seconds", 0.5, "--rehearse", "--score-bytes", 1000, "--arms", *arms)
-    run_script("gpu_comparison.py", embedded_shards, tmp_path, *options)
+    arms, seeds = ("pr832", "golf-chunks"), (1, 2)
+    options = ("--seconds", 0.5, "--rehearse", "--score-bytes", 1000, "--arms", *arms, "--seeds", *seeds)
+    run_script("gpu_comparison.py", embedded_shards, tmp_path, *options, "--also", f"others={embedded_shards}")
     rows = json.loads((tmp_path / "comparison.json").read_text())
-    assert [row["arm"] for row in rows] == list(arms)
+    assert [(row["arm"], row["seed"]) for row in rows] == [(arm, seed) for arm in arms for seed in seeds]
     for row in rows:
         assert row["train_s"] >= 0.5
-        assert row["artifact_bpb"] == pytest.approx(row["average_bpb"], abs=0.05)
-        assert row["artifact_bytes"] == (tmp_path / f"{row['arm']}.bjm").stat().st_size
+        assert row["artifact_bpb"]["books"] == pytest.approx(row["average_bpb"]["books"], abs=0.05)
+        assert row["artifact_bpb"]["others"] == row["artifact_bpb"]["books"]
+        assert row["artifact_bytes"] == (tmp_path / f"{row['arm']}-{row['seed']}.bjm").stat().st_size
+    assert rows[0]["average_bpb"] != rows[1]["average_bpb"]
+
+
+@pytest.mark.slow
+def test_turns_begin_when_they_are_opened_and_one_at_a_time(tmp_path: Path) -> None:
+    turn = tmp_path / "turn"
+    program = (
+        "import time\nfrom turns import alone\nwith alone():\n b = time.time(); time.sleep(0.3); print(b, time.time())"
+    )
+    environment = os.environ | {"BYTEJEPA_TURN_FILE": str(turn), "PYTHONPATH": str(SCRIPT.parent)}
+    command = [sys.executable, "-c", program]
+    started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    while len(list(tmp_path.glob("turn.*.ready"))) < 2:
+        time.sleep(0.05)
+    opened = time.time()
+    (tmp_path / "turn.open").touch()
+    first, second = sorted([float(word) for word in process.communicate()[0].split()] for process in started)
+    assert opened <= first[0] < first[1] <= second[0]
 
 
 @pytest.mark.slow
