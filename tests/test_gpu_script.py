@@ -1,5 +1,6 @@
 """The GPU scripts are walked through on a CPU: a GPU's minutes must not be spent on their mistakes."""
 
+import importlib
 import json
 import os
 import runpy
@@ -94,3 +95,29 @@ def test_the_codec_script_checks_both_ways_and_measures(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "codec.json").read_text())
     assert all(report["restored"].values())
     assert min(report["shipped"].values()) > 0
+
+
+@pytest.mark.slow
+def test_turns_are_opened_once_all_has_compiled_and_late_work_is_stopped(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    checks = importlib.import_module("gpu_checks")
+    out = tmp_path / "out"
+    marked = "import time; from turns import alone\nwith alone(): open({0!r}, 'w').write(str(time.time()))"
+    compiled = (
+        f"import os, time; os.mkdir({str(out / 'comparison')!r}); time.sleep(1);"
+        f"open({str(out / 'comparison' / 'arm.compiled')!r}, 'w').close()\n"
+    )
+    first, last = tmp_path / "first", tmp_path / "last"
+    monkeypatch.setattr(
+        checks, "untimed", lambda _: {"late": ["-c", "import time; time.sleep(100)"], "done": ["-c", ""]}
+    )
+    monkeypatch.setattr(
+        checks, "timed", lambda _: {"first": ["-c", marked.format(str(first))], "broken": ["-c", "1/0"]}
+    )
+    monkeypatch.setattr(checks, "comparison", lambda _: ["-c", compiled + marked.format(str(last))])
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parent))
+    words = ["data", str(out), "text", "--arms", "arm", "--untimed-s", "2"]
+    monkeypatch.setattr(sys, "argv", ["gpu_checks.py", *words])
+    begin = time.time()
+    checks.main()
+    assert begin + 2 <= float(first.read_text()) < float(last.read_text()) < begin + 30
