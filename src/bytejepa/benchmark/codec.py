@@ -96,7 +96,7 @@ def _float_row(model: ByteLM, window: int, lanes: int) -> dict[str, Any]:
 def other_compressors() -> dict[str, Callable[[bytes], int]]:
     """Return by name functions from data to its compressed length; PPMd where pyppmd is installed."""
     found: dict[str, Callable[[bytes], int]] = {
-        "zstd -19": lambda data: len(zstandard.ZstdCompressor(level=19).compress(data)),
+        "zstd -19": lambda data: len(zstandard.ZstdCompressor(level=19, write_checksum=True).compress(data)),
         "xz -9e": lambda data: len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)),
         "brotli -11": lambda data: len(brotli.compress(data, quality=11, lgwin=24)),
         "bzip2 -9": lambda data: len(bz2.compress(data, 9)),
