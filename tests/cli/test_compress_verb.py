@@ -1,4 +1,5 @@
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -63,6 +64,39 @@ def test_a_wrong_model_is_refused_before_a_byte(
     for options in (["-o", "-"], ["--test"], ["-o", target], ["-o", target, "--keep-going"]):
         assert "made with the model" in refuses(6, "decompress", packed, "--model", other, *options)
     assert not target.exists()
+
+
+def test_a_zstd_frame_restores_with_any_model(command: Callable, refuses: Callable, file: Path, tmp_path: Path) -> None:
+    noise = random.Random(0).randbytes(2000)
+    file.write_bytes(noise)
+    packed, other, target = file.with_name("notes.txt.bjc"), artifact(tmp_path / "other.bjm"), file.with_name("out.bin")
+    record = json.loads(command("compress", file, "--model", GOLDEN_MODEL, "--json").out)
+    frame = packed.read_bytes()
+    assert (record["content_bytes"], record["compressed_bytes"], len(frame)) == (2000, 2014, 2014)
+    assert zstandard.ZstdDecompressor().decompress(frame) == noise
+    for options in (["--test"], ["-o", target], ["-o", target, "--keep-going", "--force"]):
+        done = command("decompress", packed, "--model", other, "--json", *options)
+        assert (done.code, json.loads(done.out)["content_bytes"]) == (0, 2000)
+        assert target.exists() != (options == ["--test"])
+    assert target.read_bytes() == noise
+    words = [sys.executable, "-m", "bytejepa", "decompress", "-", "--model", str(tmp_path / "missing")]
+    assert subprocess.run(words, input=frame, capture_output=True, check=True).stdout == noise
+    packed.write_bytes(frame[:-1])
+    target.unlink()
+    for options in (["--test"], ["-o", target], ["-o", target, "--keep-going"]):
+        assert "cut short after 2013 bytes" in refuses(6, "decompress", packed, *options)
+    assert not target.exists()
+
+
+def test_a_file_of_the_program_zstd_is_restored_or_refused(command: Callable, refuses: Callable, file: Path) -> None:
+    theirs, target = file.with_name("notes.zst"), file.with_name("out.bin")
+    theirs.write_bytes(zstandard.ZstdCompressor(level=3, write_checksum=True).compress(DATA))
+    assert "does not end in .bjc" in refuses(2, "decompress", theirs)
+    assert command("decompress", theirs, "-o", target).code == 0
+    assert target.read_bytes() == DATA
+    theirs.write_bytes(zstandard.ZstdCompressor(level=19).compress(DATA))
+    assert "needs content size and checksum" in refuses(6, "decompress", theirs, "-o", target, "--force")
+    assert target.read_bytes() == DATA
 
 
 def test_a_model_that_the_codec_cannot_use_is_refused(refuses: Callable, file: Path, tmp_path: Path) -> None:

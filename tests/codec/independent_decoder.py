@@ -310,11 +310,36 @@ def decode_block(model: Model, stream: bytes, length: int, window: int, hop: int
     return bytes(value - 4 for value in ids[1:])
 
 
+def decode_frame(frame: bytes) -> bytes:
+    descriptor = frame[4]
+    code, single = descriptor >> 6, descriptor >> 5 & 1
+    place = 6 - single
+    size = int.from_bytes(frame[place : place + 2**code], "little") + (256 if code == 1 else 0)
+    assert descriptor % 32 == 4
+    assert code == (size >= 256) + (size >= 65_792) + (size >= 2**32 - 1)
+    assert single or (frame[5] % 8 == 0 and 2 ** (10 + frame[5] // 8) <= min(2**23, size - 1))
+    place, most, last = place + 2**code, 0, 0
+    while not last:
+        header = int.from_bytes(frame[place : place + 3], "little")
+        last, kind, length = header & 1, header >> 1 & 3, header >> 3
+        assert kind < 3
+        assert length <= 2**17
+        place += 3 + (1 if kind == 1 else length)
+        assert place + 4 <= len(frame)
+        most += 2**17 if kind == 2 else length
+    assert place + 4 == len(frame)
+    assert size <= most
+    stream = zstandard.ZstdDecompressor().decompressobj()
+    content = stream.decompress(frame)  # checks the checksum
+    assert stream.eof
+    assert len(content) == size
+    return content
+
+
 def decode_file(model: Model, blob: bytes) -> bytes:
-    assert blob[:5] == b"\x89BJC\x01"
-    if blob[5] == 0:
-        assert blob[6:14] == hashlib.blake2b(blob[:6] + blob[14:], digest_size=8).digest()
-        return zstandard.ZstdDecompressor().decompress(blob[14:])
+    if blob[:4] == b"\x28\xb5\x2f\xfd":
+        return decode_frame(blob)
+    assert blob[:6] == b"\x89BJC\x01\x01"
     content_bytes, block_bytes, window, hop, identity, digest = struct.unpack_from("<QIII32s16s", blob, 6)
     assert identity == model.identity
     count = -(-content_bytes // block_bytes)

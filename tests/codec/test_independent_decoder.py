@@ -1,11 +1,13 @@
 """docs/codec.md suffices: a decoder that was written from it decodes what the package encodes, and finds the golden numbers."""
 
 import json
+import random
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from bytejepa.artifact.container import write_container
 from bytejepa.artifact.store import store_weights
@@ -13,7 +15,9 @@ from bytejepa.codec import container
 from bytejepa.codec.compress import compress
 from bytejepa.codec.cpu import CpuCoder
 from bytejepa.codec.integer_model import integer_model
+from bytejepa.codec.zstd_frame import compress_frame
 from bytejepa.config_json import to_dict
+from bytejepa.errors import CodecError
 from codec import independent_decoder
 from codec.golden import TEXT, sha256
 from codec.models import EVERY_CODE, GOLDEN, GOLDEN_MODEL, STRUCTURES, coded_blocks, golden_model, inputs
@@ -64,3 +68,21 @@ def test_it_decodes_every_kind_of_block(golden: independent_decoder.Model) -> No
     mixed = compress(golden_model(), TEXT + inputs()["zlib of noise"][:160], block_bytes=150, window=64, hop=32)
     assert independent_decoder.decode_file(golden, mixed) == TEXT + inputs()["zlib of noise"][:160]
     assert independent_decoder.decode_file(golden, compress(golden_model(), bytes(500))) == bytes(500)
+
+
+def test_it_takes_and_refuses_the_same_frames(golden: independent_decoder.Model) -> None:
+    contents = (b"", b"a", bytes(500), bytes(70_000), random.Random(0).randbytes(300), TEXT)
+    for frame in (compress_frame(content) for content in contents):
+        assert independent_decoder.decode_file(golden, frame) == container.parse(frame)
+        for bit in range(8 * len(frame)):
+            damaged = bytearray(frame)
+            damaged[bit // 8] ^= 1 << bit % 8
+            try:
+                expected = container.parse(bytes(damaged))
+            except CodecError:
+                with pytest.raises((AssertionError, zstandard.ZstdError)):
+                    independent_decoder.decode_file(golden, bytes(damaged))
+            else:
+                assert independent_decoder.decode_file(golden, bytes(damaged)) == expected
+    long_content = bytes((8 << 20) + 5)
+    assert independent_decoder.decode_file(golden, compress_frame(long_content)) == long_content

@@ -1,7 +1,7 @@
 """Any bytes to a compressed file and back, exactly.
 
 The content is cut into blocks. Each is coded by itself under the model's integer frequencies, or with zstd where that
-is smaller; where zstd on the whole is smaller than all of it, the file is one zstd frame. Blocks are coded by several threads, and
+is smaller; where zstd on the whole is smaller than all of it, the file is that zstd frame. Blocks are coded by several threads, and
 decoded in several lanes a thread; neither changes a bit of the result.
 """
 
@@ -16,12 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from bytejepa.artifact.codecs import zstd_decompress
 from bytejepa.artifact.container import read_container
 from bytejepa.artifact.load import configuration_of, load, stored_weights
 from bytejepa.codec import coder, container
 from bytejepa.codec.integer_model import IntegerModel, integer_model
 from bytejepa.codec.lanes import LaneCoder, Progress
 from bytejepa.codec.shipped import shipped_model_path
+from bytejepa.codec.zstd_frame import compress_frame
 from bytejepa.errors import CodecError, ConfigError
 from bytejepa.model.transformer import ByteLM
 
@@ -115,7 +117,7 @@ def compress(
     1,024, and three quarters of it. Raises: ConfigError for a window that the model does not have, CodecError as `codec_model`.
     """
     settings = settings or Settings()
-    whole = container.whole_zstd_file(data)
+    whole = compress_frame(data)
     if not data:
         return whole
     integers = codec_model(model)
@@ -133,7 +135,10 @@ def compress(
 
 
 def decompress(model: Model | None, blob: bytes, *, settings: Settings | None = None) -> bytes:
-    """Return what was compressed. Raises: CodecError for damage, or if it was made with another model."""
+    """Return what was compressed. Raises: CodecError for damage, or if it was made with another model.
+
+    Where no block needs a model, as in a file that is one zstd frame, `model` is not looked at.
+    """
     content, damaged = restore(model, blob, settings=settings)
     if damaged:
         raise _failure(damaged)
@@ -200,7 +205,7 @@ def _coder(model: IntegerModel, window: int, hop: int, settings: Settings, *, co
 
 
 def _encode_block(chosen: LaneCoder, content: bytes, report: Progress) -> container.Block:
-    simple = container.zstd_compress(content)
+    simple = compress_frame(content, checksum=False)
     if len(simple) < INCOMPRESSIBLE * len(content):
         payload = coder.encode(*chosen.price(content, report))
         if len(payload) < len(simple):
@@ -219,7 +224,7 @@ def _decode_blocks(model: IntegerModel | None, parsed: container.Blocks, setting
             coded.append(index)
             continue
         if block is not None:
-            contents[index] = _zstd_content(block)
+            contents[index] = zstd_decompress(block.payload, block.num_bytes)
         if settings.on_progress is not None:
             settings.on_progress(parsed.num_bytes(index))
     if model is None or not coded:
@@ -263,13 +268,6 @@ def _groups(indices: list[int], settings: Settings) -> Iterator[list[int]]:
     size = max(1, min(settings.num_lanes, -(-len(indices) // settings.num_threads)))
     for first in range(0, len(indices), size):
         yield indices[first : first + size]
-
-
-def _zstd_content(block: container.Block) -> bytes | None:
-    try:
-        return container.decompress_zstd(block.payload, block.num_bytes)
-    except CodecError:
-        return None
 
 
 def _refuse_window(model: IntegerModel, parsed: container.Blocks) -> None:

@@ -1,4 +1,5 @@
-"""The `.bjc` file: blocks that decode by themselves, checksums for each and for the whole. `docs/codec.md` is the specification.
+"""The `.bjc` file: blocks that decode by themselves, checksums for each and for the whole; or one zstd frame (`zstd_frame`).
+`docs/codec.md` is the specification.
 
 Nothing is allocated on a header's word: every size is checked against the file that is really there, or against a bound
 of the format, first.
@@ -12,14 +13,12 @@ import struct
 import zlib
 from collections.abc import Sequence
 
-import zstandard
-
+from bytejepa.codec import zstd_frame
 from bytejepa.errors import CodecError
 
 MAGIC = b"\x89BJC"
 FORMAT_VERSION = 1
-ZSTD_LEVEL = 19
-KIND_ZSTD, KIND_BLOCKS = 0, 1
+KIND_BLOCKS = 1
 PRELUDE = struct.Struct("<4sBB")
 """Magic, format version, kind."""
 HEADER = struct.Struct("<QIII32s16s")
@@ -28,8 +27,6 @@ ENTRY = struct.Struct("<III")
 """One block: bytes of its payload (top bit: zstd), CRC-32 of the payload, CRC-32 of the content."""
 CHECKSUM_BYTES, DIGEST_BYTES = 8, 16
 MAX_BLOCK_BYTES = 1 << 20
-MAX_ZSTD_EXPANSION = 1 << 15
-"""A block of zstd is 128 KiB at most and takes 4 bytes at least."""
 _ZSTD_BLOCK = 1 << 31
 _DAMAGED = "the file is damaged, copy it again"
 
@@ -74,17 +71,6 @@ def digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
-def zstd_compress(content: bytes) -> bytes:
-    """Return one zstd frame at level 19 that states its content size."""
-    return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True).compress(content)
-
-
-def whole_zstd_file(content: bytes) -> bytes:
-    """Return a file that is one zstd frame: for what zstd compresses better than a model does."""
-    prelude, frame = PRELUDE.pack(MAGIC, FORMAT_VERSION, KIND_ZSTD), zstd_compress(content)
-    return prelude + _checksum(prelude + frame) + frame
-
-
 def blocks_file(
     content: bytes, blocks: Sequence[Block], *, block_bytes: int, window: int, hop: int, model: bytes
 ) -> bytes:
@@ -103,12 +89,14 @@ def make_block(content: bytes, payload: bytes, *, is_zstd: bool) -> Block:
 
 
 def parse(data: bytes) -> bytes | Blocks:
-    """Return the content of a whole-zstd file, or the checked header and the blocks of another.
+    """Return the content of a file that is one zstd frame, or the checked header and the blocks of another.
 
-    Raises: CodecError for a foreign file, a newer version, a damaged header; damaged blocks are None in the result.
+    Raises: CodecError for a foreign file, a newer version, a damaged header or frame; damaged blocks are None in the result.
     """
+    if data.startswith(zstd_frame.MAGIC):
+        return zstd_frame.read_frame(data)
     start = data[: len(MAGIC)]
-    if not start or not MAGIC.startswith(start):
+    if not start or not any(magic.startswith(start) for magic in (MAGIC, zstd_frame.MAGIC)):
         raise CodecError(
             "this is not a file that bytejepa compressed",
             hint="it is empty" if not start else f"it begins with {start!r}",
@@ -121,36 +109,9 @@ def parse(data: bytes) -> bytes | Blocks:
             f"the file has version {version} of the format, this is version {FORMAT_VERSION}",
             hint="upgrade bytejepa; if that does not help, the file is damaged",
         )
-    if kind == KIND_ZSTD:
-        return _parse_zstd(data)
-    if kind == KIND_BLOCKS:
-        return _parse_blocks(data)
-    raise CodecError(f"the file is of an unknown kind {kind}", hint=_DAMAGED)
-
-
-def decompress_zstd(frame: bytes, num_bytes: int) -> bytes:
-    """Return the content of a frame that must have `num_bytes`. Raises: CodecError, without allocating more than that."""
-    try:
-        claimed = zstandard.get_frame_parameters(frame).content_size
-        if claimed != num_bytes:
-            raise CodecError(f"expected {num_bytes} bytes, the zstd frame has {claimed}", hint=_DAMAGED)
-        if num_bytes > len(frame) * MAX_ZSTD_EXPANSION:
-            raise CodecError(f"a zstd frame of {len(frame)} bytes cannot hold the {num_bytes} it claims", hint=_DAMAGED)
-        return zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(frame, allow_extra_data=False)
-    except (zstandard.ZstdError, MemoryError) as problem:
-        raise CodecError(f"zstd: {problem or 'out of memory'}", hint=_DAMAGED) from problem
-
-
-def _parse_zstd(data: bytes) -> bytes:
-    first = PRELUDE.size + CHECKSUM_BYTES
-    frame = data[first:]
-    if data[PRELUDE.size : first] != _checksum(data[: PRELUDE.size] + frame):
-        raise CodecError("the checksum differs", hint=_DAMAGED)
-    try:
-        size = zstandard.get_frame_parameters(frame).content_size
-    except zstandard.ZstdError as problem:
-        raise CodecError(f"zstd: {problem}", hint=_DAMAGED) from problem
-    return decompress_zstd(frame, size)
+    if kind != KIND_BLOCKS:
+        raise CodecError(f"the file is of an unknown kind {kind}", hint=_DAMAGED)
+    return _parse_blocks(data)
 
 
 def _parse_blocks(data: bytes) -> Blocks:
