@@ -14,7 +14,12 @@ from bytejepa.training.runlog import RunFolder
 from bytejepa.training.runs import train
 from small_models import random_ids, small_model
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # what torch itself says while it compiles
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+]
 CUDA = torch.device("cuda")
 
 
