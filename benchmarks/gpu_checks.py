@@ -5,7 +5,7 @@
 DATA: byte260 shards of a training and a validation split, 75 MB or more, so that nothing is read twice. TEXT: a file for the
 codec. All programs start at once and compile side by side; what is not timed (tests, agreement with the CPU, the plan
 `jepa-larger`, a process a seed) runs meanwhile. When that is over, or after `--untimed-s`, which stops what is left of it, the
-timed ones take their turns, then the arms of `gpu_comparison.py`. It wants many cores: on 16 of them, with 3 seeds, the eleven
+timed ones take their turns, then the arms of `gpu_comparison.py`. It wants many cores: on 16 of them, with 3 seeds, the twelve
 programs had not compiled after 8 minutes, where `gpu_training.py` alone takes 90 s. With fewer cores than programs times four,
 call the scripts one after another. Results: OUT/NAME.log, OUT/NAME.json, OUT/comparison, OUT/jepa.
 """
