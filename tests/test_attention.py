@@ -219,3 +219,13 @@ def test_a_kernel_changes_no_loss_beyond_rounding(kernel: str) -> None:
     with torch.no_grad():
         scored = model.losses(ids[:, :-1], ids[:, 1:]).ce.item()
     assert other.losses(ids[:, :-1], ids[:, 1:]).ce.item() == pytest.approx(scored, rel=1e-6)
+
+
+def test_queries_keys_and_values_are_the_same_by_the_way_that_gpus_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = small_model(model={"num_heads": 2, "num_kv_heads": 1}), random_ids(2, 32)
+    model.compute_dtype = torch.bfloat16
+    expected = model.logits(ids)
+    taken = []
+    monkeypatch.setattr("bytejepa.model.fused.is_half_on_gpu", lambda x: taken.append(x.dtype) or True)
+    torch.testing.assert_close(model.logits(ids), expected, rtol=0.05, atol=0.05)
+    assert set(taken) == {torch.bfloat16}
