@@ -8,7 +8,7 @@ import torch
 
 from bytejepa.config import replace
 from bytejepa.errors import ConfigError
-from bytejepa.model import attention
+from bytejepa.model import attention, blocked_attention
 from bytejepa.model.attention import attention_mask, causal_attention, choose_backend, masked_attention
 from bytejepa.model.transformer import ByteLM
 from small_models import random_ids, small_config, small_model
@@ -87,6 +87,24 @@ def test_values_and_gradients_of_every_kernel_are_the_explicit_ones(backend: str
     (theirs * weight).sum().backward()
     for mine, oracle in zip(parts, exact, strict=True):
         torch.testing.assert_close(mine.grad.double(), oracle.grad, rtol=0, atol=1e-5)
+
+
+def test_it_does_not_matter_how_many_heads_are_taken_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for heads in (1, 3, 4):  # of 4
+        monkeypatch.setattr(blocked_attention, "SCORES_AT_ONCE", heads * 64 * 2 * 130)
+        q, k, v = (x.requires_grad_() for x in queries_keys_values(130))
+        output = causal_attention(q, k, v, backend="blocked")
+        output.square().sum().backward()
+        results.append((output, q.grad, k.grad, v.grad))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=1e-5)
+
+
+def test_the_operator_tells_a_compiler_the_truth() -> None:
+    rows, k, v = (torch.randn(4, n, 8, requires_grad=True) for n in (2 * 130, 130, 130))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(blocked_attention._attention_in_blocks, (rows, k, v), test_utils=checks)
 
 
 @pytest.mark.parametrize("backend", ["blocked", "flash", "math"])

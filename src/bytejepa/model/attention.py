@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bytejepa.config import AttentionBackend
 from bytejepa.errors import ConfigError
-from bytejepa.model import fused
+from bytejepa.model import blocked_attention, fused
 from bytejepa.model.layers import Linear, add_projected, normalize_and_rotate
 
 Mask = Any
@@ -146,8 +146,8 @@ def causal_attention(
     if backend in ("flash3", "flash4"):
         return _flash_on_hopper(q, k, v, backend, mask)
     if backend == "blocked":
-        if q.requires_grad and q.size(1) <= fused.ATTENTION_MAX_LENGTH and fused.is_profitable(q):
-            return fused.causal_attention(q, k, v)
+        if q.requires_grad and q.size(1) <= blocked_attention.MAX_LENGTH and q.dtype == torch.float32:
+            return blocked_attention.causal_attention(q, k, v)
         backend = "flash"  # without a backward pass, or where keeping the probabilities would take too much memory
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, E)
     if backend == "flex":
