@@ -39,10 +39,10 @@ def add_projected(
     scale: Float[Tensor, D],
 ) -> Float[Tensor, "B T D"]:
     """Return residual + scale * (x @ weight^T): the scale is folded into the weight, which is far smaller than the
-    activations. On a CPU the residual is what the product accumulates onto; on a GPU that would copy the residual first,
-    while the compiler adds it on the way into the norm that follows."""
+    activations. In eager mode on a CPU the residual is what the product accumulates onto; otherwise that would copy the
+    residual first, while a compiler adds it on the way into the norm that follows."""
     folded = (weight * scale[:, None]).to(x.dtype)
-    if x.is_cuda:
+    if x.is_cuda or torch.compiler.is_compiling():
         return residual + F.linear(x, folded)
     return torch.addmm(residual.flatten(0, 1), x.flatten(0, 1), folded.T).view_as(residual)
 
