@@ -1,11 +1,10 @@
-"""The `.bjm` file: round trips, every kind of damage by its name, hostile headers, atomic writing."""
+"""The `.bjm` format: round trips, every kind of damage by its name, hostile headers."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
-import os
 import struct
 import tracemalloc
 from pathlib import Path
@@ -16,26 +15,22 @@ import pytest
 import torch
 import zstandard
 
-from bytejepa.artifact import container as container_module
 from bytejepa.artifact.container import (
     FORMAT_VERSION,
     MAGIC,
     MAX_HEADER_BYTES,
     PRELUDE,
-    Container,
     container_from_bytes,
     container_to_bytes,
     read_container,
     write_container,
 )
-from bytejepa.artifact.packing import CODECS, StoredTensor
+from bytejepa.artifact.packing import CODECS
 from bytejepa.errors import ArtifactError
-from bytejepa.model.quantization import QuantizedMatrix, dequantize, quantize_rows
+from bytejepa.model.quantization import QuantizedMatrix, dequantize
+from example_container import CONFIGURATION, METADATA, assert_is_example, example_bytes, example_tensors
 
 torch.set_num_threads(1)
-
-CONFIGURATION = {"model": {"width": 512, "layers": 13, "tied": True}, "name": "größer", "rate": 0.1, "cap": None}
-METADATA = {"note": "trained on a Tuesday", "bits_per_byte": 1.2184, "seeds": [1, 2]}
 
 FORMAT_1_FILE = (  # written on purpose once; a reader of format 1 must read it for ever
     "i9$+E4GJ0x0RR91_W=L^vI77Bc>(|c00000D77#BV6p;j4*)hIU>tBu9*_v{s%R_UhHly>*2t=!n4)AzD`@KU|3X{<TL4o4s2{5U"
@@ -49,34 +44,6 @@ FORMAT_1_FILE = (  # written on purpose once; a reader of format 1 must read it 
     "j5&*;Ry%>9vk}U<OvN5=K3EG_5B1J9}@850_Y4C1s@gv3;Y2GAMER1H>ZtD!7M2&DkUrc002BVv@<g^KNLnRauX-"
     "?7Ys%nT>UXy98);ua=o+z)R%VMFj299@c"
 )
-
-
-def example_tensors() -> dict[str, StoredTensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "blocks.10.weight": quantize_rows(torch.randn(6, 8, generator=generator), bits=6),
-        "blocks.2.gain": torch.tensor([1.0, 0.5, -0.25]).half(),
-        "scalar": torch.tensor(0.7),
-        "empty": torch.zeros(0, 3).half(),
-    }
-
-
-def example_bytes() -> bytes:
-    return container_to_bytes(configuration=CONFIGURATION, tensors=example_tensors(), metadata=METADATA)
-
-
-def assert_is_example(content: Container) -> None:
-    assert content.configuration == CONFIGURATION
-    assert content.metadata == METADATA
-    expected = example_tensors()
-    assert list(content.tensors) == list(content.stored) == list(expected)
-    for name, stored in expected.items():
-        weights = dequantize(stored) if isinstance(stored, QuantizedMatrix) else stored.float()
-        assert content.tensors[name].dtype == torch.float32
-        assert torch.equal(content.tensors[name], weights)
-    codes = content.stored["blocks.10.weight"]
-    assert isinstance(codes, QuantizedMatrix)
-    assert torch.equal(codes.codes, expected["blocks.10.weight"].codes)
 
 
 def seal(header: Any, payload: bytes = b"", *, json_bytes: int | None = None, version: int = FORMAT_VERSION) -> bytes:
@@ -351,98 +318,6 @@ def test_a_value_inside_itself_is_refused():
     loop.append(loop)
     with pytest.raises(ArtifactError, match="nested more than 32 levels"):
         container_to_bytes(configuration={"x": loop}, tensors={}, metadata={})
-
-
-def write(path: Path, **options: Any) -> None:
-    write_container(path, configuration=CONFIGURATION, tensors=example_tensors(), metadata=METADATA, **options)
-
-
-def test_existing_output_is_refused_before_the_compression(tmp_path, monkeypatch):
-    path = tmp_path / "model.bjm"
-    path.write_text("precious")
-    monkeypatch.setattr(container_module, "pack", None)
-    with pytest.raises(ArtifactError, match="exists already"):
-        write(path)
-
-
-def test_replacing_is_renaming_and_never_rewriting_in_place(tmp_path):
-    path = tmp_path / "model.bjm"
-    path.write_text("precious")
-    (tmp_path / "link").hardlink_to(path)
-    write(path, force=True)
-    assert (tmp_path / "link").read_text() == "precious"
-
-
-def test_existing_output_is_refused_without_force(tmp_path):
-    path = tmp_path / "model.bjm"
-    path.write_text("precious")
-    with pytest.raises(ArtifactError, match=r"model.bjm exists already .*force"):
-        write(path)
-    assert path.read_text() == "precious"
-    write(path, force=True)
-    assert_is_example(read_container(path))
-
-
-def test_an_output_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
-    path = tmp_path / "model.bjm"
-    fsync = os.fsync
-
-    def somebody_else_writes(descriptor: int) -> None:
-        fsync(descriptor)
-        path.write_text("precious")
-
-    monkeypatch.setattr(container_module.os, "fsync", somebody_else_writes)
-    with pytest.raises(ArtifactError, match="exists already"):
-        write(path)
-    assert path.read_text() == "precious"
-    assert [file.name for file in tmp_path.iterdir()] == ["model.bjm"]
-
-
-@pytest.mark.parametrize("force", [False, True])
-def test_a_folder_is_refused(tmp_path, force):
-    with pytest.raises(ArtifactError, match="it is a folder"):
-        write(tmp_path, force=force)
-
-
-@pytest.mark.parametrize(
-    ("problem", "raised", "match"),
-    [
-        (OSError(28, "No space left on device"), ArtifactError, "No space left on device .free some space"),
-        (KeyboardInterrupt(), KeyboardInterrupt, None),
-    ],
-)
-def test_a_full_disk_or_interrupt_leaves_what_existed(tmp_path, monkeypatch, problem, raised, match):
-    path = tmp_path / "model.bjm"
-    path.write_text("precious")
-
-    def fail(descriptor: int) -> None:
-        raise problem
-
-    monkeypatch.setattr(container_module.os, "fsync", fail)
-    with pytest.raises(raised, match=match):
-        write(path, force=True)
-    assert path.read_text() == "precious"
-    assert [file.name for file in tmp_path.iterdir()] == ["model.bjm"]
-
-
-def test_the_file_is_synchronised_before_it_takes_its_name(tmp_path, monkeypatch):
-    path = tmp_path / "model.bjm"
-    fsync, present = os.fsync, []
-    monkeypatch.setattr(container_module.os, "fsync", lambda d: (present.append(path.exists()), fsync(d)))
-    write(path)
-    assert present == [False, True]  # the file, then its folder
-
-
-def test_paths_that_cannot_be_used_are_one_line(tmp_path):
-    with pytest.raises(ArtifactError, match=r"cannot write .*: No such file or directory"):
-        write(tmp_path / "missing" / "model.bjm")
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ArtifactError, match=r"cannot write .*: Not a directory"):
-        write(tmp_path / "file" / "model.bjm")
-    with pytest.raises(ArtifactError, match=r"cannot read .*: No such file or directory"):
-        read_container(tmp_path / "missing.bjm")
-    with pytest.raises(ArtifactError, match=r"cannot read .*: Is a directory"):
-        read_container(tmp_path)
 
 
 def test_messages_are_single_lines():

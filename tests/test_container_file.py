@@ -1,0 +1,106 @@
+"""The `.bjm` file on disk: written whole or not at all, nothing lost, and unusable paths in one line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bytejepa.artifact import container as container_module
+from bytejepa.artifact.container import read_container, write_container
+from bytejepa.errors import ArtifactError
+from example_container import CONFIGURATION, METADATA, assert_is_example, example_tensors
+
+
+def write(path: Path, **options: Any) -> None:
+    write_container(path, configuration=CONFIGURATION, tensors=example_tensors(), metadata=METADATA, **options)
+
+
+def test_existing_output_is_refused_before_the_compression(tmp_path, monkeypatch):
+    path = tmp_path / "model.bjm"
+    path.write_text("precious")
+    monkeypatch.setattr(container_module, "pack", None)
+    with pytest.raises(ArtifactError, match="exists already"):
+        write(path)
+
+
+def test_replacing_is_renaming_and_never_rewriting_in_place(tmp_path):
+    path = tmp_path / "model.bjm"
+    path.write_text("precious")
+    (tmp_path / "link").hardlink_to(path)
+    write(path, force=True)
+    assert (tmp_path / "link").read_text() == "precious"
+
+
+def test_existing_output_is_refused_without_force(tmp_path):
+    path = tmp_path / "model.bjm"
+    path.write_text("precious")
+    with pytest.raises(ArtifactError, match=r"model.bjm exists already .*force"):
+        write(path)
+    assert path.read_text() == "precious"
+    write(path, force=True)
+    assert_is_example(read_container(path))
+
+
+def test_an_output_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
+    path = tmp_path / "model.bjm"
+    fsync = os.fsync
+
+    def somebody_else_writes(descriptor: int) -> None:
+        fsync(descriptor)
+        path.write_text("precious")
+
+    monkeypatch.setattr(container_module.os, "fsync", somebody_else_writes)
+    with pytest.raises(ArtifactError, match="exists already"):
+        write(path)
+    assert path.read_text() == "precious"
+    assert [file.name for file in tmp_path.iterdir()] == ["model.bjm"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_is_refused(tmp_path, force):
+    with pytest.raises(ArtifactError, match="it is a folder"):
+        write(tmp_path, force=force)
+
+
+@pytest.mark.parametrize(
+    ("problem", "raised", "match"),
+    [
+        (OSError(28, "No space left on device"), ArtifactError, "No space left on device .free some space"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+)
+def test_a_full_disk_or_interrupt_leaves_what_existed(tmp_path, monkeypatch, problem, raised, match):
+    path = tmp_path / "model.bjm"
+    path.write_text("precious")
+
+    def fail(descriptor: int) -> None:
+        raise problem
+
+    monkeypatch.setattr(container_module.os, "fsync", fail)
+    with pytest.raises(raised, match=match):
+        write(path, force=True)
+    assert path.read_text() == "precious"
+    assert [file.name for file in tmp_path.iterdir()] == ["model.bjm"]
+
+
+def test_the_file_is_synchronised_before_it_takes_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "model.bjm"
+    fsync, present = os.fsync, []
+    monkeypatch.setattr(container_module.os, "fsync", lambda d: (present.append(path.exists()), fsync(d)))
+    write(path)
+    assert present == [False, True]  # the file, then its folder
+
+
+def test_paths_that_cannot_be_used_are_one_line(tmp_path):
+    with pytest.raises(ArtifactError, match=r"cannot write .*: No such file or directory"):
+        write(tmp_path / "missing" / "model.bjm")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ArtifactError, match=r"cannot write .*: Not a directory"):
+        write(tmp_path / "file" / "model.bjm")
+    with pytest.raises(ArtifactError, match=r"cannot read .*: No such file or directory"):
+        read_container(tmp_path / "missing.bjm")
+    with pytest.raises(ArtifactError, match=r"cannot read .*: Is a directory"):
+        read_container(tmp_path)
