@@ -49,6 +49,8 @@ class Binding(Calls):
                     self.assign(item.value if isinstance(item, ast.Starred) else item, within(part, value.loops))
             case ast.Attribute(value=owner_node, attr=name):
                 owner = self.evaluate(owner_node)
+                if name == "data" and self.note_update(owner, value, target):
+                    return
                 if owner.kind == "class":
                     self.emit("switch", target, value, f"{ast.unparse(target)} = {value.constant!r}")
                 if owner.kind in ("instance", "class", "data"):

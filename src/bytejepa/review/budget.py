@@ -7,6 +7,7 @@ import io
 import lzma
 import re
 import tokenize
+from pathlib import Path
 
 from bytejepa.bits import ARTIFACT_LIMIT_BYTES
 from bytejepa.review.findings import Evidence, Finding, Status, Weight
@@ -27,6 +28,26 @@ _MEBIBYTES = re.compile(
 )
 
 
+_IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+([A-Za-z_][\w.]*)", re.MULTILINE)
+_FOREIGN_SOURCES = (".c", ".cc", ".cpp", ".cu", ".h", ".cuh", ".metal")
+
+
+def shipped_code(submission: Submission) -> list[Path]:
+    """Return the script, the files of the folder that it imports, directly or not, and the foreign sources it names."""
+    if submission.script is None:
+        return []
+    found, texts = [submission.script], []
+    for path in found:  # grows while it is walked
+        texts.append(path.read_text(encoding="utf-8", errors="replace"))
+        for name in _IMPORT.findall(texts[-1]):
+            relative = Path(*name.split("."))
+            for helper in (submission.root / relative.with_suffix(".py"), submission.root / relative / "__init__.py"):
+                if helper.is_file() and not helper.is_symlink() and helper not in found:
+                    found.append(helper)
+    foreign = (path for path in sorted(submission.root.rglob("*")) if path.suffix in _FOREIGN_SOURCES)
+    return found + [path for path in foreign if path.is_file() and any(path.name in text for text in texts)]
+
+
 def packed_code_bytes(source: bytes) -> int:
     """Return what a script weighs as the usual wrapper of lzma and base85: what its author could have counted."""
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
@@ -37,7 +58,8 @@ def packed_code_bytes(source: bytes) -> int:
 def size_findings(submission: Submission) -> list[Finding]:
     """Judge code and weights against the cap, for every seed that a log tells of and for the files that are there."""
     findings: list[Finding] = []
-    code = submission.script.stat().st_size if submission.script else None
+    files = shipped_code(submission)
+    code = sum(path.stat().st_size for path in files) if files else None
     claimed = _claimed_total(submission)
     totals: list[tuple[int, Evidence]] = []
     for log in submission.logs:
@@ -54,7 +76,7 @@ def size_findings(submission: Submission) -> list[Finding]:
     if claimed is not None:
         totals.append((claimed, Evidence(file="submission.json", text=f"{claimed:,} bytes claimed")))
     findings.append(_cap(totals))
-    findings.append(_code(submission, code))
+    findings.append(_code(submission, files))
     if match := _MEBIBYTES.search(_code_without_comments(submission) + submission.readme):
         worst = max((total for total, _ in totals), default=0)
         findings.append(
@@ -135,20 +157,22 @@ def _cap(totals: list[tuple[int, Evidence]]) -> Finding:
     )
 
 
-def _code(submission: Submission, code: int | None) -> Finding:
+def _code(submission: Submission, files: list[Path]) -> Finding:
     check = "budget.code_bytes"
-    if submission.script is None or code is None:
+    if submission.script is None or not files:
         return Finding(
             check=check, status=Status.FAIL, weight=Weight.AUTHOR, summary="there is no training script in the folder"
         )
-    packed = packed_code_bytes(submission.script.read_bytes())
+    contents = [path.read_bytes() for path in files]
+    code, packed = sum(map(len, contents)), packed_code_bytes(b"".join(contents))
     counted = {log.code_bytes for log in submission.logs if log.code_bytes is not None}
     claimed = submission.claims.get("bytes_code")
     counted |= {claimed} if isinstance(claimed, int) else set()
     figures = {"raw_bytes": code, "packed_bytes": min(packed, code)}
     name = submission.script.relative_to(submission.root).as_posix()
     off = [value for value in counted if value not in (code, packed) and abs(value - code) > 0.02 * code]
-    summary = f"{code:,} bytes of code as shipped, {min(packed, code):,} packed"
+    of_files = f" in {len(files)} files" if len(files) > 1 else ""
+    summary = f"{code:,} bytes of code as shipped{of_files}, {min(packed, code):,} packed"
     if off and min(off) < code:
         evidence = (Evidence(file=name, text=f"{code:,} bytes; the author counted {min(off):,}"),)
         return Finding(

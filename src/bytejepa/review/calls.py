@@ -53,6 +53,7 @@ TAKING_METHODS = {
     "addmm_",
     "bitwise_xor_",
 }
+UPDATING_METHODS = {"add_", "sub_", "copy_", "addcdiv_", "addcmul_", "lerp_"}
 FILLING_METHODS = {"scatter_add_", "index_add_", "scatter_", "index_put_", "put_", "scatter_reduce_"}
 MAX_ITEMS = 16
 """Items of a list that are kept apart; more of them add nothing new."""
@@ -87,6 +88,8 @@ class Calls(Library):
                 return self.call_value(function, [*first, *arguments], named | options, node)
             case "class":
                 return self.instantiate(callee.payload, arguments, options, node)
+            case "gradient":
+                return self._gradient_call(callee, [*arguments, *options.values()], node)
             case "module":
                 return self.call_library(callee.payload, arguments, options, node)
             case "member":
@@ -97,6 +100,17 @@ class Calls(Library):
         if callee.models:
             return self._network_call(callee, arguments, options, node)
         result = combine(callee, *arguments, *options.values())
+        return result
+
+    def _gradient_call(self, callee: Value, everything: list[Value], node: ast.AST) -> Value:
+        """Call what returns a loss and its gradients: to have them is taken for the step."""
+        result = combine(*everything)
+        if not {VALIDATION, TRAINING} & result.labels:
+            return result
+        trained = Value(models=callee.models or result.models)
+        result = self.forward(node, result, "gradient")
+        self.emit("gradient", node, result)
+        self.emit("step", node, result, other=trained)
         return result
 
     def _network_call(self, callee: Value, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:
@@ -138,6 +152,8 @@ class Calls(Library):
                 return owner if owner.kind != "data" else self._copy(owner)
         if owner.is_known and isinstance(owner.constant, str) and name in TEXT_METHODS:
             return self._text(owner, name, arguments)
+        if name in UPDATING_METHODS and self.note_update(owner, combine(*everything), node):
+            return owner
         if name in TAKING_METHODS:
             return self._take(owner, name, everything, node)
         if owner.kind in ("instance", "member") and owner.models and VALIDATION in combine(*everything).labels:

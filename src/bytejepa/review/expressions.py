@@ -15,6 +15,7 @@ from bytejepa.review.values import (
     AHEAD,
     BEHIND,
     FORWARD,
+    GRADIENT,
     HASHED,
     MATCHED,
     PREFIX,
@@ -244,6 +245,11 @@ class Expressions(Machine):
             result.labels |= path_labels(text) if len(text) < 400 else frozenset()
         if isinstance(operation, ast.Sub):
             result.labels -= {AHEAD, BEHIND}  # a difference of bounds is a length, not a place
+        if isinstance(operation, ast.Mult):
+            result.at_most = next(
+                (a.at_most * b.constant for a, b in ((left, right), (right, left))
+                 if a.at_most is not None and type(b.constant) is int and b.constant > 0), None,
+            )  # fmt: skip
         has_ids = VALIDATION in result.labels and FORWARD not in result.labels
         if isinstance(operation, ast.BitXor | ast.Mod) and has_ids and result.sites:
             result.labels |= {HASHED}
@@ -378,7 +384,8 @@ class Expressions(Machine):
             return combine(owner)
         if name in ("shape", "dtype", "device", "ndim") and owner.kind == "data":
             return Value()
-        return Value(kind="member", payload=(owner, name), labels=owner.labels & DATA, models=owner.models, loops=owner.loops,
+        labels = owner.labels & DATA | (frozenset((GRADIENT,)) if name == "grad" else frozenset())
+        return Value(kind="member", payload=(owner, name), labels=labels, models=owner.models, loops=owner.loops,
                      forwards=owner.forwards, sites=owner.sites)  # fmt: skip
 
     def method(self, definition: Function, name: str) -> Function | None:
@@ -405,4 +412,4 @@ class Expressions(Machine):
         raise NotImplementedError
 
 
-DATA = frozenset((VALIDATION, TRAINING, TARGET, HASHED, FORWARD, SUBSET, STORED, MATCHED))
+DATA = frozenset((VALIDATION, TRAINING, TARGET, HASHED, FORWARD, SUBSET, STORED, MATCHED, GRADIENT))

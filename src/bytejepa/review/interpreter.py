@@ -19,6 +19,7 @@ from bytejepa.review.machine import MAX_STATEMENTS, Frame, OutOfSteps
 from bytejepa.review.program import Module, Program
 from bytejepa.review.values import (
     FORWARD,
+    GRADIENT,
     HASHED,
     MATCHED,
     UNKNOWN,
@@ -104,13 +105,18 @@ class Interpreter(Binding):
             self.update_table(owner, index, node)
             absorb(owner, value)
             return
+        moved = node.target.value if isinstance(node.target, ast.Attribute) and node.target.attr == "data" else node.target
+        if isinstance(node.op, ast.Add | ast.Sub) and GRADIENT in value.labels:
+            weights = self.evaluate(ast.Name(id=moved.id) if isinstance(moved, ast.Name) else moved)
+            if self.note_update(weights, value, node):
+                return
         before = self.evaluate(ast.Name(id=node.target.id) if isinstance(node.target, ast.Name) else node.target)
         result = self.operate(node.op, before, value)
         if isinstance(node.target, ast.Attribute) and self.loops:
             # a reader that moves on: what it gives next depends on the turn of the loop that asks
-            moved = combine(result)
-            moved.loops |= frozenset(self.loops[-1:])
-            self.assign(node.target, moved)
+            later = combine(result)
+            later.loops |= frozenset(self.loops[-1:])
+            self.assign(node.target, later)
         elif before.is_known or before.kind == "module":
             self.assign(node.target, result)
         else:  # a tensor changes in place, and whoever passed it in sees it
@@ -180,6 +186,8 @@ class Interpreter(Binding):
         def start() -> None:
             item = self.element(iterable)
             self._vary(item, place)
+            if item.kind == "data":
+                item.at_most = iterable.at_most
             self.assign(node.target, item)
 
         return self._loop(node.body, place, start)

@@ -14,6 +14,7 @@ from bytejepa.review.values import (
     ARTIFACT,
     FORWARD,
     FRESH,
+    GRADIENT,
     HASHED,
     STORED,
     TRAINING,
@@ -29,6 +30,11 @@ NETWORK = (
     "httpx", "wandb.", "smtplib", "paramiko", "gdown", "datasets.load_dataset", "torch.hub.", "transformers.AutoModel",
 )  # fmt: skip
 PROCESSES = ("subprocess.", "os.system", "os.popen", "os.exec", "os.spawn", "builtins.os.system")
+NATIVE = {
+    "ctypes.CDLL", "ctypes.PyDLL", "ctypes.cdll.LoadLibrary", "numpy.ctypeslib.load_library",
+    "torch.utils.cpp_extension.load", "torch.utils.cpp_extension.load_inline",
+}  # fmt: skip
+"""What loads compiled code, of which nothing is known here."""
 READERS = re.compile(
     r"^(?:builtins\.open|torch\.load|numpy\.(?:load|fromfile|memmap|loadtxt)|pickle\.load|joblib\.load|safetensors\.(?:torch\.)?load_file"
     r"|json\.load|pandas\.read_\w+|io\.open|gzip\.open|lzma\.open|sqlite3\.connect|mmap\.mmap)$"
@@ -44,8 +50,12 @@ COMPRESSORS = re.compile(
     r"^(?:lzma|zlib|bz2|gzip|brotli|zstandard|zstd|pyzstd)\.(?:compress|ZstdCompressor.*\.compress)$"
 )
 DECOMPRESSORS = re.compile(r"^(?:lzma|zlib|bz2|gzip|brotli|zstandard|zstd|pyzstd)\.decompress$")
+DIFFERENTIATORS = re.compile(
+    r"^(?:mlx\.(?:nn|core)|jax|torch\.func|functorch|equinox)\.(?:filter_)?(?:value_and_grad|grad_and_value|grad)$"
+)
+"""What makes a function into one that also returns gradients; the step is what is done with them."""
 SAME = re.compile(
-    r"^(?:torch\.(?:compile|jit\.script|nn\.parallel\.DistributedDataParallel|nn\.DataParallel|no_grad|inference_mode)|.*\bDistributedDataParallel)$"
+    r"^(?:mlx\.core\.compile|jax\.jit|torch\.(?:compile|jit\.script|nn\.parallel\.DistributedDataParallel|nn\.DataParallel|no_grad|inference_mode)|.*\bDistributedDataParallel)$"
 )
 
 LAUNCHER_VARIABLES = {
@@ -97,6 +107,11 @@ class Library(Subscripts):
         if name.startswith(NETWORK) or name.rstrip(".") + "." in NETWORK:
             self.emit("network", node, combine(*everything), name)
             return combine(*everything)
+        if name in NATIVE:
+            return Value(kind="module", payload="native")
+        if name.startswith("native."):
+            self.emit("native", node, combine(*everything), name)
+            return Value()
         if name.startswith(PROCESSES):
             self.emit("process", node, combine(*everything), f"{name}: {self._command(arguments)}")
             return Value()
@@ -128,10 +143,14 @@ class Library(Subscripts):
             result = combine(*everything)
             result.labels |= {STORED}
             return result
-        if name in ("torch.autograd.grad", "torch.func.grad"):
+        if DIFFERENTIATORS.match(name):
+            return Value(kind="gradient", models=combine(*everything).models)
+        if name == "torch.autograd.grad":
             self.emit("gradient", node, combine(*arguments[:1]), name)
             self.emit("step", node, combine(*arguments[:1]), name, other=combine(*arguments[1:2]))
             return combine(*everything)
+        if name.startswith("torch._foreach_") and len(arguments) > 1:
+            self.note_update(arguments[0], combine(*arguments[1:]), node)
         if LOSSES.search(name):
             return self._loss(name, arguments, options, node)
         if name in ("torch.where", "numpy.where") and len(arguments) == 3:
@@ -187,6 +206,18 @@ class Library(Subscripts):
         result.forwards = frozenset()
         return result
 
+    def note_update(self, weights: Value, change: Value, node: ast.AST) -> bool:
+        """Note that weights were moved along their gradient by hand: a step without an optimiser."""
+        if weights.kind == "member" and weights.payload[1] == "data":
+            weights = weights.payload[0]
+        is_trained = bool(weights.models) or FRESH in weights.labels
+        if GRADIENT not in change.labels or GRADIENT in weights.labels or not is_trained:
+            return False
+        trained = Value(models=weights.models, labels=weights.labels & frozenset((FRESH,)))
+        self.emit("step", node, self.pending, "by hand", other=trained)
+        self.stepped = True
+        return True
+
     def note_minimum(self, arguments: list[Value], node: ast.AST) -> None:
         """Note that the better of two losses was taken after the fact."""
         scored = [a for a in arguments if a.has(VALIDATION, FORWARD)]
@@ -218,6 +249,10 @@ class Library(Subscripts):
                 result.constant = UNKNOWN
         elif name == "bool" and not arguments:
             result.constant = False
+        if name == "min":
+            result.at_most = min((v for a in arguments if type(v := a.constant) is int), default=None)
+        elif name == "int" and arguments:
+            result.at_most = arguments[0].at_most
         if name in ("len", "bool"):
             result.labels, result.forwards = frozenset(), frozenset()
         return result
@@ -303,6 +338,10 @@ class Library(Subscripts):
         known = [a.constant for a in arguments if a.is_known]
         result = combine(*arguments, with_models=False)
         result.labels, result.forwards, result.sites = frozenset(), frozenset(), frozenset()
+        from_zero = len(arguments) == 1 or (len(arguments) == 2 and arguments[0].constant == 0)
+        if from_zero:
+            end = arguments[-1]
+            result.at_most = end.constant if type(end.constant) is int else end.at_most
         if len(known) == len(arguments) and all(isinstance(k, int) for k in known) and known:
             try:
                 result.payload = len(range(*known))

@@ -17,6 +17,7 @@ _SCORE = re.compile(
     r"^(?P<label>[^=\n]*?)\s*(?:stride[:=]\d+\s+)?\bval_loss[:=]\s*" + _NUMBER + r",?\s+val_bpb[:=]\s*" + _NUMBER
 )
 _STEP = re.compile(r"(?:\bstep[:=]?\s*|^)(\d+)\s*/\s*(\d+)")
+_STEP_ALONE = re.compile(r"(?:step|iter(?:ation)?)[:=]?\s*\d+\b")
 _TRAIN_TIME = re.compile(r"\btrain_time[:=]\s*" + _NUMBER + r"\s*(ms|s|m)\b")
 _EVAL_TIME = re.compile(r"\b(?:eval_time|elapsed)[:=]\s*" + _NUMBER + r"\s*(ms|s)\b")
 _TOTAL_EVAL_TIME = re.compile(r"\btotal_eval_time[:=]\s*" + _NUMBER + r"\s*(ms|s)\b", re.IGNORECASE)
@@ -25,6 +26,12 @@ _SIZE = re.compile(
     r"^(?P<what>Serialized model|Total submission size|Code size|Submission size)(?P<how>[^:]*):\s*([\d,_]+)\s*bytes",
     re.IGNORECASE,
 )
+_SUM = re.compile(
+    r"(?P<model>\d[\d,_]*)(?:\s*bytes)?(?P<between>\s*\+\s*|\s+code[:=]\s*)(?P<code>\d[\d,_]*)(?:\s*(?:bytes|of|code))*"
+    r"(?:\s*=\s*|\s+total[:=]\s*)(?P<total>\d[\d,_]*)"
+)
+"""A size taken apart: `A bytes + B code = C total`, `model:A code:B total:C`."""
+_OTHER_BPB = re.compile(r"\b(?P<name>(?!val_bpb)[a-z_]+bpb)\s*[:=≈]\s*(?P<value>\d+\.\d+)", re.IGNORECASE)
 _SEED = re.compile(r"(?:^|[\s,(])seed\s*[:=]\s*(\d+)")
 _PARAMETERS = re.compile(r"\bmodel_params[:=]\s*([\d,_]+)")
 _PAIR = re.compile(r"^([a-z][a-z0-9_]*)[:=](-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|True|False|None)$")
@@ -60,7 +67,7 @@ class ScoreLine:
     def is_final(self) -> bool:
         """Whether it belongs to the packed model: not a validation during training and not a diagnostic before packing."""
         lowered = self.label.lower()
-        return not _STEP.search(lowered) and not any(
+        return not (_STEP.search(lowered) or _STEP_ALONE.match(lowered)) and not any(
             word in lowered for word in ("pre-quant", "pre_quant", "prequant", "diagnostic", "ema")
         )
 
@@ -86,6 +93,8 @@ class TrainingLog:
     parameters: int | None
     settings: dict[str, Any]
     counts: dict[str, int]
+    other_bpbs: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Bits per byte printed without a loss, the last of every name: `mix_bpb`."""
 
     @property
     def final(self) -> ScoreLine | None:
@@ -126,10 +135,12 @@ def parse_log(text: str, file: str) -> TrainingLog:
             "model",
             "total",
             "line",
+            "packed_by",
+            "total_by",
             "parameters",
         )
     )
-    compressor = ""
+    others: dict[str, float] = {}
     scores: list[ScoreLine] = []
     settings: dict[str, Any] = {}
     counts: dict[str, int] = {}
@@ -148,7 +159,11 @@ def parse_log(text: str, file: str) -> TrainingLog:
         if match := _STEP_AVERAGE.search(line):
             found["step_ms"] = float(match[1])
         if match := _SIZE.match(line):
-            compressor = _sizes(match, number, found) or compressor
+            _sizes(match, number, found)
+        elif "code" in line.lower() and (match := _SUM.search(line)):
+            _sum(match, line, number, found)
+        if "bpb" in line.lower() and not (scores and scores[-1].line == number):
+            others |= {match["name"].lower(): float(match["value"]) for match in _OTHER_BPB.finditer(line)}
         if found["seed"] is None and not re.search(r"[(\[{]", line) and (match := _SEED.search(line)):
             found["seed"] = int(match[1])
         if match := _PARAMETERS.search(line):
@@ -164,8 +179,8 @@ def parse_log(text: str, file: str) -> TrainingLog:
     return TrainingLog(
         file=file, seed=seed, scores=tuple(scores), steps=found["steps"], planned_steps=found["planned"], train_s=found["train_s"],
         step_ms=found["step_ms"], evaluation_s=found["evaluation_s"], code_bytes=found["code"], model_bytes=found["model"],
-        total_bytes=found["total"], size_line=found["line"], compressor=compressor, parameters=found["parameters"],
-        settings=settings, counts=counts,
+        total_bytes=found["total"], size_line=found["line"], compressor=found["packed_by"] or found["total_by"] or "", parameters=found["parameters"],
+        settings=settings, counts=counts, other_bpbs=others,
     )  # fmt: skip
 
 
@@ -181,19 +196,31 @@ def _score(line: str, number: int) -> ScoreLine | None:
     )  # fmt: skip
 
 
-def _sizes(match: re.Match[str], number: int, found: dict[str, Any]) -> str:
+def _sizes(match: re.Match[str], number: int, found: dict[str, Any]) -> None:
     what, how, size = match["what"].lower(), match["how"].lower(), _integer(match[3])
     if what == "code size":
         found["code"] = size
-        return ""
+        return
     packed = _COMPRESSOR.search(how)
     if what == "serialized model":
         if packed or found["model"] is None:  # the packed size comes after the raw one
             found["model"] = size
-        return packed[1] if packed else ""
+        found["packed_by"] = packed[1] if packed else found["packed_by"]
+        return
     if packed or found["total"] is None:
         found["total"], found["line"] = size, number
-    return packed[1] if packed else ""
+    # "int8+zlib" often stays in the text of the total when the packing has changed: the model's own line comes first
+    found["total_by"] = packed[1] if packed else found["total_by"]
+
+
+def _sum(match: re.Match[str], line: str, number: int, found: dict[str, Any]) -> None:
+    """Take a total that a line itself adds up; the total of the weights as they were before packing gives way to it."""
+    model, code, total = (_integer(match[name]) for name in ("model", "code", "total"))
+    if model + code != total or "comparison" in line.lower():
+        return
+    packed = _COMPRESSOR.search(line.lower())
+    found["model"], found["code"], found["total"], found["line"] = model, code, total, number
+    found["packed_by"] = packed[1] if packed else found["packed_by"]
 
 
 def _settings(line: str) -> dict[str, Any]:

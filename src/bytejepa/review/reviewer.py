@@ -11,6 +11,7 @@ from bytejepa.review.budget import data_findings, folder_findings, size_findings
 from bytejepa.review.findings import Evidence, Finding, Review, Status, Weight, judge
 from bytejepa.review.scores import score_findings
 from bytejepa.review.source_scan import scan_source
+from bytejepa.review.switches import logged_switches, with_switches
 from bytejepa.review.submission import Submission, read_submission
 
 ARTIFACT_SUFFIX = ".bjm"
@@ -60,6 +61,12 @@ def review_submission(path: Path, *, run: bool = False) -> Review:
         scanned, program = scan_source(
             submission.script, path, settings=submission.settings, logged=logged, compressor=compressor
         )
+        switches = logged_switches(submission, program) if program is not None else {}
+        if switches:
+            again, _ = scan_source(
+                submission.script, path, settings=submission.settings | switches, logged=logged, compressor=compressor
+            )
+            scanned = with_switches(submission, switches, scanned, again)
         findings.extend(scanned)
         if program is not None and program.broken:
             broken = tuple(Evidence(file=name, text=problem) for name, problem in program.broken.items())

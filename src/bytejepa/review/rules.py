@@ -326,6 +326,7 @@ def coverage_findings(facts: Facts) -> list[Finding]:
         )
     ]
     partial = [e for e in facts.scores if SUBSET in e.value.labels]
+    partial += [e for e in facts.of("part") if e.value.has(VALIDATION)]
     if partial:
         findings.append(
             Finding(

@@ -209,6 +209,14 @@ def _claims(submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]
         other_seeds = (
             len(reported) < 3 and any("seed" in key for key in submission.claims) and abs(nearest - claimed) < 0.005
         )
+        if name := _stated_elsewhere(submission, claimed, tolerance):
+            return Finding(
+                check=check,
+                status=Status.UNKNOWN,
+                weight=Weight.RULING,
+                summary=f"the claimed {claimed} bpb is the {name} of the logs, printed without a loss and a count: it cannot be recomputed here",
+                evidence=(Evidence(file="submission.json", text=f"val_bpb {claimed}"),),
+            )
         weight = Weight.NOTE if other_seeds else Weight.RULE
         return Finding(
             check=check,
@@ -225,15 +233,24 @@ def _claims(submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]
     if isinstance(loss, float) and min(abs(value - loss) for value in losses) > max(
         0.6 * 10.0 ** -len(str(loss).partition(".")[2]), 1.1e-4
     ):
-        nearest = min(losses, key=lambda value: abs(value - loss))
+        of_claim = min((f for _, f in reported), key=lambda score: abs(score.bpb - claimed))
         return Finding(
             check=check,
             status=Status.FAIL,
             weight=Weight.AUTHOR,
-            summary=f"submission.json claims a val_loss of {loss}; the logs have {nearest:.6f}",
+            summary=f"submission.json claims a val_loss of {loss}; the logs have {of_claim.loss_nats:.6f}",
             evidence=(Evidence(file="submission.json", text=f"val_loss {loss}"),),
         )
     return Finding(check=check, status=Status.PASS, summary=f"the claimed {claimed} bpb stands in the logs")
+
+
+def _stated_elsewhere(submission: Submission, claimed: float, tolerance: float) -> str:
+    """Return the name under which the logs print the claimed figure otherwise than as a loss with its bpb, or ""."""
+    for name in sorted({name for log in submission.logs for name in log.other_bpbs}):
+        values = [log.other_bpbs[name] for log in submission.logs if name in log.other_bpbs]
+        if any(abs(value - claimed) <= tolerance for value in (*values, statistics.fmean(values))):
+            return name
+    return ""
 
 
 def _means(reported: list[tuple[TrainingLog, ScoreLine]]) -> list[float]:

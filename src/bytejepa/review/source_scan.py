@@ -9,7 +9,7 @@ from bytejepa.review.findings import Evidence, Finding, Status, Weight
 from bytejepa.review.interpreter import interpret
 from bytejepa.review.program import Program, read_program
 from bytejepa.review.rules import Facts, calibration_findings, coverage_findings, table_findings, training_findings
-from bytejepa.review.surroundings import compressor_findings, network_findings, switch_findings, tail_findings
+from bytejepa.review.surroundings import compressor_findings, native_findings, network_findings, switch_findings, tail_findings
 
 FULL_TARGETS = 151_080_891
 
@@ -54,6 +54,7 @@ def scan_source(
         *calibration_findings(facts),
         *coverage_findings(facts),
         *network_findings(facts, {path.name for path in root.rglob("*") if path.is_file()}),
+        *native_findings(facts),
         *compressor_findings(facts, compressor),
         *switch_findings(facts),
         *tail_findings(facts, None, None, FULL_TARGETS),

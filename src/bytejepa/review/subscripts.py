@@ -21,6 +21,8 @@ from bytejepa.review.values import (
 
 SMALLEST_SUBSET = 65_536
 """A constant upper bound from here on is a deliberate part of the split, not a warm-up batch."""
+LARGEST_SUBSET = 36_000_000
+"""The split has 40.5 million tokens at 8,192 words; a bound near that number is the split's own length."""
 
 
 class Subscripts(Expressions):
@@ -101,6 +103,8 @@ class Subscripts(Expressions):
             if bounds.upper is not None and self._is_start(bounds.lower) and FORWARD in owner.labels:
                 result.labels |= {PREFIX}
                 result.bound_text = ast.unparse(bounds.upper)
+                if self._is_part(owner, upper, bounds) and VALIDATION in owner.labels:
+                    self.emit("part", node, owner)  # of all the losses only the first are used
             return result
         result.sites |= {self.place(node.slice, "site")}
         if AHEAD in lower.labels:
@@ -110,9 +114,18 @@ class Subscripts(Expressions):
         if self._starts_one_later(bounds.lower):
             result.labels |= {TARGET}
         is_cut = self._is_start(bounds.lower) and isinstance(upper.constant, int) and upper.constant >= SMALLEST_SUBSET
-        if is_cut and owner.kind == "data" and not owner.loops & set(self.loops):
+        if (is_cut and owner.kind == "data" and not owner.loops & set(self.loops)) or self._is_part(
+            owner, lower if lower.loops else upper, bounds
+        ):
             result.labels |= {SUBSET}
         return result
+
+    def _is_part(self, owner: Value, bound: Value, bounds: ast.Slice) -> bool:
+        """Return whether a slice, or the turns of a loop over slices i * n, end long before the split does."""
+        if not (bound.loops or self._is_start(bounds.lower)) or owner.kind != "data" or owner.loops & set(self.loops):
+            return False
+        end = bound.constant if type(bound.constant) is int else bound.at_most
+        return end is not None and SMALLEST_SUBSET <= end <= LARGEST_SUBSET
 
     @staticmethod
     def _starts_one_later(lower: ast.expr | None) -> bool:

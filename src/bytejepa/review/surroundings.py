@@ -68,6 +68,23 @@ def network_findings(facts: Facts, files: set[str]) -> list[Finding]:
     ]
 
 
+def native_findings(facts: Facts) -> list[Finding]:
+    """Judge compiled code that validation data is handed to: what it does with a target nobody can read here."""
+    check = "source.native_code"
+    handed = [e for e in facts.of("native") if e.value.has(VALIDATION)]
+    if handed:
+        return [
+            Finding(
+                check=check,
+                status=Status.UNKNOWN,
+                weight=Weight.RULING,
+                summary="validation data is handed to compiled code, which is not read here: may a prediction know its target?",
+                evidence=facts.evidence(handed),
+            )
+        ]
+    return [Finding(check=check, status=Status.PASS, summary="no validation data in code that is not Python")]
+
+
 def _is_saved(facts: Facts, path: str) -> bool:
     return any(path and path in (line.text or "") for event in facts.packs for line in facts.evidence([event]))
 

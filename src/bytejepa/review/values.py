@@ -31,6 +31,8 @@ AHEAD = "ahead"
 """Bounds of the next chunk, computed from the loop variable plus one."""
 BEHIND = "behind"
 """Bounds of the chunk before."""
+GRADIENT = "gradient"
+"""The gradient of a weight, or computed from one."""
 ARTIFACT = "artifact"
 """The packed model as written by the script itself."""
 STORED = "stored"
@@ -39,7 +41,7 @@ MATCHED = "matched"
 """Whether something stored equals what is to be predicted."""
 
 DATA_LABELS = frozenset(
-    (STORED, MATCHED, VALIDATION, TRAINING, TARGET, HASHED, FORWARD, FRESH, PREFIX, SUBSET, AHEAD, BEHIND)
+    (STORED, MATCHED, VALIDATION, TRAINING, TARGET, HASHED, FORWARD, FRESH, PREFIX, SUBSET, AHEAD, BEHIND, GRADIENT)
 )
 
 
@@ -59,7 +61,7 @@ class Value:
     constant: Any = dataclasses.field(default_factory=lambda: UNKNOWN)
     labels: frozenset[str] = frozenset()
     kind: str = "data"
-    """data, module, function, class, instance, bound, partial, optimizer, scheduler, sequence or parser."""
+    """data, module, function, class, instance, bound, partial, gradient, optimizer, scheduler, sequence or parser."""
     payload: Any = None
     """By kind: dotted name, definition with its scope, (owner, name), list of values."""
     loops: frozenset[int] = frozenset()
@@ -75,6 +77,8 @@ class Value:
     """Place where a container or tensor was made; 0: none."""
     bound_text: str = ""
     """Of a slice from the start: the text of its end."""
+    at_most: int | None = None
+    """Of a whole number that is not known: what it cannot exceed."""
 
     @property
     def is_known(self) -> bool:
