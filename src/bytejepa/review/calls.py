@@ -7,7 +7,8 @@ import ast
 import re
 from typing import Any
 
-from bytejepa.review.library import TEXT_METHODS, Library
+from bytejepa.review.library import Library
+from bytejepa.review.library_names import TEXT_METHODS
 from bytejepa.review.machine import MAX_CALL_DEPTH
 from bytejepa.review.values import (
     FORWARD,

@@ -105,7 +105,9 @@ class Interpreter(Binding):
             self.update_table(owner, index, node)
             absorb(owner, value)
             return
-        moved = node.target.value if isinstance(node.target, ast.Attribute) and node.target.attr == "data" else node.target
+        moved = (
+            node.target.value if isinstance(node.target, ast.Attribute) and node.target.attr == "data" else node.target
+        )
         if isinstance(node.op, ast.Add | ast.Sub) and GRADIENT in value.labels:
             weights = self.evaluate(ast.Name(id=moved.id) if isinstance(moved, ast.Name) else moved)
             if self.note_update(weights, value, node):
@@ -181,6 +183,10 @@ class Interpreter(Binding):
             return self.execute(node.orelse)
         if iterable.is_known and isinstance(iterable.constant, tuple | str) and len(iterable.constant) == 0:
             return ""
+        if iterable.kind == "range" and iterable.payload == iterable.at_most == 1:  # one turn is no loop
+            self.assign(node.target, constant(0))
+            flow = self.execute(node.body)
+            return flow if flow in ("return", "raise") else ""
         place = self.place(node, "loop")
 
         def start() -> None:

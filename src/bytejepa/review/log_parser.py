@@ -179,7 +179,8 @@ def parse_log(text: str, file: str) -> TrainingLog:
     return TrainingLog(
         file=file, seed=seed, scores=tuple(scores), steps=found["steps"], planned_steps=found["planned"], train_s=found["train_s"],
         step_ms=found["step_ms"], evaluation_s=found["evaluation_s"], code_bytes=found["code"], model_bytes=found["model"],
-        total_bytes=found["total"], size_line=found["line"], compressor=found["packed_by"] or found["total_by"] or "", parameters=found["parameters"],
+        total_bytes=found["total"], size_line=found["line"], compressor=found["packed_by"] or found["total_by"] or "",
+        parameters=found["parameters"],
         settings=settings, counts=counts, other_bpbs=others,
     )  # fmt: skip
 

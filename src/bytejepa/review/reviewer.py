@@ -11,8 +11,8 @@ from bytejepa.review.budget import data_findings, folder_findings, size_findings
 from bytejepa.review.findings import Evidence, Finding, Review, Status, Weight, judge
 from bytejepa.review.scores import score_findings
 from bytejepa.review.source_scan import scan_source
-from bytejepa.review.switches import logged_switches, with_switches
 from bytejepa.review.submission import Submission, read_submission
+from bytejepa.review.switches import logged_switches, with_switches
 
 ARTIFACT_SUFFIX = ".bjm"
 

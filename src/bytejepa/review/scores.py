@@ -214,7 +214,7 @@ def _claims(submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]
                 check=check,
                 status=Status.UNKNOWN,
                 weight=Weight.RULING,
-                summary=f"the claimed {claimed} bpb is the {name} of the logs, printed without a loss and a count: it cannot be recomputed here",
+                summary=f"the claimed {claimed} bpb is the {name} of the logs, printed without a loss: it cannot be recomputed",
                 evidence=(Evidence(file="submission.json", text=f"val_bpb {claimed}"),),
             )
         weight = Weight.NOTE if other_seeds else Weight.RULE

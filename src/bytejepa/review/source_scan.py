@@ -9,7 +9,13 @@ from bytejepa.review.findings import Evidence, Finding, Status, Weight
 from bytejepa.review.interpreter import interpret
 from bytejepa.review.program import Program, read_program
 from bytejepa.review.rules import Facts, calibration_findings, coverage_findings, table_findings, training_findings
-from bytejepa.review.surroundings import compressor_findings, native_findings, network_findings, switch_findings, tail_findings
+from bytejepa.review.surroundings import (
+    compressor_findings,
+    native_findings,
+    network_findings,
+    switch_findings,
+    tail_findings,
+)
 
 FULL_TARGETS = 151_080_891
 
