@@ -7,6 +7,9 @@ cache. An operator of its own, so that a compiler keeps the loop as it is and fu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,10 +26,7 @@ def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale)
 
 
-@torch.library.custom_op(
-    "bytejepa::attention_in_blocks", mutates_args=(), schema="(Tensor rows, Tensor k, Tensor v) -> (Tensor, Tensor[])"
-)
-def _attention_in_blocks(rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _attend(rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Return (B G, T R, E) attention of query `rows` to (B G, T, E) keys and values, and each block's probabilities."""
     T, scale = k.size(1), k.size(2) ** -0.5
     R = rows.size(1) // T
@@ -53,22 +53,16 @@ def _blocks(k: Tensor, repeats: int) -> list[tuple[slice, int, int]]:
     ]
 
 
-@_attention_in_blocks.register_fake
-def _(rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:  # noqa: ARG001 - the operator's signature
+def _shapes(rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:  # noqa: ARG001 - the operator's signature
     R = rows.size(1) // k.size(1)
     shapes = [(part.stop - part.start, (end - begin) * R, end) for part, begin, end in _blocks(k, R)]
     return torch.empty_like(rows), [rows.new_empty(shape) for shape in shapes]
 
 
-@torch.library.custom_op(
-    "bytejepa::attention_in_blocks_gradient",
-    mutates_args=(),
-    schema="(Tensor grad_rows, Tensor rows, Tensor k, Tensor v, Tensor[] probabilities) -> (Tensor, Tensor, Tensor)",
-)
-def _gradient_in_blocks(
+def _attend_back(
     grad_rows: Tensor, rows: Tensor, k: Tensor, v: Tensor, probabilities: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `rows`, `k` and `v`, given that of `_attention_in_blocks`' output."""
+    """Return the gradients of `rows`, `k` and `v`, given that of `_attend`'s output."""
     R, scale = rows.size(1) // k.size(1), k.size(2) ** -0.5
     grad_q, grad_k, grad_v = torch.empty_like(rows), torch.empty_like(k), torch.empty_like(v)
     blocks = list(zip(_blocks(k, R), probabilities, strict=True))
@@ -85,9 +79,28 @@ def _gradient_in_blocks(
     return grad_q, grad_k, grad_v
 
 
-@_gradient_in_blocks.register_fake
-def _(_: Tensor, rows: Tensor, k: Tensor, v: Tensor, __: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _gradient_shapes(_: Tensor, rows: Tensor, k: Tensor, v: Tensor, __: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(rows), torch.empty_like(k), torch.empty_like(v)
+
+
+def _operator(
+    name: str, schema: str, call: Callable[..., Any], shapes: Callable[..., Any], gradient: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    """Return `call` as an operator; in one expression, for submissions take over definitions, not what runs beside them."""
+    operator = torch.library.custom_op(f"bytejepa::{name}", call, mutates_args=(), schema=schema)
+    operator.register_fake(shapes)
+    if gradient is not None:
+        operator.register_autograd(gradient, setup_context=_keep_for_gradient)
+    return operator
+
+
+_gradient_in_blocks = _operator(
+    "attention_in_blocks_gradient",
+    "(Tensor grad_rows, Tensor rows, Tensor k, Tensor v, Tensor[] probabilities) -> (Tensor, Tensor, Tensor)",
+    _attend_back,
+    _gradient_shapes,
+    None,
+)
 
 
 def _keep_for_gradient(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, list[Tensor]]) -> None:  # type: ignore[no-untyped-def]
@@ -97,10 +110,17 @@ def _keep_for_gradient(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, li
 
 def _gradient_of_attention(ctx, grad: Tensor, _: list[Tensor | None]) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
     rows, k, v, *probabilities = ctx.saved_tensors
-    return _gradient_in_blocks(grad.contiguous(), rows, k, v, probabilities)
+    gradients: tuple[Tensor, ...] = _gradient_in_blocks(grad.contiguous(), rows, k, v, probabilities)
+    return gradients
 
 
-_attention_in_blocks.register_autograd(_gradient_of_attention, setup_context=_keep_for_gradient)
+_attention_in_blocks = _operator(
+    "attention_in_blocks",
+    "(Tensor rows, Tensor k, Tensor v) -> (Tensor, Tensor[])",
+    _attend,
+    _shapes,
+    _gradient_of_attention,
+)
 
 
 def _rows(x: Tensor, repeats: int) -> Tensor:
