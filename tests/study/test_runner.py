@@ -242,6 +242,13 @@ def test_runs_of_another_environment_are_refused_by_name(
     assert "\n" not in str(refused.value)
 
 
+def test_a_variant_may_need_another_attention_kernel(tmp_path: Path, embedded_shards: Path) -> None:
+    control, other = small_values()["variants"]
+    masked = {**other, "overrides": {"jepa.enabled": False, "model.document_masking": True}}
+    study = run_study(small_plan(variants=[control, masked]), tmp_path / "study", data=embedded_shards)
+    assert [run.environment.attention for run in study.runs] == ["blocked", "flash"] * 2
+
+
 def test_a_half_done_run_of_another_machine_is_not_resumed(
     copied: Path, finished: Finished, embedded_shards: Path
 ) -> None:

@@ -159,9 +159,12 @@ class _Study:
             require_same(theirs, dataclasses.replace(theirs, **self.here), what=f"run {result.run}")
 
     def _refuse_another_environment(self, result: RunResult) -> None:
-        """Refuse a run that was computed in another way than the first: device, kernel and compilation, known only now."""
+        """Refuse a run that was computed in another way than the first: device and compilation, known only now, and the
+        attention kernel, which a variant's masks may decide, so that it is that of the variant's own first run."""
         for first in self.results[:1]:
-            require_same(first.environment, result.environment, what=f"run {first.run}")
+            own = next((run for run in self.results if run.variant == result.variant), result)
+            expected = dataclasses.replace(first.environment, attention=own.environment.attention)
+            require_same(expected, result.environment, what=f"run {own.run}")
 
     def _so_far(self) -> StudyResult:
         variants, notes = summarise(self.plan, self.results)
