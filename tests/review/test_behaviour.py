@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +18,13 @@ from bytejepa.model.transformer import ByteLM
 from bytejepa.presets import preset
 from bytejepa.review.behaviour import (
     batch_order,
+    border_distances,
     byte_model_loss,
     dead_parameters,
     future_change,
     model_findings,
     normalised,
+    positions_to_try,
     round_trip,
     scored_once,
 )  # fmt: skip
@@ -50,7 +55,7 @@ def test_an_injection_that_is_a_chunk_too_early_is_caught(model: ByteLM) -> None
         logits[:, : chunk.size(1), 0] += chunk
         return logits
 
-    found = future_change(leaky, length=69, chunk=8)
+    found = future_change(leaky, length=69)
     assert found.status is Status.FAIL
     assert "moves the prediction" in found.evidence[0].text
 
@@ -62,7 +67,32 @@ def test_a_leak_at_one_border_only_is_caught(model: ByteLM, border: int) -> None
         logits[:, border - 1, 7] += ids[:, border].float()
         return logits
 
-    assert future_change(leaky, length=69, chunk=8).status is Status.FAIL
+    assert future_change(leaky, length=69).status is Status.FAIL
+
+
+def test_a_leak_at_borders_beyond_a_short_window_is_caught(model: ByteLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound, distance = model.logits, 128
+
+    def leaky(ids: torch.Tensor) -> torch.Tensor:
+        logits = sound(ids).clone()
+        borders = distance * torch.arange(1, (ids.size(1) - 1) // distance + 1)
+        logits[:, borders - 1, 7] += ids[:, borders].float()
+        return logits
+
+    assert model.config.evaluation.window_bytes == 512
+    monkeypatch.setattr(model, "logits", leaky)
+    leaks = [found for found in model_findings(model) if found.check == "behaviour.future_change"]
+    assert [found.status is Status.FAIL for found in leaks] == [False, True]
+
+
+def test_the_positions_lie_on_every_kind_of_border_and_few_are_the_most_telling() -> None:
+    sparse = {"attention_windows": (96,), "chunk_blocks": (1, 4), "chunk_stride_bytes": 7}
+    config = replace(preset("tiny"), model=sparse, evaluation={"stride_bytes": 40})
+    assert border_distances(config) == [40, 64, 8, 7, 96]
+    positions = positions_to_try(512, border_distances(config))
+    for border in (40, 64, 8, 7, 96, 480, 448, 504, 511, 256):
+        assert {border - 1, border, border + 1} - {512} <= set(positions), border
+    assert positions_to_try(512, [64], at_most=4) == [64, 448, 256, 128]
 
 
 def test_probabilities_that_do_not_sum_to_one_are_caught(model: ByteLM) -> None:
@@ -161,11 +191,47 @@ def test_an_artifact_is_reviewed_from_the_file(model: ByteLM, tmp_path) -> None:
     assert found.verdict.word is Word.CLEAN, found.verdict
     assert found.kind == "artifact"
     assert found.finding("behaviour.future_change").status is Status.PASS
+    assert found.finding("behaviour.round_trip").status is Status.PASS
     damaged = bytearray(path.read_bytes())
     damaged[-100] ^= 1
     path.write_bytes(bytes(damaged))
     assert review(path).verdict.word is Word.AUTHOR
     assert dataclasses.asdict(review(path))["kind"] == "artifact"
+
+
+@pytest.mark.parametrize("artifact", [{}, {"clip": "sensitivity", "rounding": "gptq", "hidden_order": "by_scale"}])
+def test_a_run_comes_back_as_stored(minimal_run: Path, tmp_path: Path, artifact: dict[str, str]) -> None:
+    from bytejepa.review import review
+
+    run = tmp_path / "run"
+    shutil.copytree(minimal_run, run)
+    values = json.loads((run / "config.json").read_text())
+    values["artifact"] |= artifact
+    (run / "config.json").write_text(json.dumps(values))
+    assert review(run).finding("behaviour.round_trip").status is Status.PASS
+
+
+@pytest.mark.parametrize("kind", ["run", "artifact"])
+@pytest.mark.parametrize("lost", ["weights", "score"])
+def test_a_loaded_model_that_predicts_otherwise_is_caught(
+    minimal_run: Path, minimal_artifact: Path, monkeypatch: pytest.MonkeyPatch, kind: str, lost: str
+) -> None:
+    from bytejepa.review import Word, own_round_trip, review
+
+    def broken(place: Path) -> ByteLM:
+        loaded = load(place)
+        if lost == "weights":
+            with torch.no_grad():
+                loaded.blocks[0].mlp_scale.mul_(0.9)
+        else:  # sliding windows ask for the last positions only
+            monkeypatch.setattr(loaded, "tail_logits", lambda ids, scored: loaded.logits(ids)[:, :scored])
+        return loaded
+
+    load = own_round_trip.load
+    monkeypatch.setattr(own_round_trip, "load", broken)
+    found = review({"run": minimal_run, "artifact": minimal_artifact}[kind])
+    assert found.finding("behaviour.round_trip").status is Status.FAIL
+    assert found.verdict.word is Word.FLAG
 
 
 def test_a_run_folder_is_reviewed_from_its_records(tmp_path) -> None:

@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from bytejepa.config import RunConfig
+from bytejepa.model.blocked_attention import BLOCK
 from bytejepa.model.transformer import ByteLM
 from bytejepa.review.findings import Evidence, Finding, Status, Weight
 
 Logits = Callable[[Tensor], Tensor]
 """ids (B, T) int64 -> logits of the next id (B, T, V)."""
+Predictions = Callable[[Tensor], Tensor]
+"""ids (B, T) int64 -> what a model makes of them, in any shape."""
 TOLERANCE = 1e-4
 """Largest difference of logits that counts as rounding: float32, sums in another order."""
+AFFORDABLE = 5e11
+"""Multiplications that trying changed bytes in whole windows may take: about half a minute of one core."""
+LEAST_POSITIONS = 12
+"""Places in whole windows that are tried, however large the model."""
 GRADIENT_STEPS = 4
 """Steps after which a branch that starts at zero has passed a gradient on to what feeds it."""
 
@@ -53,32 +61,53 @@ def probe_ids(batch: int, length: int, vocabulary: int, seed: int = 0) -> Tensor
     return ids
 
 
-def positions_to_try(length: int, chunk: int) -> list[int]:
-    """Return the positions whose change is tried: ends, the middle, and both sides of chunk borders."""
-    wanted = {1, length // 2, length - 1, length - 2}
-    for border in (chunk, 2 * chunk, (length // 2) // chunk * chunk, (length - 1) // chunk * chunk):
-        wanted |= {border - 1, border, border + 1}
-    return sorted(position for position in wanted if 0 < position < length)
+def positions_to_try(length: int, distances: Sequence[int], at_most: int | None = None) -> list[int]:
+    """Return the positions whose change is tried, the most telling first: borders, the ends, both sides of the borders.
+
+    A model or an evaluator has borders at the multiples of each of `distances`: chunks, blocks, windows, strides. Of each
+    kind the first, the last, the middle one and the second are tried.
+    """
+    borders = [
+        border
+        for distance in distances
+        for border in (distance, (length - 1) // distance * distance, length // 2 // distance * distance, 2 * distance)
+    ]
+    sides = [border + side for border in borders for side in (-1, 1)]
+    wanted = dict.fromkeys((*borders, length - 1, length - 2, 1, length // 2, *sides))  # in this order, each once
+    return [position for position in wanted if 0 < position < length][:at_most]
 
 
 @torch.no_grad()
-def future_change(logits: Logits, *, length: int, vocabulary: int = 260, chunk: int = 8) -> Finding:
-    """Judge whether a change of the byte at a position leaves every earlier prediction as it was (C1)."""
+def future_change(
+    logits: Logits,
+    *,
+    length: int,
+    vocabulary: int = 260,
+    distances: Sequence[int] = (8,),
+    at_most: int | None = None,
+    batch_ids: int = 65_536,
+) -> Finding:
+    """Judge whether a change of the byte at a position leaves every earlier prediction as it was (C1).
+
+    `distances` and `at_most` as in `positions_to_try`; `batch_ids`: ids a forward pass.
+    """
     ids = probe_ids(1, length, vocabulary)
-    positions = positions_to_try(length, chunk)
-    changed = ids.repeat(len(positions), 1)
-    for row, position in enumerate(positions):
-        changed[row, position] = 5 + (int(ids[0, position]) + 31) % (vocabulary - 10)
-    before, after = logits(ids).float(), logits(changed).float()
+    positions = positions_to_try(length, distances, at_most)
+    before = logits(ids)[0].float()
     leaks = []
-    for row, position in enumerate(positions):
-        # the logits at p - 1 predict the id at p, so they must not know it
-        difference = (after[row, :position] - before[0, :position]).abs().amax(dim=-1)
-        if float(difference.max()) > TOLERANCE:
-            first = int((difference > TOLERANCE).nonzero()[0])
-            leaks.append(f"a change at {position} moves the prediction at {first} by {float(difference.max()):.3g}")
-    problem = f"{len(leaks)} of {len(positions)} changed bytes alter earlier predictions" if leaks else ""
-    return _finding("future_change", problem, f"{len(positions)} changed bytes alter no earlier prediction", leaks[:6])
+    for batch in torch.tensor(positions).split(max(1, batch_ids // length)):
+        changed = ids.repeat(len(batch), 1)
+        changed[torch.arange(len(batch)), batch] = 5 + (ids[0, batch] + 31) % (vocabulary - 10)
+        for position, after in zip(batch.tolist(), logits(changed), strict=True):
+            # the logits at p - 1 predict the id at p, so they must not know it
+            difference = (after[:position].float() - before[:position]).abs().amax(dim=-1)
+            if float(difference.max()) > TOLERANCE:
+                first = int((difference > TOLERANCE).nonzero()[0])
+                leaks.append(f"a change at {position} moves the prediction at {first} by {float(difference.max()):.3g}")
+    where = f"in a window of {length}"
+    problem = f"{len(leaks)} of {len(positions)} changed bytes {where} alter earlier predictions" if leaks else ""
+    good = f"{len(positions)} changed bytes {where} alter no earlier prediction"
+    return _finding("future_change", problem, good, leaks[:6])
 
 
 @torch.no_grad()
@@ -147,9 +176,9 @@ def batch_order(losses: Callable[[Tensor], Tensor], *, length: int, vocabulary: 
 
 
 def round_trip(
-    export: Callable[[], object],
-    load: Callable[[object], Logits],
-    reference: Logits,
+    export: Callable[[], Any],
+    load: Callable[[Any], Predictions],
+    reference: Predictions,
     *,
     length: int,
     vocabulary: int = 260,
@@ -157,15 +186,13 @@ def round_trip(
     """Judge whether a model that was exported and loaded again predicts what the stored weights say.
 
     `export()` stores and returns where; `load(where)` returns a model from there; `reference` is the model whose
-    weights were stored, after quantisation. Exporting twice must give the same predictions.
+    weights were stored, after quantisation.
     """
     ids = probe_ids(1, length, vocabulary)
     with torch.no_grad():
-        expected, loaded = reference(ids).float(), load(export())(ids).float()
+        expected, loaded = reference(ids).double(), load(export())(ids).double()
     off = float((expected - loaded).abs().max())
-    problem = (
-        "" if off <= TOLERANCE else f"the loaded model's logits differ by {off:.3g} from those of the stored weights"
-    )
+    problem = "" if off <= TOLERANCE else f"what was loaded predicts otherwise than the stored weights, by {off:.3g}"
     return _finding("round_trip", problem, "export, load and predict agree")
 
 
@@ -209,20 +236,36 @@ def byte_model_loss(model: nn.Module, ids: Tensor) -> Tensor:
     return losses.ce + losses.jepa_prediction + losses.sigreg + losses.next_bytes + losses.multi_token
 
 
+def border_distances(config: RunConfig) -> list[int]:
+    """Return the distances at which one of our models, or its evaluation, has borders, in ids."""
+    model = config.model
+    distances = [config.evaluation.stride_bytes, BLOCK, config.jepa.chunk_bytes]
+    distances += [model.chunk_stride_bytes] if model.chunk_blocks is not None else []
+    distances += [window for window in model.attention_windows or () if window > 0]
+    return list(dict.fromkeys(distances))
+
+
 def model_findings(model: ByteLM) -> list[Finding]:
-    """Return the behavioural findings about one of our models and our own plan of windows."""
+    """Return the behavioural findings about one of our models and our own plan of windows.
+
+    Changed bytes are tried in a short window, and in as many places as AFFORDABLE allows in the evaluation's own.
+    """
     from bytejepa.scoring.windows import plan_windows
 
-    chunk = model.config.jepa.chunk_bytes
-    window = model.config.evaluation.window_bytes
-    length = min(window, max(64, 8 * chunk + 5))
+    config = model.config
+    window, distances = config.evaluation.window_bytes, border_distances(config)
+    length = min(window, max(64, 8 * config.jepa.chunk_bytes + 5))
+    at_once = int(AFFORDABLE / (window * sum(parameter.numel() for parameter in model.parameters())))
 
     def losses(ids: Tensor) -> Tensor:
         logits = model.logits(ids[:, :-1])
         return nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
 
     return [
-        future_change(model.logits, length=length, chunk=chunk),
+        *(
+            future_change(model.logits, length=n, distances=distances, at_most=at_most)
+            for n, at_most in {length: None, window: max(LEAST_POSITIONS, at_once)}.items()
+        ),
         normalised(lambda ids: model.logits(ids).softmax(dim=-1), length=length),
         scored_once(lambda num_targets, window, stride: plan_windows(num_targets, window=window, stride=stride)),
         batch_order(losses, length=length),

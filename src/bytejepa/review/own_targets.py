@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ _CLEAN = "Track A: fixed predictor; the model was built and tried out"
 def review_artifact(path: Path) -> Review:
     """Return the review of a `.bjm` file. A damaged file is a finding, not an error."""
     from bytejepa.artifact.container import read_container
+    from bytejepa.review.own_round_trip import artifact_round_trip
 
     try:
         container = read_container(path)
@@ -26,7 +28,7 @@ def review_artifact(path: Path) -> Review:
             check="artifact.container", status=Status.PASS, summary=f"checksum right, sha256 {container.sha256[:16]}..."
         ),
         _budget(path),
-        *_behaviour(path),
+        *_behaviour(path, artifact_round_trip),
     ]
     parameters = sum(tensor.numel() for tensor in container.tensors.values())
     facts = _facts(container.metadata) | {"parameters": parameters, "artifact_bytes": path.stat().st_size}
@@ -35,6 +37,7 @@ def review_artifact(path: Path) -> Review:
 
 def review_run(path: Path) -> Review:
     """Return the review of a run folder: what it recorded, and the model of its averaged weights."""
+    from bytejepa.review.own_round_trip import run_round_trip
     from bytejepa.training.runlog import RunFolder
 
     folder = RunFolder(path)
@@ -44,7 +47,7 @@ def review_run(path: Path) -> Review:
         return _unreadable(path, "run", problem)
     findings = [_manifest(config, manifest), _metrics(metrics)]
     findings += [_budget(artifact) for artifact in sorted(path.rglob("*.bjm"))]
-    findings += _behaviour(path)
+    findings += _behaviour(path, run_round_trip)
     values = [line["val_bpb_average"] for line in metrics if line.get("val_bpb_average") is not None]
     facts: dict[str, Any] = {
         "mean_bpb": values[-1] if values else None,
@@ -105,12 +108,13 @@ def _budget(path: Path) -> Finding:
     )
 
 
-def _behaviour(path: Path) -> list[Finding]:
+def _behaviour(path: Path, round_trip_of: Callable[[Path], Finding]) -> list[Finding]:
     import bytejepa
     from bytejepa.review.behaviour import model_findings
 
     try:
         model = bytejepa.load(path)
+        round_trip = round_trip_of(path)
     except BytejepaError as problem:
         return [
             Finding(
@@ -120,7 +124,7 @@ def _behaviour(path: Path) -> list[Finding]:
                 summary=f"no model can be built: {problem}",
             )
         ]
-    return model_findings(model.eval())
+    return [*model_findings(model.eval()), round_trip]
 
 
 def _manifest(config: Any, manifest: dict[str, Any]) -> Finding:
