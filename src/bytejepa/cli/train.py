@@ -116,8 +116,9 @@ def _print_result(result: TrainResult, *, as_json: bool) -> None:
         ["text read", format_bytes(result.num_bytes)],
         ["training time", f"{result.elapsed_s:.1f} s"],
         ["rate", f"{format_bytes(rate)}/s"],
-        ["last train loss", f"{result.train_bpb:.4f} bpb"],
     ]
+    if result.train_bpb is not None:
+        rows.append(["last train loss", f"{result.train_bpb:.4f} bpb"])
     if result.val_bpb is not None:
         rows.append(["validation, live weights", f"{result.val_bpb:.4f} bpb"])
     if result.val_bpb_average is not None:

@@ -1,16 +1,18 @@
 """Checkpoints: everything that decides how a run goes on, in safetensors plus JSON.
 
-`checkpoints/step_00000040.safetensors` holds the tensors (`model.`, `average.`, `optimizer.`), the `.json` beside it the
-rest and the sha256 of the tensors. The JSON is written last: a checkpoint exists when its JSON does. Writing happens in
-a thread on a copy, so training goes on; an error there surfaces at the next save or at the end.
+`checkpoints/step_00000040.safetensors` holds the tensors (`model.`, `average.`, `optimizer.`) and the clock's readings,
+the `.json` beside it the rest and the sha256 of the tensors. The JSON is written last: a checkpoint exists when its JSON
+does. Writing happens in a thread on a copy, so training goes on; an error there surfaces at the next save or at the end.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,13 @@ from bytejepa.errors import CheckpointError, file_errors_as
 from bytejepa.files import write_atomically
 
 FORMAT_VERSION = 1
+
+CLOCK_READINGS = "clock.readings_s"
+"""Name of the tensor that holds the clock's readings: float64, exact, and small beside the weights."""
+
+
+class DamagedCheckpoint(CheckpointError):  # noqa: N818 - it names the thing, and is an error by its base
+    """A checkpoint whose bytes are not those that were written; the one before it can be used."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +59,8 @@ class Checkpoint:
     position: Position
     configuration: dict[str, Any]
     tensors: dict[str, Tensor]
+    readings_s: list[float]
+    """Seconds of training at the start of each step, that after the last one done included; empty in old checkpoints."""
 
     def part(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of one part: model, average or optimizer."""
@@ -66,13 +77,22 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, position: Position, tensors: dict[str, Tensor], configuration: dict[str, Any]) -> None:
-        """Start writing a checkpoint; `tensors` are copied before this returns.
+    def save(
+        self,
+        position: Position,
+        tensors: dict[str, Tensor],
+        configuration: dict[str, Any],
+        *,
+        readings_s: Sequence[float] = (),
+    ) -> None:
+        """Start writing a checkpoint; `tensors` and the clock's `readings_s` are copied before this returns.
 
         Raises: CheckpointError if the write before this one failed.
         """
         self.wait()
         copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+        if readings_s:
+            copies[CLOCK_READINGS] = torch.tensor(readings_s, dtype=torch.float64)
         self._pending = self._thread.submit(self._write, position, copies, configuration)
 
     def wait(self) -> None:
@@ -117,42 +137,88 @@ def remove(folder: Path, step: int) -> None:
         (folder / f"step_{step:08d}{suffix}").unlink(missing_ok=True)
 
 
+def set_aside(folder: Path, step: int) -> str:
+    """Rename a checkpoint to a new name that nothing reads or removes, and return that name without its suffix.
+
+    Raises: CheckpointError if the system does not let it.
+    """
+    name = f"step_{step:08d}"
+    for number in itertools.count(1):
+        kept = f"damaged_{name}" if number == 1 else f"damaged_{name}_{number}"
+        if not any(folder.glob(f"{kept}.*")):
+            break
+    for suffix in (".json", ".safetensors"):
+        path = folder / f"{name}{suffix}"
+        with file_errors_as(CheckpointError, "set aside", path):
+            if path.exists():
+                path.rename(folder / f"{kept}{suffix}")
+    return kept
+
+
 def read(folder: Path, step: int) -> Checkpoint:
-    """Return the checkpoint of `step`, every byte of it checked. Raises: CheckpointError naming what is wrong."""
+    """Return the checkpoint of `step`, every byte of it checked.
+
+    Raises: DamagedCheckpoint naming what is wrong with it; CheckpointError if the system cannot read it just now.
+    """
     path = folder / f"step_{step:08d}.safetensors"
+    described = path.with_suffix(".json")
     with file_errors_as(CheckpointError, "read checkpoint", path):
-        description = path.with_suffix(".json").read_bytes()
-        data = path.read_bytes()
-    try:
-        described = json.loads(description)
-        position = Position(**described["position"])
-        expected = described["tensors_sha256"]
-    except (ValueError, KeyError, TypeError) as problem:
-        raise CheckpointError(f"{path.with_suffix('.json')}: damaged: {problem}") from None
+        try:
+            description, data = described.read_bytes(), path.read_bytes()
+        except FileNotFoundError as problem:
+            raise DamagedCheckpoint(f"{problem.filename}: this half of a checkpoint is missing") from None
+    position, configuration, expected = _parse_description(description, described)
+    if position.step != step:
+        raise DamagedCheckpoint(f"{described}: damaged: expected position.step {step}, got {position.step}")
     if hashlib.sha256(data).hexdigest() != expected:
-        raise CheckpointError(f"{path}: damaged: its sha256 is not the one in {path.with_suffix('.json').name}")
+        raise DamagedCheckpoint(f"{path}: damaged: its sha256 is not the one in {described.name}")
     try:
         tensors = safetensors.torch.load(data)
     except safetensors.SafetensorError as problem:
-        raise CheckpointError(f"{path}: damaged: {problem}") from None
-    return Checkpoint(path=path, position=position, configuration=described["configuration"], tensors=tensors)
+        raise DamagedCheckpoint(f"{path}: damaged: {problem}") from None
+    readings = tensors.pop(CLOCK_READINGS, None)
+    return Checkpoint(
+        path=path,
+        position=position,
+        configuration=configuration,
+        tensors=tensors,
+        readings_s=[] if readings is None else readings.tolist(),
+    )
 
 
-def read_newest(folder: Path, *, on_damaged: list[str] | None = None) -> Checkpoint | None:
+def _parse_description(description: bytes, path: Path) -> tuple[Position, dict[str, Any], str]:
+    """Return (position, configuration, sha256 of the tensors) out of a checkpoint's JSON."""
+    try:
+        described = json.loads(description)
+        fields = {"position": dict, "configuration": dict, "tensors_sha256": str}
+        if not isinstance(described, dict):
+            raise TypeError(f"expected an object, got {type(described).__name__}")
+        for name, kind in fields.items():
+            if not isinstance(described.get(name), kind):
+                raise TypeError(f"expected {name} to be of type {kind.__name__}, got {described.get(name)!r}")
+        position = Position(**described["position"])
+        for name, value in dataclasses.asdict(position).items():
+            if type(value) is not int or value < 0:
+                raise TypeError(f"expected position.{name} to be a whole number, got {value!r}")
+    except (ValueError, TypeError) as problem:
+        raise DamagedCheckpoint(f"{path}: damaged: {problem}") from None
+    return position, described["configuration"], described["tensors_sha256"]
+
+
+def read_newest(folder: Path, *, on_damaged: list[tuple[int, str]] | None = None) -> Checkpoint | None:
     """Return the newest checkpoint that is whole, or None if there is none at all.
 
-    What is wrong with newer ones is appended to `on_damaged`. Raises: CheckpointError if all are damaged.
+    The steps of newer ones, with what is wrong with them, are appended to `on_damaged`.
+    Raises: CheckpointError if all are damaged, or if the system cannot read one.
     """
-    problems: list[str] = []
+    problems: list[tuple[int, str]] = [] if on_damaged is None else on_damaged
     for step in steps_on_disk(folder):
         try:
             return read(folder, step)
-        except CheckpointError as problem:
-            problems.append(problem.message)
-            if on_damaged is not None:
-                on_damaged.append(problem.message)
+        except DamagedCheckpoint as problem:
+            problems.append((step, problem.message))
     if problems:
-        raise CheckpointError(f"no checkpoint in {folder} is whole: {problems[0]}", hint="start the run again")
+        raise CheckpointError(f"no checkpoint in {folder} is whole: {problems[0][1]}", hint="start the run again")
     return None
 
 

@@ -7,6 +7,7 @@ they are read; a resumed run replays what was written and goes on from there, so
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ class Clock:
 
     def __init__(self, log: Path | None = None) -> None:
         self.log_path = log
-        self.readings: list[float] = _read_log(log) if log is not None and log.exists() else []
+        self.readings: list[float] = _read_whole_lines(log) if log is not None else []
         self._file = log.open("a", encoding="ascii") if log is not None else None
         self._elapsed_s = 0.0
         self._running_since: float | None = None
@@ -33,6 +34,7 @@ class Clock:
             if self._running_since is not None:
                 self._running_since = time.perf_counter()
             return self._elapsed_s
+        assert step == len(self.readings), f"the clock has {len(self.readings)} readings, step {step} needs as many"
         self.pause()
         self.resume()
         self.readings.append(self._elapsed_s)
@@ -60,10 +62,32 @@ class Clock:
                 self._file.close()
 
 
-def _read_log(path: Path) -> list[float]:
-    lines = path.read_text(encoding="ascii").split("\n")
-    # a line without its newline was cut off by a kill; drop it from the file too
-    complete = lines[:-1]
-    if lines[-1]:
-        path.write_text("".join(f"{line}\n" for line in complete), encoding="ascii")
-    return [float(line) for line in complete]
+def read_log(path: Path) -> list[float]:
+    """Return the readings in the log at `path`, a last line cut off by a kill left out; none if there is no log.
+
+    Raises: CheckpointError naming the first line that is no reading.
+    """
+    with file_errors_as(CheckpointError, "read", path):
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    readings, before = [], 0.0
+    for number, line in enumerate(lines, start=1):
+        try:
+            reading = float(line)
+        except ValueError:
+            reading = math.nan
+        if not before <= reading < math.inf:
+            raise CheckpointError(
+                f"{path}: damaged: expected in line {number} seconds of at least {before}, got {line[:40]!r}",
+                hint="move the file away: the newest checkpoint holds its readings too",
+            )
+        readings.append(reading)
+        before = reading
+    return readings
+
+
+def _read_whole_lines(path: Path) -> list[float]:
+    """Return the readings in the log; a line without its newline is dropped from the file too."""
+    readings = read_log(path)
+    with file_errors_as(CheckpointError, "read", path), contextlib.suppress(FileNotFoundError), path.open("r+b") as log:
+        log.truncate(log.read().rfind(b"\n") + 1)
+    return readings

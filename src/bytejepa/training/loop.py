@@ -49,7 +49,8 @@ class TrainResult:
     steps: int
     num_bytes: int
     elapsed_s: float
-    train_bpb: float
+    train_bpb: float | None
+    """Of the last step; None if the run was over when it was resumed and had not logged that step."""
     val_bpb: float | None
     """Of the live weights, non-overlapping windows."""
     val_bpb_average: float | None
@@ -182,7 +183,9 @@ class TrainingLoop:
         self.last_checkpoint_s = elapsed_s
         state = self.trainer.state()
         if self.ranks.is_main:
-            self.writer.save(self.trainer.position, state, to_dict(self.config))
+            at = self.trainer.position
+            readings_s = self.clock.readings[: at.step + 1]
+            self.writer.save(at, state, to_dict(self.config), readings_s=readings_s)
         self.clock.resume()
 
     def _interrupt(self) -> None:
@@ -195,27 +198,35 @@ class TrainingLoop:
 
     def _finish(self, elapsed_s: float) -> TrainResult:
         at = self.trainer.position
-        on_disk = checkpoint.steps_on_disk(self.run.checkpoints_path)
-        if not on_disk or on_disk[0] != at.step:
+        # a run that was over already has both; rank 0 looks, because all ranks save and validate together
+        saved, validated = self.ranks.decide(
+            [
+                float(checkpoint.steps_on_disk(self.run.checkpoints_path)[:1] == [at.step]),
+                float(bool(self._logged("val_bpb"))),
+            ]
+        )
+        if not saved:
             self._save(elapsed_s)
-        every = self.config.training.validate_every_steps
-        validated = bool(every) and at.step % (every or 1) == 0
-        metrics = [line for line in self.run.read_metrics() if "val_bpb" in line] if validated else []
-        if not (metrics and metrics[-1]["step"] == at.step):
+        if not validated:
             self._validate(1.0, elapsed_s)
-            metrics = [line for line in self.run.read_metrics() if "val_bpb" in line]
         self.writer.close()
         self.clock.close()
-        last = metrics[-1] if metrics else {}
+        last = self._logged("val_bpb")
         return TrainResult(
             run=self.run.path,
             steps=at.step,
             num_bytes=at.num_bytes,
             elapsed_s=elapsed_s,
-            train_bpb=self.last_bpb,
+            train_bpb=self.last_bpb if math.isfinite(self.last_bpb) else self._logged("train_bpb").get("train_bpb"),
             val_bpb=last.get("val_bpb"),
             val_bpb_average=last.get("val_bpb_average"),
         )
+
+    def _logged(self, key: str) -> dict[str, float]:
+        """Return the line of metrics.jsonl that holds `key` at this step: this process's or, resumed, an earlier one's."""
+        step = self.trainer.position.step
+        lines = (line for line in self.run.read_metrics() if key in line and line["step"] == step)
+        return next(lines, {})
 
 
 @contextlib.contextmanager

@@ -69,17 +69,37 @@ class RunFolder:
             self.checkpoints_path.mkdir(exist_ok=True)
             for old in (self.metrics_path, self.clock_path, *self.checkpoints_path.glob("step_*")):
                 old.unlink(missing_ok=True)
+            self.remove_unfinished_files()
             write_atomically(self.config_path, json.dumps(to_dict(config), indent=1).encode())
             write_atomically(self.manifest_path, json.dumps(manifest, indent=1).encode())
 
+    def remove_unfinished_files(self) -> None:
+        """Delete what a kill during a write left: temporary files, and a checkpoint's tensors without their JSON.
+
+        Only for the process that holds the run's lock. Raises: CheckpointError if the system does not let it.
+        """
+        written = (self.config_path, self.manifest_path, self.metrics_path, self.clock_path)
+        with file_errors_as(CheckpointError, "clear", self.path):
+            for temporary in (
+                *(old for path in written for old in self.path.glob(f".{path.name}.*.tmp")),
+                *self.checkpoints_path.glob(".step_*.tmp"),
+            ):
+                temporary.unlink()
+            for tensors in self.checkpoints_path.glob("step_*.safetensors"):
+                if not tensors.with_suffix(".json").exists():
+                    tensors.unlink()
+
     def read_config(self) -> RunConfig:
-        """Return the run's resolved configuration. Raises: CheckpointError if there is none."""
+        """Return the run's resolved configuration. Raises: CheckpointError if there is none or it is damaged."""
         if not self.config_path.is_file():
             raise CheckpointError(f"{self.path} is not a run folder: it has no config.json")
         with file_errors_as(CheckpointError, "read", self.config_path):
-            text = self.config_path.read_text(encoding="utf-8")
+            text = self.config_path.read_bytes()
         try:
-            return from_dict(json.loads(text), where=str(self.config_path))
+            values = json.loads(text)
+            if isinstance(values, dict) and "model" not in values:  # all the rest may take defaults that came later
+                raise ConfigError("it has no section 'model'")
+            return from_dict(values, where=str(self.config_path))
         except (ValueError, ConfigError) as problem:
             raise CheckpointError(f"{self.config_path}: damaged: {problem}") from None
 
@@ -94,23 +114,50 @@ class RunFolder:
         """Return the run's manifest, empty if there is none. Raises: CheckpointError if it is damaged."""
         if not self.manifest_path.is_file():
             return {}
+        with file_errors_as(CheckpointError, "read", self.manifest_path):
+            text = self.manifest_path.read_bytes()
         try:
-            return json.loads(self.manifest_path.read_text(encoding="utf-8"))
+            manifest = json.loads(text)
         except ValueError as problem:
             raise CheckpointError(f"{self.manifest_path}: damaged: {problem}") from None
+        if not isinstance(manifest, dict):
+            raise CheckpointError(f"{self.manifest_path}: damaged: expected an object, got {manifest!r:.40}")
+        for name, kind in (("data", dict), ("resumed", list)):
+            if not isinstance(manifest.get(name, kind()), kind):
+                raise CheckpointError(
+                    f"{self.manifest_path}: damaged: expected {name} to be of type {kind.__name__}, got {manifest[name]!r:.40}"
+                )
+        return manifest
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """Return the lines of metrics.jsonl; a last line cut off by a kill is left out."""
+        """Return the lines of metrics.jsonl; a last line cut off by a kill is left out.
+
+        Raises: CheckpointError naming the first line that is no object with a step.
+        """
         if not self.metrics_path.is_file():
             return []
-        lines = self.metrics_path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        with file_errors_as(CheckpointError, "read", self.metrics_path):
+            lines = self.metrics_path.read_bytes().split(b"\n")[:-1]
+        return [self._parse_metrics(number, line) for number, line in enumerate(lines, start=1)]
+
+    def _parse_metrics(self, number: int, line: bytes) -> dict[str, float]:
+        try:
+            values = json.loads(line)
+        except ValueError:
+            values = None
+        if not isinstance(values, dict) or type(values.get("step")) is not int:
+            raise CheckpointError(
+                f"{self.metrics_path}: damaged: expected in line {number} an object with a step, got {line[:40]!r}",
+                hint="mend or delete that line",
+            )
+        return values
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the lines after `step`: the steps that a resumed run takes again."""
         kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
         if self.metrics_path.exists():
-            write_atomically(self.metrics_path, "".join(kept).encode())
+            with file_errors_as(CheckpointError, "write", self.metrics_path):
+                write_atomically(self.metrics_path, "".join(kept).encode())
 
     def append_metrics(self, values: dict[str, float]) -> None:
         """Append one line; every key is declared in METRICS."""

@@ -13,7 +13,7 @@ import torch
 from bytejepa.config import RunConfig
 from bytejepa.data.loader import IdStream
 from bytejepa.errors import CheckpointError, DataError
-from bytejepa.training import checkpoint
+from bytejepa.training import checkpoint, recovery
 from bytejepa.training.distributed import Ranks, join
 from bytejepa.training.loop import TrainingLoop, TrainProgress, TrainResult
 from bytejepa.training.runlog import RunFolder, describe_machine, run_manifest
@@ -52,30 +52,34 @@ def resume(
 ) -> TrainResult:
     """Continue the run in `run_path` from its newest whole checkpoint (or from the start if it has none yet).
 
-    `data` says where its shards are now, if they moved. Damaged checkpoints are named through `on_note`.
-    Raises: CheckpointError if the folder holds no run, is in use, or no checkpoint is whole.
+    `data` says where its shards are now, if they moved. Damaged checkpoints are set aside and named through `on_note`.
+    Raises: CheckpointError if the folder holds no run, is in use, no checkpoint is whole, or another of its files is
+    damaged or cannot be read; nothing has been touched then.
     """
     run = RunFolder(run_path)
     config = run.read_config()
     ranks = join(config.training.device)
     manifest = run.read_manifest()
-    data = data or Path(manifest.get("data", {}).get("path", ""))
-    trainer = Trainer(config, data, ranks)
+    data = data or recovery.recorded_data(run, manifest)
     with _locked(run, ranks):
-        _check_same_data(manifest.get("data", {}), _described_data(data), data)
-        damaged: list[str] = []
+        # whatever is damaged is refused before anything is touched, and before a model is built
+        damaged: list[tuple[int, str]] = []
         found = checkpoint.read_newest(run.checkpoints_path, on_damaged=damaged)
+        if found is not None:
+            recovery.check_configuration(found, config, run)
+        readings_s = recovery.recovered_readings(run.clock_path, found)
+        run.read_metrics()
+        trainer = Trainer(config, data, ranks)
+        _check_same_data(manifest.get("data", {}), _described_data(data), data)
+        if found is not None:
+            recovery.check_tensors(found, trainer)
         ranks.barrier()
         if ranks.is_main:
-            for problem in damaged:
-                if on_note is not None:
-                    on_note(f"{problem}; it was set aside and the one before it is used")
-            for step in checkpoint.steps_on_disk(run.checkpoints_path):
-                if found is None or step > found.position.step:
-                    checkpoint.remove(run.checkpoints_path, step)
             first_step = found.position.step if found is not None else 0
-            run.truncate_metrics(first_step)
+            notes = recovery.put_in_order(run, damaged, readings_s, first_step=first_step)
             run.add_resumption({"after_step": first_step, **_machine(trainer)})
+            for text in notes if on_note is not None else ():
+                on_note(text)
         if found is not None:
             trainer.restore(found.tensors, found.position)
         return _loop(trainer, run, on_progress)
