@@ -23,9 +23,6 @@ def from_dict(values: dict[str, Any], *, where: str = "configuration") -> RunCon
 
     Raises: ConfigError for an unknown key (with the nearest valid one), a wrong type or a value out of range.
     """
-    import cattrs
-    from cattrs.errors import ClassValidationError
-
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected an object of sections, got {type(values).__name__}")
     for key in values:
@@ -35,19 +32,35 @@ def from_dict(values: dict[str, Any], *, where: str = "configuration") -> RunCon
             raise ConfigError(f"{where}: {name}: expected an object of settings, got {values[name]!r}")
         for key in values.get(name, {}):
             _refuse_unknown(key, section, f"{where}, section {name}")
+    return typing.cast(RunConfig, structured(values, RunConfig, where=where))
+
+
+def structured(values: Any, kind: Any, *, where: str) -> Any:
+    """Return `values`, as JSON or TOML has them, as the dataclass or type `kind`: lists become tuples, nothing is converted.
+
+    Raises: ConfigError that says where something is of another type, or what the dataclass itself refuses.
+    """
+    import cattrs
+    from cattrs.errors import BaseValidationError
+
     converter = cattrs.Converter(forbid_extra_keys=True, prefer_attrib_converters=True)
-    for scalar in (int, float, bool):
+    for scalar in (int, float, bool, str):
         converter.register_structure_hook(scalar, _strict_scalar)
     try:
-        return converter.structure(values, RunConfig)
-    except ClassValidationError as problem:
+        return converter.structure(values, kind)
+    except BaseValidationError as problem:
         setting, cause = _first_cause(problem)
         if isinstance(cause, ConfigError):  # of a section's own check, which names the setting
             raise ConfigError(f"{where}: {cause.message}", hint=cause.hint) from None
-        reason = str(cause).replace("not in literal typing.Literal", "is none of ")
-        raise ConfigError(f"{where}: {setting}: {reason}") from None
+        raise ConfigError(f"{where}: {setting + ': ' if setting else ''}{_reason(cause)}") from None
     except ConfigError as problem:
         raise ConfigError(f"{where}: {problem.message}", hint=problem.hint) from None
+    except Exception as problem:  # of a value that is no dataclass; cattrs raises plain exceptions, too
+        raise ConfigError(f"{where}: {_reason(problem)}") from None
+
+
+def _reason(problem: BaseException) -> str:
+    return str(problem).replace("not in literal typing.Literal", "is none of ")
 
 
 def _strict_scalar(value: Any, expected: type) -> Any:

@@ -339,6 +339,14 @@ def test_without_data_the_embedded_corpus_is_written_into_the_study(tmp_path: Pa
     assert all(RunFolder(tmp_path / "study" / run.run).read_metrics() for run in study.runs)
 
 
+def test_a_split_shorter_than_the_plan_asks_for_is_noted(tmp_path: Path, tiny_shards: Path) -> None:
+    asked = {"window_bytes": 64, "stride_bytes": 32, "validation_bytes": 10**9}
+    study = run_study(small_plan(evaluation=asked, seeds=[1]), tmp_path / "study", data=tiny_shards)
+    notes = [note for note in study.notes if "of the plan" in note]
+    assert len(notes) == 1
+    assert "fewer than the 1,000,000,000 of the plan" in notes[0]
+
+
 def test_a_mean_over_the_last_tenth() -> None:
     lines = [{"step": float(step), "x": float(step)} for step in range(10, 101, 10)]
     assert runner.mean_at_end(lines, "x") == 100.0

@@ -13,10 +13,11 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from bytejepa.config import RunConfig
-from bytejepa.config_json import from_dict, to_dict
+from bytejepa.config_fields import Fraction, PositiveInt, Range, Section
+from bytejepa.config_json import from_dict, structured, to_dict
 from bytejepa.errors import ConfigError, file_errors_as
 from bytejepa.presets import preset
 from bytejepa.training.schedule import learning_rate_scale
@@ -32,46 +33,37 @@ Overrides = dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Budget:
+class Budget(Section):
     """What ends every run of a study: exactly one of these."""
 
-    steps: int | None = None
+    steps: PositiveInt | None = None
     """Optimiser steps."""
-    bytes: int | None = None
+    bytes: PositiveInt | None = None
     """Ids read over all ranks."""
-    seconds: float | None = None
+    seconds: Annotated[float, Range(0.001)] | None = None
     """Seconds of training."""
 
     def __post_init__(self) -> None:
+        Section.__post_init__(self)
         given = [name for name in ("steps", "bytes", "seconds") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ConfigError(f"budget: expected one of steps, bytes, seconds, got {', '.join(given) or 'none'}")
-        value = getattr(self, given[0])
-        expected = (int, float) if given[0] == "seconds" else (int,)
-        if not isinstance(value, expected) or isinstance(value, bool) or not value > 0:
-            raise ConfigError(f"budget.{given[0]}: expected a number above 0, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
+class Evaluation(Section):
     """How every artifact of a study is scored: sliding windows over the beginning of the validation split."""
 
-    window_bytes: int
+    window_bytes: Annotated[int, Range(2)]
     """Context of a window, in ids."""
-    stride_bytes: int
+    stride_bytes: Annotated[int, Range(2)]
     """Ids scored a window."""
-    validation_bytes: int
+    validation_bytes: Annotated[int, Range(2)]
     """Leading ids of the validation split that are scored."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 2:
-                raise ConfigError(f"evaluation.{field.name}: expected a whole number of 2 or more, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Variant:
+class Variant(Section):
     """One arm of a study."""
 
     name: str
@@ -80,7 +72,7 @@ class Variant:
     """A sentence: what this arm tests."""
     overrides: Overrides = dataclasses.field(default_factory=dict)
     """On top of the plan's."""
-    learning_rate_ends_at: float | None = None
+    learning_rate_ends_at: Fraction | None = None
     """Final learning-rate scale, where the schedule is what the variant tests; None: the plan's."""
     base: str | None = None
     """Preset from which it derives; None: the plan's."""
@@ -89,7 +81,7 @@ class Variant:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class Plan(Section):
     """A whole study before it runs; a plan that exists is possible: every variant's configuration was built once."""
 
     name: str
@@ -107,14 +99,15 @@ class Plan:
     """For every variant, on top of the base and the budget."""
     data: str | None = None
     """Folder of shards; None: the embedded corpus."""
-    learning_rate_ends_at: float = 0.0
+    learning_rate_ends_at: Fraction = 0.0
     """Learning-rate scale at which every run ends; a variant that ends elsewhere has to say so."""
     noise: Noise = "own"
     """Whose scatter over seeds the intervals rest on: each variant's own, or that of all variants taken together."""
 
     def __post_init__(self) -> None:
+        Section.__post_init__(self)
         for name in (self.name, *(variant.name for variant in self.variants)):
-            if not isinstance(name, str) or not NAME.fullmatch(name):
+            if not NAME.fullmatch(name):
                 raise ConfigError(f"plan {self.name}: {name!r} is no name: letters, digits, dots, dashes, underscores")
         names = [variant.name for variant in self.variants]
         if len(names) < 2 or len(set(names)) < len(names):
@@ -125,13 +118,9 @@ class Plan:
             )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"plan {self.name}: expected one or more different seeds, got {list(self.seeds)}")
-        if self.noise not in (known := typing.get_args(Noise)):
-            raise ConfigError(f"plan {self.name}: noise: expected {' or '.join(known)}, got {self.noise!r}")
-        for variant in self.variants:
-            if not isinstance(variant.reads_otherwise, bool):
-                raise ConfigError(
-                    f"plan {self.name}: reads_otherwise: expected true or false, got {variant.reads_otherwise!r}"
-                )
+        if min(self.seeds) < 0:
+            raise ConfigError(f"plan {self.name}: seeds: expected whole numbers of 0 or more, got {list(self.seeds)}")
+        self._check_overrides()
         self._check_variants_are_comparable()
 
     def variant(self, name: str) -> Variant:
@@ -166,6 +155,17 @@ class Plan:
         own = variant.learning_rate_ends_at
         return self.learning_rate_ends_at if own is None else own
 
+    def _check_overrides(self) -> None:
+        """Refuse overrides that would say otherwise than the plan's own budget, evaluation and seeds."""
+        everywhere = [(f"plan {self.name}", self.overrides)]
+        everywhere += [(f"plan {self.name}, variant {variant.name}", variant.overrides) for variant in self.variants]
+        for where, overrides in everywhere:
+            for (section, name), entry in _STATED_BY_THE_PLAN.items():
+                if name in overrides.get(section, {}):
+                    raise ConfigError(
+                        f"{where}: {section}.{name} cannot be overridden", hint=f"the plan's {entry} states it"
+                    )
+
     def _check_variants_are_comparable(self) -> None:
         """Refuse variants that read other bytes, compute in another way, or end at another learning rate."""
         configs = {variant.name: self.config(variant, self.seeds[0]) for variant in self.variants}
@@ -197,11 +197,15 @@ class Plan:
             )
 
 
+_STATED_BY_THE_PLAN = {
+    **{("schedule", name): "budget" for name in ("steps", "max_bytes", "max_wallclock_s")},
+    **{("evaluation", name): "evaluation" for name in ("window_bytes", "stride_bytes")},
+    ("training", "seed"): "seeds",
+}
+"""(section, setting): the plan's entry that decides it."""
 _KEPT_EQUAL = (
     *(("data", name) for name in ("sequence_bytes", "batch_bytes", "order", "num_streams", "sequence_growth")),
     *(("training", name) for name in ("device", "precision", "compile", "attention")),
-    *(("evaluation", name) for name in ("window_bytes", "stride_bytes")),
-    *(("schedule", name) for name in ("steps", "max_bytes", "max_wallclock_s")),
 )
 """(section, setting) of what all variants of a plan share."""
 _READING = (("data", "order"), ("data", "num_streams"), ("data", "sequence_growth"))
@@ -242,26 +246,21 @@ def plan_from_dict(values: Any, *, where: str = "plan") -> Plan:
     Raises: ConfigError that names what is missing, unknown (with the nearest name) or of the wrong kind.
     """
     fields = _known_fields(values, Plan, where)
-    variants = fields["variants"]
-    if not isinstance(variants, list | tuple):
-        raise ConfigError(f"{where}: variants: expected a list, got {variants!r}")
-    fields["variants"] = tuple(
-        _variant(value, f"{where}, variant {number}") for number, value in enumerate(variants, 1)
-    )
-    fields["budget"] = Budget(**_known_fields(fields["budget"], Budget, f"{where}, budget"))
-    fields["evaluation"] = Evaluation(**_known_fields(fields["evaluation"], Evaluation, f"{where}, evaluation"))
-    seeds = fields["seeds"]
-    if not isinstance(seeds, list | tuple) or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise ConfigError(f"{where}: seeds: expected a list of whole numbers, got {seeds!r}")
-    fields["seeds"] = tuple(seeds)
-    fields["overrides"] = _nested(fields.get("overrides", {}), where)
-    return Plan(**fields)
+    if not isinstance(fields["variants"], list | tuple):
+        raise ConfigError(f"{where}: variants: expected a list, got {fields['variants']!r}")
+    parts: dict[str, Any] = {
+        "variants": tuple(
+            Variant(**_typed_fields(value, Variant, f"{where}, variant {number}"))
+            for number, value in enumerate(fields.pop("variants"), 1)
+        ),
+        "budget": Budget(**_typed_fields(fields.pop("budget"), Budget, f"{where}, budget")),
+        "evaluation": Evaluation(**_typed_fields(fields.pop("evaluation"), Evaluation, f"{where}, evaluation")),
+    }
+    return Plan(**_typed(fields, Plan, where), **parts)
 
 
 def override(plan: Plan, *, steps: int | None = None, seeds: tuple[int, ...] | None = None) -> Plan:
     """Return `plan` with a budget of `steps`, or other seeds. Raises: ConfigError for an impossible one."""
-    if seeds is not None and any(seed < 0 for seed in seeds):
-        raise ConfigError(f"seeds: expected whole numbers of 0 or more, got {list(seeds)}")
     return dataclasses.replace(
         plan,
         budget=plan.budget if steps is None else Budget(steps=steps),
@@ -269,9 +268,19 @@ def override(plan: Plan, *, steps: int | None = None, seeds: tuple[int, ...] | N
     )
 
 
-def _variant(values: Any, where: str) -> Variant:
-    fields = _known_fields(values, Variant, where)
-    return Variant(**{**fields, "overrides": _nested(fields.get("overrides", {}), where)})
+def _typed_fields(values: Any, kind: type, where: str) -> dict[str, Any]:
+    return _typed(_known_fields(values, kind, where), kind, where)
+
+
+def _typed(fields: dict[str, Any], kind: type, where: str) -> dict[str, Any]:
+    """Return the values of some fields of `kind` as it declares them. Raises: ConfigError for one of another type."""
+    types_of = typing.get_type_hints(kind)
+    if "overrides" in fields:
+        fields["overrides"] = _nested(fields["overrides"], where)
+    for name, value in fields.items():
+        if typing.get_origin(types_of[name]) is tuple and not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}: {name}: expected a list, got {value!r}")
+    return {name: structured(value, types_of[name], where=f"{where}: {name}") for name, value in fields.items()}
 
 
 def _known_fields(values: Any, kind: type, where: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import filelock
 from bytejepa.artifact.export import export
 from bytejepa.config import RunConfig
 from bytejepa.data.corpus import write_embedded_shards
+from bytejepa.data.loader import IdStream
 from bytejepa.errors import CheckpointError, ConfigError, Interrupted, file_errors_as
 from bytejepa.files import write_atomically
 from bytejepa.study.environment import (
@@ -175,8 +176,16 @@ class _Study:
             environment=self.results[0].environment,
             runs=tuple(self.results),
             variants=variants,
-            notes=notes,
+            notes=(*notes, *self._notes_on_data()),
         )
+
+    def _notes_on_data(self) -> list[str]:
+        asked, there = self.plan.evaluation.validation_bytes, IdStream.open(self.data, "val").num_ids
+        if asked <= there:
+            return []
+        return [
+            f"The validation split has {there:,} ids: all of them were scored, fewer than the {asked:,} of the plan."
+        ]
 
     def _run(self, variant: Variant, seed: int, at: StudyProgress) -> RunResult:
         """Return the run of `variant` and `seed`: as it was finished, or trained, exported and scored now."""
