@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bytejepa.artifact.container import container_to_bytes, read_container
 from bytejepa.artifact.export import export
-from bytejepa.artifact.fit import SizeError, fit
+from bytejepa.artifact.fit import (
+    CLOSE_ENOUGH,
+    MAX_TRIALS,
+    NEAR_ENOUGH,
+    SizeError,
+    _Trials,
+    fit,
+    fullest,
+    look_around,
+    narrow,
+)
 from bytejepa.artifact.load import load
 from bytejepa.artifact.store import code_bytes
 from bytejepa.config import RunConfig, replace
@@ -51,6 +65,72 @@ def test_more_room_makes_finer_steps() -> None:
         for budget in (20_000, 28_000)
     ]
     assert clips[0] > clips[1]
+
+
+def searched(
+    size: Callable[[int], int], file_bytes: int, most_sizes: int = MAX_TRIALS
+) -> tuple[int | None, dict[int, int]]:
+    """The clip found among 20,000, and the sizes that were measured on the way."""
+    asked: list[int] = []
+
+    def noted(clip: int) -> int:
+        asked.append(clip)
+        return size(clip)
+
+    clips = range(20_000)
+    sizes = narrow(clips, noted, file_bytes, most_sizes, CLOSE_ENOUGH)
+    look_around(sizes, clips, noted, file_bytes, most_sizes)
+    assert len(asked) == len(set(asked)) <= most_sizes
+    assert sizes == {clip: size(clip) for clip in asked}
+    return fullest(sizes, file_bytes), sizes
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 1000), jump=st.integers(0, 3000), budget=st.integers(16_000, 30_000))
+def test_sizes_that_jump_are_searched_within_bounds_and_the_fullest_that_fits_is_kept(
+    seed: int, jump: int, budget: int
+) -> None:
+    def size(clip: int) -> int:
+        return 32_000 - clip + random.Random(f"{seed} {clip // 7}").randrange(jump + 1)
+
+    found, sizes = searched(size, budget)
+    assert found is not None
+    assert sizes[found] == max(taken for taken in sizes.values() if taken <= budget)
+
+
+def test_much_that_stays_free_at_a_jump_is_filled_by_a_clip_further_on() -> None:
+    def size(clip: int) -> int:  # 20,153 and 19,280 at neighbours, and the coarser 12,370 is larger again
+        return {12_346: 20_153, 12_347: 19_280}.get(clip, 32_499 - clip if clip < 12_347 else 32_337 - clip)
+
+    found, sizes = searched(size, 20_000)
+    assert found is not None
+    assert (1 - NEAR_ENOUGH) * 20_000 <= sizes[found] <= 20_000
+    assert len(sizes) < 20
+
+
+def test_the_number_of_sizes_is_bounded_with_gptq_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, config = weights_and_config(0)
+    counted: list[tuple[int, str]] = []
+
+    def jumping(trials: _Trials, clip: int, rounding: str) -> int:
+        counted.append((clip, rounding))
+        trials.sizes[clip, rounding] = 20_153 if clip < 12_347 - 500 * (rounding == "gptq") else 12_000
+        return trials.sizes[clip, rounding]
+
+    monkeypatch.setattr(_Trials, "size", jumping)
+    monkeypatch.setattr(_Trials, "tensors", lambda *_: {})
+    found = fit(weights, replace(config, artifact={"rounding": "gptq"}), None, file_bytes=20_000, metadata={})
+    assert found.file_bytes == 12_000
+    assert found.num_trials == len(set(counted)) <= MAX_TRIALS
+    assert {rounding for _, rounding in counted} == {"nearest", "gptq"}
+
+
+@pytest.mark.parametrize(("clip", "others"), [(500.0, 20.0), (0.1, 10_000.0)])
+def test_any_legal_clip_can_be_fitted(clip: float, others: float) -> None:
+    weights, config = weights_and_config(0, clip_standard_deviations=clip, other_clip_standard_deviations=others)
+    found = fit(weights, config, None, file_bytes=10_000_000, metadata={}).config.artifact
+    assert found.clip_standard_deviations == pytest.approx(2.0)
+    assert 0.1 <= found.other_clip_standard_deviations <= 10_000
 
 
 def test_a_budget_that_holds_everything_gets_the_finest_steps_there_are() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,8 @@ from bytejepa.artifact.calibration import Calibration
 from bytejepa.artifact.container import container_to_bytes
 from bytejepa.artifact.packing import StoredTensor
 from bytejepa.artifact.store import store_weights
-from bytejepa.config import RunConfig, replace
+from bytejepa.config import ArtifactConfig, RunConfig, replace
+from bytejepa.config_fields import ranges_of
 from bytejepa.config_json import to_dict
 from bytejepa.errors import ArtifactError
 from bytejepa.model.quantization import code_limit
@@ -28,10 +28,14 @@ CLIPS_AN_OCTAVE = 2048
 NEIGHBOURHOOD = 80
 """How many clips the one that fits after GPTQ lies from the one that fits with plain rounding, at most as a rule."""
 CLOSE_ENOUGH = 1 / 20_000
-"""Share of the budget that may stay free: under a thousandth of a bit a weight."""
+"""Share of the budget that may stay free before the search ends early: under a thousandth of a bit a weight."""
 NEAR_ENOUGH = 1 / 1000
-"""The same for plain rounding where it only finds the neighbourhood."""
+"""The same for plain rounding, which only finds the neighbourhood, and for the look around the best clip."""
 MAX_TRIALS = 32
+"""Sizes measured for one fit, at most; plain rounding may take half of them to find the neighbourhood."""
+
+Sizes = dict[int, int]
+"""Bytes of the artifact by clip."""
 
 
 class SizeError(ArtifactError):
@@ -83,41 +87,84 @@ def fit(
     )
     rounding = config.artifact.rounding
     if rounding != "nearest":
-        near = _finest_fitting(clips, lambda clip: trials.size(clip, "nearest"), file_bytes, NEAR_ENOUGH)
-        around = range(max(clips[0], near - NEIGHBOURHOOD), min(clips[-1], near + NEIGHBOURHOOD))
-        if trials.size(around[0], rounding) > file_bytes >= trials.size(around[-1], rounding):
-            clips = around
-    found = _finest_fitting(clips, lambda clip: trials.size(clip, rounding), file_bytes)
-    if trials.size(found, rounding) > file_bytes:
-        raise SizeError(file_bytes, trials.size(found, rounding))
+        near = narrow(clips, lambda clip: trials.size(clip, "nearest"), file_bytes, MAX_TRIALS // 2, NEAR_ENOUGH)
+        clips = _neighbourhood(clips, fullest(near, file_bytes), lambda clip: trials.size(clip, rounding), file_bytes)
+    most_sizes = MAX_TRIALS - len(trials.sizes)
+    sizes = narrow(clips, lambda clip: trials.size(clip, rounding), file_bytes, most_sizes, CLOSE_ENOUGH)
+    look_around(sizes, clips, lambda clip: trials.size(clip, rounding), file_bytes, most_sizes)
+    measured = {clip: size for (clip, kind), size in trials.sizes.items() if kind == rounding}
+    found = fullest(measured, file_bytes)
+    if found is None:
+        raise SizeError(file_bytes, min(measured.values()))
     return Fit(
         config=trials.config(found, rounding),
         tensors=trials.tensors(found, rounding),
-        file_bytes=trials.size(found, rounding),
+        file_bytes=measured[found],
         num_trials=len(trials.sizes),
     )
 
 
-def _finest_fitting(clips: range, size: Callable[[int], int], file_bytes: int, free_share: float = CLOSE_ENOUGH) -> int:
-    """Return a clip that fits and leaves at most `free_share` of the budget free, or whose finer neighbour does not fit;
-    the first clip if that fits, the last one if none does.
+def fullest(sizes: Sizes, file_bytes: int) -> int | None:
+    """Return the clip of the largest size that fits, the finer one of two; None if none does."""
+    fitting = {clip: size for clip, size in sizes.items() if size <= file_bytes}
+    return min(fitting, key=lambda clip: (-fitting[clip], clip), default=None)
 
+
+def narrow(clips: range, size: Callable[[int], int], file_bytes: int, most_sizes: int, free_share: float) -> Sizes:
+    """Return sizes measured between a clip that is too fine and one that fits, ever nearer to each other.
+
+    It ends with neighbours, with `most_sizes` sizes, where one fits and leaves at most `free_share` of the budget free,
+    with the first clip if that fits and with the last one if that does not.
     The size is about linear in the clip's logarithm, so the next guess lies on the line between the finest known to fit and
     the coarsest known not to; every third halves what lies between, for where the line bends.
     """
     too_fine, fitting = clips[0], clips[-1]
-    if size(too_fine) <= file_bytes or size(fitting) > file_bytes:
-        return too_fine if size(too_fine) <= file_bytes else fitting
-    for number in itertools.count(1):
-        if fitting - too_fine == 1 or size(fitting) >= (1 - free_share) * file_bytes:
-            break
-        share = (size(too_fine) - file_bytes) / (size(too_fine) - size(fitting)) if number % 3 else 0.5
+    sizes: Sizes = {too_fine: size(too_fine)}
+    if sizes[too_fine] <= file_bytes:
+        return sizes
+    sizes[fitting] = size(fitting)
+    if sizes[fitting] > file_bytes:
+        return sizes
+    while fitting - too_fine > 1 and len(sizes) < most_sizes and sizes[fitting] < (1 - free_share) * file_bytes:
+        share = (sizes[too_fine] - file_bytes) / (sizes[too_fine] - sizes[fitting]) if (len(sizes) - 1) % 3 else 0.5
         guess = min(fitting - 1, max(too_fine + 1, too_fine + math.ceil(share * (fitting - too_fine))))
-        if size(guess) <= file_bytes:
+        sizes[guess] = size(guess)
+        if sizes[guess] <= file_bytes:
             fitting = guess
         else:
             too_fine = guess
-    return fitting
+    return sizes
+
+
+def look_around(sizes: Sizes, clips: range, size: Callable[[int], int], file_bytes: int, most_sizes: int) -> None:
+    """Add to `sizes` those of clips at doubling distances on both sides of the one that leaves least of the budget free,
+    until one leaves little or there are `most_sizes`.
+
+    For small models: steps keep few digits, and the change of one clip may change tables and codecs, so that a size jumps
+    past the budget, and a clip that is coarser, or finer, may fit and be larger.
+    """
+    best = fullest(sizes, file_bytes)
+    if best is None or best == clips[0]:
+        return
+    for distance in (1 << power for power in range(len(clips).bit_length())):
+        for clip in (best - distance, best + distance):
+            fitting = max(taken for taken in sizes.values() if taken <= file_bytes)
+            if len(sizes) >= most_sizes or fitting >= (1 - NEAR_ENOUGH) * file_bytes:
+                return
+            if clip in clips and clip not in sizes:
+                sizes[clip] = size(clip)
+
+
+def _neighbourhood(clips: range, near: int | None, size: Callable[[int], int], file_bytes: int) -> range:
+    """Return the clips around `near` if the budget lies between their sizes, else those on the side where it has to lie."""
+    if near is None:
+        return clips
+    low, high = max(clips[0], near - NEIGHBOURHOOD), min(clips[-1], near + NEIGHBOURHOOD)
+    if size(low) <= file_bytes:
+        return range(clips[0], low + 1)
+    if size(high) > file_bytes:
+        return range(high, clips[-1] + 1)
+    return range(low, high + 1)
 
 
 class _Trials:
@@ -138,12 +185,13 @@ class _Trials:
     def config(self, clip: int, rounding: str) -> RunConfig:
         artifact = self.base.artifact
         deviations = 2.0 ** (clip / CLIPS_AN_OCTAVE)
-        factor = deviations / artifact.clip_standard_deviations
+        others = deviations / artifact.clip_standard_deviations * artifact.other_clip_standard_deviations
+        possible = ranges_of(ArtifactConfig)["other_clip_standard_deviations"]
         return replace(
             self.base,
             artifact={
                 "clip_standard_deviations": deviations,
-                "other_clip_standard_deviations": factor * artifact.other_clip_standard_deviations,
+                "other_clip_standard_deviations": min(possible.high, max(possible.low, others)),
                 "rounding": rounding,
             },
         )
