@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch
 
-from bytejepa.benchmark import bench
+from bytejepa.benchmark import bench, speed
 from bytejepa.benchmark.memory import peak_bytes, restart_peak
 from bytejepa.cli import bench as verb
 from bytejepa.config import RunConfig
@@ -41,15 +41,27 @@ def test_training_reports_speed_memory_and_parts_beside_the_plain_way(
 ) -> None:
     report = bench.bench_train(minimal_config, CPU, against_plain=True, parts=True, compile=False, steps=1)
     ours, plain = report["speeds"]
-    for speed in (ours, plain):
-        assert speed["peak_memory_bytes"] > 50_000_000
-        assert 0 < speed["utilization"] < 1
+    for way in (ours, plain):
+        assert way["peak_memory_bytes"] > 50_000_000
+        assert 0 < way["utilization"] < 1
     parts = {"data", "forward", "backward", "optimizer", "average", "jepa losses", "attention"}
     assert ours["parts_ms"].keys() == parts
     verb._print(report)
     shown = capsys.readouterr().out
     assert shown.count(" GB") == 2
     assert all(part in shown for part in parts)
+
+
+def test_what_the_jepa_losses_cost_is_not_hidden_by_a_machine_that_slows_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, taken = 0.0, 0
+
+    def step(*, jepa_lambda: float) -> None:
+        nonlocal now_s, taken
+        taken += 1
+        now_s += 0.2 + 0.004 * (jepa_lambda > 0) + 0.01 * taken  # every step 10 ms slower than the one before
+
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now_s)
+    assert speed.jepa_losses_ms(step, CPU, pairs=12) == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize("name", ["eval", "prepare", "load"])

@@ -211,6 +211,10 @@ def test_latent_options_without_latent_losses_are_refused(settings) -> None:
         ({"chunk_blocks": (2, 8)}, r"first \+ last = 11, .* got 2 8"),
         ({"chunk_blocks": (2, 8), "num_layers": 12}, r"first \+ last = 11"),
         ({"chunk_blocks": (2, 9), "recurrent_layers": (2, 4)}, r"first \+ last = 12"),
+        (
+            {"chunk_blocks": (0, 0), "num_layers": 2, "xsa_last_layers": 1},
+            "expected none with model.num_layers 2, .* got 0 0",
+        ),
         ({"chunk_blocks": (2, 9), "recurrent_layers": (8, 10)}, "model.recurrent_layers 8 10"),
         ({"chunk_blocks": (2, 9), "recurrent_layers": (1, 10)}, "model.recurrent_layers 1 10"),
         ({"chunk_blocks": (2, 9), "chunk_stride_bytes": 1}, "chunk_stride_bytes: expected 2 to 256, got 1"),

@@ -163,8 +163,9 @@ class TrainingConfig(Section):
     swa_every_steps: PositiveInt = 50
     """Steps between two weights that enter the SWA average."""
     qat_start: Fraction | None = None
-    """Progress from which the matrices of the blocks are trained as the artifact will round them, to the nearest code at
-    the same scales (0: from the start); None: off."""
+    """Progress from which the matrices of the blocks are trained rounded to the nearest code at the scales that the artifact
+    will have (0: from the start); None: off. Not with artifact.clip sensitivity or artifact.fit, whose scales only the
+    finished weights decide."""
     multi_token_weight: NonNegative = 0.1
     """Weight of each extra head's loss (model.multi_token_heads)."""
     warmup_steps: NonNegativeInt = 20

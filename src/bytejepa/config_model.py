@@ -169,9 +169,16 @@ class ModelConfig(Section):
             )
         # skips join the places p and 2 half - 1 - p; those of chunk blocks must join chunk blocks
         excess = places[0] + places[-1] - (2 * (len(self.layer_order) // 2) - 1)
+        total = first + last - excess
+        if self.skip_connections and total > 2 * (self.num_layers - 2):
+            raise ConfigError(
+                f"model.chunk_blocks: expected none with model.num_layers {self.num_layers}, where every skip connection would "
+                f"join a chunk block and one that runs at every byte, got {first} {last}",
+                hint="take more layers, or set model.skip_connections false",
+            )
         if self.skip_connections and excess:
             raise ConfigError(
-                f"model.chunk_blocks: expected first + last = {first + last - excess}, so that no skip connection joins a "
+                f"model.chunk_blocks: expected first + last = {total}, so that no skip connection joins a "
                 f"chunk block and one that runs at every byte, got {first} {last}",
                 hint="or set model.skip_connections false",
             )

@@ -296,7 +296,24 @@ def test_missing_options_are_named(refuses: Refuses, shards: Path) -> None:
 
 
 def test_resume_takes_no_other_settings(refuses: Refuses, minimal_run: Path) -> None:
-    refuses(CONFIG, "train", "tiny", "--schedule.steps=7", "--resume", minimal_run)
+    for words in (
+        ("tiny", "--schedule.steps=7"),
+        ("--training.seed", "1337"),
+        ("default",),
+        ("--force",),
+    ):  # defaults too
+        assert "the run's own settings" in refuses(CONFIG, "train", *words, "--resume", minimal_run)
+
+
+@pytest.mark.parametrize(
+    "settings", [("--artifact.clip=sensitivity",), ("--artifact.clip=standard_deviations", "--artifact.fit")]
+)
+def test_training_on_rounded_weights_needs_steps_that_it_can_know(
+    refuses: Refuses, shards: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    words = (*MINIMAL, "--training.qat-start=0.5", *settings, "--data", shards, "--out", tmp_path / "run")
+    assert "use artifact.clip standard_deviations and artifact.fit false" in refuses(CONFIG, "train", *words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_existing_outputs_are_refused_and_kept(

@@ -59,7 +59,7 @@ def words_of(command: str) -> list[str]:
     if " train " in command and "--resume" not in command:
         words += [*SMALL, "--force"]
     if " bench " in command:
-        words += [*SMALL, "--steps=1"]
+        words += [*SMALL, *([] if "--what" in command else ["--steps=1"])]
     if " ablate " in command and "--list" not in command:
         words += ["--seeds", "1", "2"]
     if " submission " in command:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from bytejepa.benchmark.speed import (
     time_step,
 )
 from bytejepa.config import RunConfig, replace
+from bytejepa.errors import ConfigError, file_errors_as
+from bytejepa.files import write_atomically
 from bytejepa.training.distributed import join, leave
 
 FACTORS = (0.25, 0.5, 1, 2)
@@ -114,7 +117,10 @@ def _time_rank(config: RunConfig, steps: int, threads: int, compile: bool) -> tu
 
 
 def plot_scaling(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw milliseconds a step against work a step, one line an axis, with the line of the best utilisation."""
+    """Draw milliseconds a step against work a step, one line an axis, with the line of the best utilisation.
+
+    `path` ends in .png, .svg or .pdf. Raises: ConfigError if it cannot be written.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -133,5 +139,8 @@ def plot_scaling(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_title("cost against work", loc="left")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=130, format=path.suffix[1:].lower())
     pyplot.close(figure)
+    with file_errors_as(ConfigError, "write the plot", path):
+        write_atomically(path, image.getvalue())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
 from bytejepa.cli.parsing import ConfigField, PresetField
+from bytejepa.config_fields import PositiveInt, Range
+from bytejepa.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -30,64 +33,93 @@ class Bench:
     """Time data, forward, backward, optimiser, average, JEPA losses and attention apart (train)."""
     scaling: bool = False
     """Repeat over context, batch, width and ranks, and plot cost against work (train)."""
-    steps: int = 10
-    """Timed steps."""
-    num_bytes: int = 65_536
+    steps: PositiveInt = 10
+    """Timed steps (train, load), tenths of a second a figure (generate)."""
+    num_bytes: Annotated[int, Range(2)] = 65_536
     """Bytes scored (eval), bytes of a block (codec, at most)."""
-    lanes: tuple[int, ...] = (1, 8)
+    lanes: Annotated[tuple[int, ...], Range(1)] = (1, 8)
     """Texts that advance together (generate), blocks a thread decodes together (codec)."""
-    contexts: tuple[int, ...] = (64, 256)
+    contexts: Annotated[tuple[int, ...], Range(1)] = (64, 256)
     """Ids before the timed byte (generate), windows (codec)."""
-    threads: int | None = None
+    threads: PositiveInt | None = None
     """Threads (codec); default: one a processor."""
-    megabytes: int = 100
+    megabytes: PositiveInt = 100
     """Size of the input in MB (prepare)."""
-    workers: int = 1
+    workers: PositiveInt = 1
     """Worker processes (prepare)."""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("scaling.png")
-    """Plot of --scaling."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Plot of --scaling, .png, .svg or .pdf; default: scaling.png."""
+    force: bool = False
+    """Replace an existing plot."""
     json: bool = False
     """Print the result as one JSON object."""
 
     def run_command(self) -> int:
-        """Measure and print."""
-        from bytejepa.benchmark import bench
+        """Measure and print; then draw, so that a plot that cannot be written costs no figure."""
         from bytejepa.cli.terminal import print_json
+
+        self._refuse_what_does_not_belong()
+        plot = self.output or Path("scaling.png")
+        if self.scaling:
+            _require_new_plot(plot, force=self.force)
+        report = self._measure()
+        if self.json:
+            print_json(report)
+        else:
+            _print(report)
+        sys.stdout.flush()
+        if self.scaling:
+            from bytejepa.benchmark.scaling import plot_scaling
+
+            plot_scaling(report, plot)
+        return 0
+
+    def _refuse_what_does_not_belong(self) -> None:
+        """Refuse options that this measurement would ignore."""
+        for field in dataclasses.fields(self):
+            belongs_to = _MEASUREMENTS_OF.get(field.name, (self.what,))
+            if self.what not in belongs_to and getattr(self, field.name) != field.default:
+                raise ConfigError(
+                    f"--{field.name.replace('_', '-')} belongs to --what {' or '.join(belongs_to)}, got --what {self.what}",
+                    hint="leave it out",
+                )
+        if self.scaling and (self.against is not None or self.parts):
+            raise ConfigError(
+                "--scaling times whole steps of the fast path only",
+                hint="leave out --against and --parts, or --scaling",
+            )
+        if not self.scaling and (self.output is not None or self.force):
+            raise ConfigError("--output and --force are about the plot of --scaling", hint="leave them out")
+
+    def _measure(self) -> Any:
+        from bytejepa.benchmark import bench
         from bytejepa.training.distributed import join
 
         device = join(self.config.training.device).device
         setting = self.config.training.compile
         compiled = setting == "on" or (setting == "auto" and device.type == "cuda")
-        report: Any
         if self.what == "prepare":
-            report = bench.bench_prepare(num_megabytes=self.megabytes, workers=self.workers)
-        elif self.what == "load":
-            report = bench.bench_load(self.config, device, steps=self.steps)
-        elif self.what == "eval":
-            report = bench.bench_eval(self.config, device, num_bytes=self.num_bytes, compile=compiled)
-        elif self.what == "generate":
-            report = self._generate(device)
-        elif self.what == "codec":
-            report = self._codec()
-        elif self.scaling:
-            from bytejepa.benchmark.scaling import bench_scaling, plot_scaling
+            return bench.bench_prepare(num_megabytes=self.megabytes, workers=self.workers)
+        if self.what == "load":
+            return bench.bench_load(self.config, device, steps=self.steps)
+        if self.what == "eval":
+            return bench.bench_eval(self.config, device, num_bytes=self.num_bytes, compile=compiled)
+        if self.what == "generate":
+            return self._generate(device)
+        if self.what == "codec":
+            return self._codec()
+        if self.scaling:
+            from bytejepa.benchmark.scaling import bench_scaling
 
-            report = bench_scaling(self.config, device, steps=self.steps, compile=compiled)
-            plot_scaling(report, self.output)
-        else:
-            report = bench.bench_train(
-                self.config,
-                device,
-                against_plain=self.against == "plain",
-                parts=self.parts,
-                compile=compiled,
-                steps=self.steps,
-            )
-        if self.json:
-            print_json(report)
-        else:
-            _print(report)
-        return 0
+            return bench_scaling(self.config, device, steps=self.steps, compile=compiled)
+        return bench.bench_train(
+            self.config,
+            device,
+            against_plain=self.against == "plain",
+            parts=self.parts,
+            compile=compiled,
+            steps=self.steps,
+        )
 
     def _generate(self, device: torch.device) -> dict[str, Any]:
         from bytejepa.benchmark.generation import bench_generate
@@ -106,6 +138,35 @@ class Bench:
         return bench_codec(
             self.config, num_bytes=num_bytes, lanes=self.lanes, windows=self.contexts, threads=self.threads
         )
+
+
+_MEASUREMENTS_OF = {
+    "against": ("train",),
+    "parts": ("train",),
+    "scaling": ("train",),
+    "output": ("train",),
+    "force": ("train",),
+    "steps": ("train", "load", "generate"),
+    "num_bytes": ("eval", "codec"),
+    "lanes": ("generate", "codec"),
+    "contexts": ("generate", "codec"),
+    "threads": ("codec",),
+    "megabytes": ("prepare",),
+    "workers": ("prepare",),
+}
+"""Options that not every measurement reads, and those that do."""
+
+
+def _require_new_plot(path: Path, *, force: bool) -> None:
+    """Refuse a plot that could not be written once all is measured. Raises: ConfigError."""
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"{path}: expected a name that ends in .png, .svg or .pdf")
+    if not path.parent.is_dir():
+        raise ConfigError(f"cannot write {path}: {path.parent} is no folder", hint="make it first")
+    if path.is_dir():
+        raise ConfigError(f"cannot write {path}: it is a folder", hint="name a file")
+    if path.exists() and not force:
+        raise ConfigError(f"{path} exists", hint="use --force to replace it")
 
 
 def _print(report: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import tyro
 
 from bytejepa.config import RunConfig
+from bytejepa.config_fields import ranges_of
 from bytejepa.errors import ConfigError
 from bytejepa.presets import PRESETS, preset
 
@@ -28,6 +29,9 @@ class Command(Protocol):
 _ORNAMENTS = re.compile(r"\x1b\[[\d;]*m|[│╭╮╰╯]")
 """Colours and the sides of a box."""
 
+_SETTINGS = tuple(f"--{field.name}." for field in dataclasses.fields(RunConfig))
+"""How a word begins that sets one of a configuration."""
+
 Verb = TypeVar("Verb", bound=Command)
 
 
@@ -36,23 +40,40 @@ def parse(verb_class: type[Verb], verb: str, words: list[str]) -> Verb:
 
     A class with a field `config` takes the name of a preset as its first word; every setting of the preset can then be
     overridden by name (`--model.num-layers 6`). Exits with code 0 after printing help that is asked for.
-    Raises: ConfigError for words that cannot be parsed, an unknown preset or an impossible combination of settings.
+    Raises: ConfigError for words that cannot be parsed, an unknown preset, a number out of its range or an impossible
+    combination of settings.
     """
-    kept_unparsed = {}
-    if "config" in {field.name for field in dataclasses.fields(verb_class)}:  # type: ignore[arg-type]
-        name, words = _preset_word(verb_class, words)
+    kept_unparsed: dict[str, Any] = {}
+    fields = {field.name for field in dataclasses.fields(verb_class)}  # type: ignore[arg-type]
+    if "config" in fields:
+        name, rest = _preset_word(verb_class, words)
         kept_unparsed = {"config": preset(name), "preset": name}
+        if "configured_by" in fields:
+            chosen = words[: len(words) - len(rest)]
+            kept_unparsed["configured_by"] = (*chosen, *(word for word in rest if word.startswith(_SETTINGS)))
+        words = rest
     program = f"bytejepa {verb}" + (f" {kept_unparsed['preset']}" if kept_unparsed else "")
     defaults = _with_defaults(verb_class, kept_unparsed) if kept_unparsed else tyro.MISSING_NONPROP
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(verb_class, args=words, prog=program, default=defaults)
+            command = tyro.cli(verb_class, args=words, prog=program, default=defaults)
+        _require_ranges(command)
+        return command
     except SystemExit as left:
         if not left.code:  # help was asked for
             raise
     message, hint = _in_one_line(said.getvalue(), program)
     raise ConfigError(message, hint=hint)
+
+
+def _require_ranges(command: Command) -> None:
+    """Refuse an option outside the `Range` in its field's annotation, of a tuple each number. Raises: ConfigError."""
+    for name, bounds in ranges_of(type(command)).items():
+        value = getattr(command, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not bounds.low <= number <= bounds.high:
+                raise ConfigError(f"--{name.replace('_', '-')}: expected {bounds}, got {number}")
 
 
 def _in_one_line(box: str, program: str) -> tuple[str, str]:
@@ -95,3 +116,6 @@ ConfigField = typing.Annotated[RunConfig, tyro.conf.arg(name="")]
 
 PresetField = typing.Annotated[str, tyro.conf.Suppress]
 """The name of the preset that `config` began as."""
+
+ConfiguredByField = typing.Annotated[tuple[str, ...], tyro.conf.Suppress]
+"""The words that chose `config`: a preset, settings; empty if none did."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from bytejepa.cli.parsing import ConfigField, PresetField
+from bytejepa.cli.parsing import ConfigField, ConfiguredByField, PresetField
 from bytejepa.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class Train:
 
     config: ConfigField
     preset: PresetField = "default"
+    configured_by: ConfiguredByField = ()
     data: Path | None = None
     """Folder of byte260 shards (bytejepa prepare); with --resume only if it moved."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
@@ -59,10 +60,9 @@ class Train:
 
     def _resume(self) -> TrainResult:
         from bytejepa.cli.terminal import note
-        from bytejepa.presets import preset
         from bytejepa.training.runs import resume
 
-        if self.config != preset(self.preset) or self.out is not None or self.force or self.max_wallclock is not None:
+        if self.configured_by or self.out is not None or self.force or self.max_wallclock is not None:
             raise ConfigError(
                 "--resume goes on with the run's own settings",
                 hint="leave out every other option but --data and --json",

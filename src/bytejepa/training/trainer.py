@@ -61,6 +61,7 @@ class Trainer:
         if not on_gpu:
             keep_freed_memory()
         self._check_division()
+        self._check_rounding()
         model = initialize(ByteLM(config), config.training.seed)
         precision = config.training.precision
         if precision == "bfloat16" and not on_gpu:
@@ -112,6 +113,17 @@ class Trainer:
                     f"a rank's {rows // world} sequences are no multiple of jepa.sigreg_group_sequences {group}",
                     hint=f"use at most {rows // group} ranks, a divisor of it",
                 )
+
+    def _check_rounding(self) -> None:
+        """Refuse training on rounded weights where only the finished weights decide to what they are rounded."""
+        training, artifact = self.config.training, self.config.artifact
+        if training.qat_start is not None and (artifact.clip == "sensitivity" or artifact.fit):
+            decided_by = "artifact.clip sensitivity" if artifact.clip == "sensitivity" else "artifact.fit"
+            raise ConfigError(
+                f"training.qat_start {training.qat_start:g} would not round as the artifact does: {decided_by} chooses its steps "
+                "when training is over",
+                hint="use artifact.clip standard_deviations and artifact.fit false, or training.qat_start None",
+            )
 
     def _validation_ids(self, data: Path) -> npt.NDArray[np.uint16] | None:
         try:
