@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +36,7 @@ from bytejepa.presets import preset
 
 
 def measure(config: RunConfig, device: torch.device) -> dict[str, object]:
-    """Return seconds of each stage, what they worked on, and the most memory in use."""
+    """Return the seconds of each stage, on the clock and of CPU time, what they worked on, and the most memory in use."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "shards"
         write_embedded_shards(place)
@@ -42,32 +44,34 @@ def measure(config: RunConfig, device: torch.device) -> dict[str, object]:
     assert sequences is not None
     model = initialize(ByteLM(config), 0).to(device)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    begin = passed = time.perf_counter()
-
-    def note_pass(_done: int, _total: int) -> None:
-        nonlocal passed
-        synchronize(device)
-        passed = time.perf_counter()
-
+    marks = [_now(device)]  # the beginning, the end of every pass, of the Hessians, of rounding
     calibration = calibrate(
-        model, torch.from_numpy(sequences).to(device), damping=config.artifact.gptq_damping, on_progress=note_pass
+        model,
+        torch.from_numpy(sequences).to(device),
+        damping=config.artifact.gptq_damping,
+        on_progress=lambda *_: marks.append(_now(device)),
     )
-    synchronize(device)
-    spread = time.perf_counter()
+    marks.append(_now(device))
     by_sensitivity = config.artifact.clip == "sensitivity"
     weights, ordered = order_hidden_units(weights, calibration, by_sensitivity=by_sensitivity)
     store_weights(weights, config, ordered)
-    end = time.perf_counter()
+    marks.append(_now(device))
+    stages = {"passes": marks[-3] - marks[0], "hessians": marks[-2] - marks[-3], "rounding": marks[-1] - marks[-2]}
+    stages["total"] = marks[-1] - marks[0]
     return {
         **surroundings(device),
         "num_parameters": sum(value.numel() for value in weights.values()),
         "calibration_ids": sequences.size,
-        "passes_s": passed - begin,
-        "hessians_s": spread - passed,
-        "rounding_s": end - spread,
-        "total_s": end - begin,
+        **{f"{stage}_s": float(taken[0]) for stage, taken in stages.items()},
+        **{f"{stage}_cpu_s": float(taken[1]) for stage, taken in stages.items()},
         "peak_memory_bytes": peak_bytes(device),
     }
+
+
+def _now(device: torch.device) -> npt.NDArray[np.float64]:
+    """Return seconds on the clock and of CPU time, once the device has done all it was given."""
+    synchronize(device)
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def main() -> None:
