@@ -98,7 +98,7 @@ def compact(config: RunConfig) -> RunConfig:
 
 
 def golf() -> RunConfig:
-    """`default` with what proved itself and a larger model, about 35 million weights; full size, 600 s on 8 GPUs.
+    """`default` with a larger model and what proved itself here or elsewhere, about 35 million weights; 600 s on 8 GPUs.
 
     Hashed runs of 3 to 6 ids and sequences that grow, both measured here; documents kept apart, windows in most blocks,
     a larger query gain, more weight decay, more and wider blocks: taken over from others' measurements
