@@ -3,38 +3,80 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
     """Yield a binary file that becomes `path` when the block ends well, and vanishes when it does not.
 
+    Of a symbolic link, what it leads to is replaced. A FIFO or character device (/dev/null) is written to, not replaced.
+    `mode`: permissions of the file; None: those of the file that it replaces, of a new one those that the umask leaves.
     Raises: OSError as the system gives it (callers turn it into their own error); what stood at `path` is then untouched.
     """
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
+    require_writable(path)
+    if is_stream(path):
+        with os.fdopen(os.open(path, os.O_WRONLY), "wb") as stream:
+            yield stream
+        return
+    place = Path(os.path.realpath(path))
+    if mode is None and place.exists():
+        mode = permissions(place)
+    temporary = place.with_name(f".bytejepa-{secrets.token_hex(8)}.tmp")
+    # with permissions to be set, nobody else reads it until it has them
+    created = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else 0o600)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(created, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-        flush_folder(path.parent)
+        if mode is not None:
+            temporary.chmod(mode)
+        temporary.replace(place)
+        flush_folder(place.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Make `data` the content of `path`, or leave what was there. Raises: OSError."""
+    """Make `data` the content of `path`, or leave what was there, as `atomic_file`. Raises: OSError."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+def require_writable(path: Path) -> None:
+    """Raise the OSError that writing to `path` would end in, as far as it can be known before work that takes long."""
+    if is_stream(path):
+        checked, needed = path, os.W_OK
+    elif path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    elif path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file, FIFO or character device", str(path))
+    elif Path(os.path.realpath(path)).is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    else:
+        checked, needed = Path(os.path.realpath(path)).parent, os.W_OK | os.X_OK
+        if not stat.S_ISDIR(checked.stat().st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(checked))
+    if not os.access(checked, needed):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(checked))
+
+
+def is_stream(path: Path) -> bool:
+    """Return whether `path` is, or leads to, a FIFO or a character device: it takes what is written and keeps nothing."""
+    return path.is_fifo() or path.is_char_device()
+
+
+def permissions(path: Path) -> int:
+    """Return the permission bits of a file, those for who runs it as another user left out. Raises: OSError."""
+    return stat.S_IMODE(path.stat().st_mode) & 0o777
 
 
 def flush_folder(folder: Path) -> None:
