@@ -74,6 +74,9 @@ def _run(verb: str, rest: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"bytejepa {verb}: interrupted", file=sys.stderr)
         return 130
+    except MemoryError:
+        print(f"bytejepa {verb}: the memory is too small for this", file=sys.stderr)
+        return BytejepaError.exit_code
     except BrokenPipeError:
         # the reader of our output went away, as `| head` does; nothing is wrong
         _drop_output()

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from bytejepa.cli.output import check_output
 from bytejepa.errors import CodecError, ConfigError, DataError, file_errors_as
 
 if TYPE_CHECKING:
-    from bytejepa.codec.compress import Damage, Settings
+    from bytejepa.codec.compress import Settings
 
 SUFFIX = ".bjc"
 
@@ -32,7 +33,7 @@ class _Common:
     threads: int | None = None
     """Threads; default: one a processor. The result does not depend on it."""
     device: str = "cpu"
-    """cpu or cuda. The result does not depend on it."""
+    """cpu, cuda or auto. The result does not depend on it."""
     json: bool = False
     """Print sizes and speed as one JSON object: on standard output, or standard error where the result goes there."""
 
@@ -43,38 +44,42 @@ class _Common:
             return self.file.read_bytes()
 
     def _target(self, default: Path | None) -> Path | None:
-        """Return where to write, None for standard output. Raises: ConfigError if it exists."""
+        """Return where to write, None for standard output. Raises: as `check_output`."""
         target = self.output or (Path("-") if str(self.file) == "-" else default)
         if target is None or str(target) == "-":
             return None
-        if target.exists() and not self.force:
-            raise ConfigError(f"{target} exists", hint="use --force to replace it")
+        check_output(target, CodecError, force=self.force)
         return target
 
-    def _write(self, target: Path | None, content: bytes) -> None:
-        from bytejepa.files import write_atomically
+    def _write(self, target: Path | None, pieces: Iterable[bytes]) -> None:
+        """Write `pieces`, one after the other; a file that comes from a file gets its permissions."""
+        from bytejepa.files import atomic_file, permissions
 
         if target is None:
-            sys.stdout.buffer.write(content)
+            sys.stdout.buffer.writelines(pieces)
             sys.stdout.buffer.flush()
             return
         with file_errors_as(CodecError, "write", target):
-            write_atomically(target, content)
+            mode = permissions(self.file) if str(self.file) != "-" and self.file.is_file() else None
+            with atomic_file(target, mode=mode) as file:
+                file.writelines(pieces)
 
-    @contextlib.contextmanager
-    def _settings(self, what: str, total: int, lanes: int | None = None) -> Iterator[Settings]:
-        from bytejepa.cli.terminal import progress_bar
+    def _checked_settings(self, lanes: int | None = None) -> Settings:
+        from bytejepa.cli.device import check_at_least_one, chosen_device
         from bytejepa.codec.compress import Settings
 
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"--threads: expected 1 or more, got {self.threads}")
-        with progress_bar(what, total=total) as (bar, task):
-            yield Settings(
-                threads=self.threads,
-                lanes=lanes,
-                device=self.device,
-                on_progress=lambda done: bar.advance(task, done),
-            )
+        check_at_least_one("--threads", self.threads)
+        check_at_least_one("--lanes", lanes)
+        return Settings(threads=self.threads, lanes=lanes, device=chosen_device(self.device))
+
+    @contextlib.contextmanager
+    def _progress(self, settings: Settings, what: str, total: int, *, advice: str) -> Iterator[Settings]:
+        """Yield settings that move a bar; without memory enough, say so with `advice`."""
+        from bytejepa.cli.device import memory_errors_with
+        from bytejepa.cli.terminal import progress_bar
+
+        with memory_errors_with(advice), progress_bar(what, total=total) as (bar, task):
+            yield dataclasses.replace(settings, on_progress=lambda done: bar.advance(task, done))
 
     def _report(self, seconds: float, compressed_bytes: int, content_bytes: int, *, stdout_is_free: bool) -> None:
         import json
@@ -115,14 +120,16 @@ class Compress(_Common):
 
         from bytejepa.codec.compress import compress
 
+        settings = self._checked_settings()
         target = self._target(Path(f"{self.file}{SUFFIX}"))
         data = self._read()
         began = time.perf_counter()
-        with self._settings("compress", len(data)) as settings:
+        advice = "use a smaller --window and fewer --threads, or compress parts of it"
+        with self._progress(settings, "compress", len(data), advice=advice) as settings:
             blob = compress(
                 self.model, data, block_bytes=self.block_bytes, window=self.window, hop=self.hop, settings=settings
             )
-        self._write(target, blob)
+        self._write(target, [blob])
         seconds = time.perf_counter() - began
         self._report(seconds, len(blob), len(data), stdout_is_free=target is not None)
         return 0
@@ -144,23 +151,19 @@ class Decompress(_Common):
         import time
 
         from bytejepa.cli.terminal import note
-        from bytejepa.codec.compress import decompress, restore
+        from bytejepa.codec.compress import restore
 
-        if self.lanes is not None and self.lanes < 1:
-            raise ConfigError(f"--lanes: expected 1 or more, got {self.lanes}")
+        settings = self._checked_settings(self.lanes)
         target = None if self.test else self._target(self._default_output())
         blob = self._read()
         began = time.perf_counter()
-        damaged: list[Damage] = []
-        with self._settings("decompress", len(blob), self.lanes) as settings:
-            if self.keep_going:
-                content, damaged = restore(self.model, blob, settings=settings)
-            else:
-                content = decompress(self.model, blob, settings=settings)
+        with self._progress(settings, "decompress", len(blob), advice="use fewer --lanes and --threads") as settings:
+            restored = restore(self.model, blob, settings=settings, keep_going=self.keep_going)
         if not self.test:
-            self._write(target, content)
+            self._write(target, restored.pieces())
         seconds = time.perf_counter() - began
-        self._report(seconds, len(blob), len(content), stdout_is_free=self.test or target is not None)
+        self._report(seconds, len(blob), restored.num_bytes, stdout_is_free=self.test or target is not None)
+        damaged = restored.damaged
         for block in damaged:
             note(f"{self.file}: bytes {block.begin} to {block.begin + block.num_bytes}: {block.reason}")
         if damaged:

@@ -38,12 +38,13 @@ class Evaluate:
     def run_command(self) -> int:
         """Score and print bits per byte."""
         from bytejepa.artifact.load import load
+        from bytejepa.cli.device import chosen_device
         from bytejepa.cli.terminal import note, print_json, print_table
         from bytejepa.scoring.evaluate import Scorer
         from bytejepa.scoring.windows import check_windows
         from bytejepa.training.distributed import join, leave
 
-        ranks = join(self.device)
+        ranks = join(chosen_device(self.device))
         model = load(self.model, device=str(ranks.device))
         ids, text = self._ids()
         evaluation = model.config.evaluation

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import tyro
 
+from bytejepa.cli.output import check_output
 from bytejepa.errors import ConfigError, DataError, file_errors_as
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Generate:
     device: str = "auto"
     """cpu, cuda or auto."""
     threads: int | None = None
-    """CPU threads; default: 1 for models whose steps are too small to share, otherwise as torch chooses."""
+    """CPU threads, 1 or more; default: 1 for models whose steps are too small to share, otherwise as torch chooses."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Write to this file instead of standard output; it has the text and nothing else."""
     force: bool = False
@@ -74,33 +75,22 @@ class Generate:
         """Generate, and print the text as it comes."""
         import time
 
+        from bytejepa.cli.device import check_at_least_one, chosen_device, memory_errors_with
         from bytejepa.cli.terminal import note, print_json
         from bytejepa.files import write_atomically
-        from bytejepa.inference.generate import generate_samples
 
-        if self.output is not None and self.output.exists() and not self.force:
-            raise ConfigError(f"{self.output} exists", hint="use --force to replace it")
-        sampling = self._sampling()
-        prompt = self._prompt()
-        engine = self._engine()
+        if self.output is not None:
+            check_output(self.output, DataError, force=self.force)
+        check_at_least_one("--threads", self.threads)
+        device, sampling, prompt = chosen_device(self.device), self._sampling(), self._prompt()
         streams = self.num_samples == 1 and not self.json and self.output is None
         out = sys.stdout.buffer
-        if streams and self.echo:
-            _write(out, prompt)
-        texts = [bytearray() for _ in range(self.num_samples)]
-        began = time.perf_counter()
-        for pieces in generate_samples(
-            engine,
-            prompt,
-            num_samples=self.num_samples,
-            num_bytes=self.num_bytes,
-            seed=self.seed,
-            sampling=sampling,
-        ):
-            for text, piece in zip(texts, pieces, strict=True):
-                text += piece
-            if streams:
-                _write(out, pieces[0])
+        with memory_errors_with("use a smaller --num-samples or --window"):
+            engine = self._engine(device)
+            if streams and self.echo:
+                _write(out, prompt)
+            began = time.perf_counter()
+            texts = self._texts(engine, prompt, sampling, out if streams else None)
         seconds = time.perf_counter() - began
         rate = self.num_samples * self.num_bytes / seconds if seconds else 0.0
         written = [(prompt if self.echo else b"") + bytes(text) for text in texts]
@@ -115,6 +105,25 @@ class Generate:
             _write(out, _joined(written))
         note(f"{self.num_samples * self.num_bytes:,} bytes at {rate:,.0f} bytes/s")
         return 0
+
+    def _texts(self, engine: Engine, prompt: bytes, sampling: Sampling, out: BinaryIO | None) -> list[bytearray]:
+        """Return the continuations; `out` gets the first one as it comes."""
+        from bytejepa.inference.generate import generate_samples
+
+        texts = [bytearray() for _ in range(self.num_samples)]
+        for pieces in generate_samples(
+            engine,
+            prompt,
+            num_samples=self.num_samples,
+            num_bytes=self.num_bytes,
+            seed=self.seed,
+            sampling=sampling,
+        ):
+            for text, piece in zip(texts, pieces, strict=True):
+                text += piece
+            if out is not None:
+                _write(out, pieces[0])
+        return texts
 
     def _sampling(self) -> Sampling:
         from bytejepa.inference.sampling import Sampling
@@ -139,17 +148,16 @@ class Generate:
         # surrogateescape: a command line may hold bytes that are not text
         return sys.stdin.buffer.read() if self.prompt == "-" else self.prompt.encode(errors="surrogateescape")
 
-    def _engine(self) -> Engine:
+    def _engine(self, device: str) -> Engine:
         import torch
 
         from bytejepa import load
         from bytejepa.inference.generate import generation_engine
 
-        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         model = load(self.model, device=device)
         elements = self.num_samples * model.config.model.model_dim**2
         if self.threads is not None or elements < SHARED_FROM:
-            torch.set_num_threads(self.threads or 1)
+            torch.set_num_threads(1 if self.threads is None else self.threads)
         return generation_engine(model, window=self.window, hop=self.hop)
 
     def _record(self, prompt: bytes, texts: list[bytearray], rate: float) -> dict[str, object]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from bytejepa.cli.output import check_output
 from bytejepa.errors import ConfigError, DataError, file_errors_as
 
 if TYPE_CHECKING:
@@ -46,14 +47,17 @@ class Surprise:
 
     def run_command(self) -> int:
         """Price the file and show it."""
+        from bytejepa.cli.device import check_at_least_one, chosen_device
         from bytejepa.cli.terminal import note, print_json
         from bytejepa.files import write_atomically
 
+        check_at_least_one("--max-bytes", self.max_bytes)
+        device = chosen_device(self.device)
         chosen = self._format()
-        if self.output is not None and self.output.exists() and not self.force:
-            raise ConfigError(f"{self.output} exists", hint="use --force to replace it")
+        if self.output is not None:
+            check_output(self.output, DataError, force=self.force)
         data, whole = self._data(chosen)
-        surprised = self._priced(data)
+        surprised = self._priced(data, device)
         if len(data) < whole:
             note(f"the first {len(data):,} of {whole:,} bytes; --max-bytes or -o FILE.html for more")
         if self.output is not None:
@@ -63,7 +67,7 @@ class Surprise:
         if self.json:
             print_json(self._record(surprised))
         elif self.output is not None:
-            note(f"{self.output}: {len(data):,} bytes, {surprised.total_bits:,.1f} bits, {surprised.bpb:.4f} bpb")
+            note(f"{self.output}: {_summary(surprised)}")
         elif chosen == "terminal":
             self._show(surprised)
         else:
@@ -91,23 +95,22 @@ class Surprise:
             most = TERMINAL_BYTES
         return data[:most], len(data)
 
-    def _priced(self, data: bytes) -> SurpriseMap:
-        import torch
-
+    def _priced(self, data: bytes, device: str) -> SurpriseMap:
         from bytejepa import load
+        from bytejepa.cli.device import memory_errors_with
         from bytejepa.cli.terminal import progress_bar
         from bytejepa.inference.surprise import surprise
 
-        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        model = load(self.model, device=device)
-        with progress_bar("price", total=len(data)) as (bar, task):
-            return surprise(
-                model,
-                data,
-                window=self.window,
-                stride=self.stride,
-                on_progress=lambda done: bar.update(task, completed=done),
-            )
+        with memory_errors_with("use a smaller --window or --max-bytes"):
+            model = load(self.model, device=device)
+            with progress_bar("price", total=len(data)) as (bar, task):
+                return surprise(
+                    model,
+                    data,
+                    window=self.window,
+                    stride=self.stride,
+                    on_progress=lambda done: bar.update(task, completed=done),
+                )
 
     def _written(self, surprised: SurpriseMap, chosen: Format) -> str:
         if chosen == "csv":
@@ -126,7 +129,7 @@ class Surprise:
         console = Console(highlight=False, soft_wrap=True)
         console.print(terminal_text(surprised), end="" if surprised.data.endswith(b"\n") else "\n")
         console.print(legend())
-        console.print(f"{len(surprised.data):,} bytes, {surprised.total_bits:,.1f} bits, {surprised.bpb:.4f} bpb")
+        console.print(_summary(surprised))
 
     def _record(self, surprised: SurpriseMap) -> dict[str, object]:
         from bytejepa.inference.surprise import line_totals, surprising_spots
@@ -147,3 +150,9 @@ class Surprise:
             "lines": lines,
             "spots": spots,
         }
+
+
+def _summary(surprised: SurpriseMap) -> str:
+    if not surprised.data:
+        return "0 bytes"
+    return f"{len(surprised.data):,} bytes, {surprised.total_bits:,.1f} bits, {surprised.bpb:.4f} bpb"

@@ -12,7 +12,7 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -86,6 +86,29 @@ class Damage:
     reason: str
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Restored:
+    """What could be restored of a file."""
+
+    parts: tuple[bytes | Damage, ...]
+    """Blocks in order: their content, or why they are lost; then what else is wrong with the file."""
+
+    @property
+    def damaged(self) -> list[Damage]:
+        """What is lost."""
+        return [part for part in self.parts if isinstance(part, Damage)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the content, what is lost included."""
+        return sum(part.num_bytes if isinstance(part, Damage) else len(part) for part in self.parts)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the content block after block, with zeros in place of what is lost: made only now, one block at a time."""
+        for part in self.parts:
+            yield bytes(part.num_bytes) if isinstance(part, Damage) else part
+
+
 def codec_model(model: Model | None) -> IntegerModel:
     """Return the integer form of a model: of an artifact, a run folder, a loaded model, or None for the shipped one.
 
@@ -113,8 +136,9 @@ def compress(
 ) -> bytes:
     """Return `data` compressed: the same bytes on every machine, for given versions of zstd.
 
-    `window`, `hop`: context of a prediction in ids and how far it moves (docs/codec.md); default: the model's, at most
-    1,024, and three quarters of it. Raises: ConfigError for a window that the model does not have, CodecError as `codec_model`.
+    `window`, `hop`: context of a prediction in ids and how far it moves (docs/codec.md), at least a sixteenth of it;
+    default: the model's, at most 1,024, and three quarters of it. Raises: ConfigError for a window that the model does
+    not have, CodecError as `codec_model`.
     """
     settings = settings or Settings()
     whole = compress_frame(data)
@@ -137,44 +161,33 @@ def compress(
 def decompress(model: Model | None, blob: bytes, *, settings: Settings | None = None) -> bytes:
     """Return what was compressed. Raises: CodecError for damage, or if it was made with another model.
 
+    Damage that the checksums of what is stored tell is found before anything is decoded, other damage ends the decoding.
     Where no block needs a model, as in a file that is one zstd frame, `model` is not looked at.
     """
-    content, damaged = restore(model, blob, settings=settings)
-    if damaged:
-        raise _failure(damaged)
-    return content
+    return b"".join(restore(model, blob, settings=settings, keep_going=False).pieces())
 
 
-def restore(model: Model | None, blob: bytes, *, settings: Settings | None = None) -> tuple[bytes, list[Damage]]:
-    """Return what can be restored, and the blocks that cannot, in whose place stand zeros.
+def restore(model: Model | None, blob: bytes, *, settings: Settings | None = None, keep_going: bool = True) -> Restored:
+    """Return what can be restored, and which blocks cannot.
 
-    Raises: CodecError if nothing can be: a foreign file, a damaged header, another model.
+    Raises: CodecError if nothing can be: a foreign file, a damaged header, another model, no good block; without
+    `keep_going` for any damage.
     """
     parsed = container.parse(blob)
     if isinstance(parsed, bytes):
-        return parsed, []
-    integers = None
-    if any(block is not None and not block.is_zstd for block in parsed.blocks):
-        integers = codec_model(model)
-        if integers.sha256 != parsed.model_sha256:
-            raise CodecError(
-                f"made with the model {parsed.model_sha256.hex()[:16]}..., this is {integers.sha256.hex()[:16]}...",
-                hint="name the model that it was compressed with",
-            )
-    contents = _decode_blocks(integers, parsed, settings or Settings())
-    damaged = []
-    for index, content in enumerate(contents):
-        block = parsed.blocks[index]
-        if block is None or content is None or zlib.crc32(content) != block.content_crc:
-            reason = "its stored bytes are damaged" if block is None else "it does not decode to what was compressed"
-            damaged.append(Damage(begin=parsed.begin(index), num_bytes=parsed.num_bytes(index), reason=reason))
-            contents[index] = bytes(parsed.num_bytes(index))
-    restored = b"".join(content or b"" for content in contents)
-    if not damaged and container.digest(restored) != parsed.content_digest:
+        return Restored((parsed,))
+    known = [_damage(parsed, index) for index, block in enumerate(parsed.blocks) if block is None]
+    length_problem = [] if known else _length_damage(parsed)
+    if (known or length_problem) and not keep_going:
+        raise _failure(known + length_problem)
+    integers = _model_of(parsed, model)
+    contents = _decode_blocks(integers, parsed, settings or Settings(), keep_going=keep_going)
+    if parsed.blocks and all(content is None for content in contents):
+        raise CodecError(f"all blocks are damaged, {len(contents)} of them: nothing can be restored")
+    if None not in contents and container.digest(content or b"" for content in contents) != parsed.content_digest:
         raise CodecError("the checksum of the whole differs", hint="the file is damaged, copy it again")
-    if parsed.length_problem and not damaged:
-        damaged.append(Damage(begin=len(restored), num_bytes=0, reason=parsed.length_problem))
-    return restored, damaged
+    parts = [_damage(parsed, index) if content is None else content for index, content in enumerate(contents)]
+    return Restored((*parts, *length_problem))
 
 
 def checked_window(model: IntegerModel, window: int | None, hop: int | None) -> tuple[int, int]:
@@ -183,8 +196,9 @@ def checked_window(model: IntegerModel, window: int | None, hop: int | None) -> 
     if not 1 <= window <= model.longest_window:
         raise ConfigError(f"window: expected 1 to {model.longest_window} ids for this model, got {window}")
     hop = default_hop(window) if hop is None else hop
-    if not 1 <= hop <= window:
-        raise ConfigError(f"hop: expected 1 to the window {window}, got {hop}")
+    least = container.least_hop(window)
+    if not least <= hop <= window:
+        raise ConfigError(f"hop: expected {least} to {window} ids for a window of {window}, got {hop}")
     return window, hop
 
 
@@ -215,31 +229,57 @@ def _encode_block(chosen: LaneCoder, content: bytes, report: Progress) -> contai
     return container.make_block(content, simple, is_zstd=True)
 
 
-def _decode_blocks(model: IntegerModel | None, parsed: container.Blocks, settings: Settings) -> list[bytes | None]:
-    """Return the contents of all blocks; None for those that fail."""
+def _model_of(parsed: container.Blocks, model: Model | None) -> IntegerModel | None:
+    """Return the model in integer form, None where no block needs it. Raises: CodecError if it is not the one needed."""
+    if all(block is None or block.is_zstd for block in parsed.blocks):
+        return None
+    integers = codec_model(model)
+    if integers.sha256 != parsed.model_sha256:
+        raise CodecError(
+            f"made with the model {parsed.model_sha256.hex()[:16]}..., this is {integers.sha256.hex()[:16]}...",
+            hint="name the model that it was compressed with",
+        )
+    if parsed.window > integers.longest_window:
+        raise CodecError(
+            f"the header claims a window of {parsed.window} ids",
+            hint=f"this model has windows of up to {integers.longest_window}: the file is damaged",
+        )
+    return integers
+
+
+def _decode_blocks(
+    model: IntegerModel | None, parsed: container.Blocks, settings: Settings, *, keep_going: bool
+) -> list[bytes | None]:
+    """Return the contents of all blocks; None for those that fail. Raises: CodecError for these without `keep_going`."""
     contents: list[bytes | None] = [None] * len(parsed.blocks)
     coded = []
+
+    def keep(index: int, block: container.Block, content: bytes | None) -> None:
+        if content is not None and zlib.crc32(content) == block.content_crc:
+            contents[index] = content
+        elif not keep_going:
+            raise _failure([_damage(parsed, index)])
+
     for index, block in enumerate(parsed.blocks):
-        if block is not None and not block.is_zstd:
-            coded.append(index)
+        if block is not None and not block.is_zstd and block.payload:
+            coded.append((index, block))
             continue
         if block is not None:
-            contents[index] = zstd_decompress(block.payload, block.num_bytes)
+            # an empty stream points to the least of all numbers, where the first byte is each time
+            content = zstd_decompress(block.payload, block.num_bytes) if block.is_zstd else bytes(block.num_bytes)
+            keep(index, block, content)
         if settings.on_progress is not None:
             settings.on_progress(parsed.num_bytes(index))
     if model is None or not coded:
         return contents
-    _refuse_window(model, parsed)
     chosen = _coder(model, parsed.window, parsed.hop, settings)
 
-    def decode(indices: list[int], report: Progress) -> list[bytes]:
-        blocks = [block for block in (parsed.blocks[index] for index in indices) if block is not None]
-        return chosen.decode([block.payload for block in blocks], [block.num_bytes for block in blocks], report)
+    def decode(group: list[tuple[int, container.Block]], report: Progress) -> None:
+        payloads, lengths = [block.payload for _, block in group], [block.num_bytes for _, block in group]
+        for (index, block), content in zip(group, chosen.decode(payloads, lengths, report), strict=True):
+            keep(index, block, content)
 
-    groups = list(_groups(coded, settings))
-    for indices, decoded in zip(groups, _in_threads(decode, groups, settings), strict=True):
-        for index, content in zip(indices, decoded, strict=True):
-            contents[index] = content
+    _in_threads(decode, list(_groups(coded, settings)), settings)
     return contents
 
 
@@ -255,27 +295,33 @@ def _in_threads(work: Callable[[Item, Progress], Result], items: Sequence[Item],
                 settings.on_progress(num_bytes)
 
     with ThreadPoolExecutor(settings.num_threads) as pool:
+        futures = [pool.submit(work, item, report) for item in items]
         try:
-            return list(pool.map(lambda item: work(item, report), items))
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            return [future.result() for future in futures if future in done]  # all, or raises what the first one raised
         except BaseException:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _groups(indices: list[int], settings: Settings) -> Iterator[list[int]]:
+def _groups(blocks: list[Item], settings: Settings) -> Iterator[list[Item]]:
     """Yield the blocks that are decoded together: no more than the lanes, and something for every thread."""
-    size = max(1, min(settings.num_lanes, -(-len(indices) // settings.num_threads)))
-    for first in range(0, len(indices), size):
-        yield indices[first : first + size]
+    size = max(1, min(settings.num_lanes, -(-len(blocks) // settings.num_threads)))
+    for first in range(0, len(blocks), size):
+        yield blocks[first : first + size]
 
 
-def _refuse_window(model: IntegerModel, parsed: container.Blocks) -> None:
-    if not 1 <= parsed.hop <= parsed.window <= model.longest_window:
-        raise CodecError(
-            f"the header claims a window of {parsed.window} ids and a hop of {parsed.hop}",
-            hint=f"this model has windows of up to {model.longest_window}: the file is damaged",
-        )
+def _damage(parsed: container.Blocks, index: int) -> Damage:
+    is_stored_so = parsed.blocks[index] is None
+    reason = "its stored bytes are damaged" if is_stored_so else "it does not decode to what was compressed"
+    return Damage(begin=parsed.begin(index), num_bytes=parsed.num_bytes(index), reason=reason)
+
+
+def _length_damage(parsed: container.Blocks) -> list[Damage]:
+    if parsed.length_problem is None:
+        return []
+    return [Damage(begin=parsed.content_bytes, num_bytes=0, reason=parsed.length_problem)]
 
 
 def _failure(damaged: list[Damage]) -> CodecError:

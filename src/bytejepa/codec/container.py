@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from bytejepa.codec import zstd_frame
 from bytejepa.errors import CodecError
@@ -27,6 +27,8 @@ ENTRY = struct.Struct("<III")
 """One block: bytes of its payload (top bit: zstd), CRC-32 of the payload, CRC-32 of the content."""
 CHECKSUM_BYTES, DIGEST_BYTES = 8, 16
 MAX_BLOCK_BYTES = 1 << 20
+LEAST_HOPS = 16
+"""A window moves by at least this part of it: what is run again for each byte, and so the time of a block, has a bound."""
 _ZSTD_BLOCK = 1 << 31
 _DAMAGED = "the file is damaged, copy it again"
 
@@ -66,9 +68,17 @@ class Blocks:
         return min(self.block_bytes, self.content_bytes - self.begin(index))
 
 
-def digest(content: bytes) -> bytes:
-    """Return the 16-byte BLAKE2b digest of the content."""
-    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+def digest(pieces: Iterable[bytes]) -> bytes:
+    """Return the 16-byte BLAKE2b digest of the content, which `pieces` are in order."""
+    running = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for piece in pieces:
+        running.update(piece)
+    return running.digest()
+
+
+def least_hop(window: int) -> int:
+    """Return the least hop, in ids, of a window."""
+    return max(1, -(-window // LEAST_HOPS))
 
 
 def blocks_file(
@@ -76,7 +86,7 @@ def blocks_file(
 ) -> bytes:
     """Return a file of `blocks`, which are `content` in order."""
     header = PRELUDE.pack(MAGIC, FORMAT_VERSION, KIND_BLOCKS)
-    header += HEADER.pack(len(content), block_bytes, window, hop, model, digest(content))
+    header += HEADER.pack(len(content), block_bytes, window, hop, model, digest([content]))
     for index, block in enumerate(blocks):
         flag = _ZSTD_BLOCK if block.is_zstd else 0
         header += ENTRY.pack(len(block.payload) | flag, _payload_crc(block.payload, index), block.content_crc)
@@ -121,6 +131,8 @@ def _parse_blocks(data: bytes) -> Blocks:
     content_bytes, block_bytes, window, hop, model, content_digest = HEADER.unpack_from(data, PRELUDE.size)
     if not 1 <= block_bytes <= MAX_BLOCK_BYTES:
         raise CodecError(f"the header claims blocks of {block_bytes} bytes", hint=_DAMAGED)
+    if not least_hop(window) <= hop <= window:
+        raise CodecError(f"the header claims a window of {window} ids and a hop of {hop}", hint=_DAMAGED)
     num_blocks = -(-content_bytes // block_bytes)
     end = place + num_blocks * ENTRY.size
     if end + CHECKSUM_BYTES > len(data):  # before anything is made of that size

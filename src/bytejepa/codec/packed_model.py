@@ -198,8 +198,3 @@ def new_state(model: PackedModel, num_lanes: int) -> LaneState:
         chunk_sum=np.zeros((L, model.width), np.int64),
         injection=np.zeros((L, model.width), np.int32),
     )
-
-
-def lane_bytes(model: IntegerModel, window: int) -> int:
-    """Return the bytes of one lane's keys and values."""
-    return 4 * len(model.layers) * model.num_kv_heads * model.head_dim * (-(-window // 32) * 32)

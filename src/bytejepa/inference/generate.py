@@ -84,9 +84,10 @@ def generate_samples(
 
 def generation_engine(model: ByteLM, *, window: int | None = None, hop: int | None = None) -> Engine:
     """Return an engine whose hop is half its window unless given; the window as `Engine` has it."""
-    window = window or Engine(model).window
+    window = Engine(model).window if window is None else window
     multiple = model.config.jepa.chunk_bytes if model.jepa is not None else 1
-    return Engine(model, window=window, hop=hop or max(multiple, window // 2 // multiple * multiple))
+    hop = max(multiple, window // 2 // multiple * multiple) if hop is None else hop
+    return Engine(model, window=window, hop=hop)
 
 
 def _pieces(

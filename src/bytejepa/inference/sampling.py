@@ -16,6 +16,9 @@ import numpy.typing as npt
 
 from bytejepa.errors import ConfigError
 
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
+"""Other than 0: below it the most likely byte is drawn, above it any, and further out numbers overflow."""
+MOST_PENALTY_NATS = 1e3
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -24,7 +27,7 @@ class Sampling:
     """How bytes are drawn from the model's distribution."""
 
     temperature: float = 0.8
-    """Divides the logits; 0: always the most likely byte; 1: the model's own distribution."""
+    """Divides the logits, 0.001 to 1,000; 0: always the most likely byte; 1: the model's own distribution."""
     top_k: int | None = None
     """Keep only this many of the most likely bytes; None: all 256."""
     top_p: float | None = None
@@ -42,12 +45,13 @@ class Sampling:
     """Draw only bytes that keep the text valid UTF-8; False: any byte."""
 
     def __post_init__(self) -> None:
+        in_range = LEAST_TEMPERATURE <= self.temperature <= MOST_TEMPERATURE
         checks = (
-            ("temperature", self.temperature >= 0, "0 or more"),
+            ("temperature", self.temperature == 0 or in_range, f"0, or {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}"),
             ("top_k", self.top_k is None or 1 <= self.top_k <= 256, "1 to 256"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "0 to 1"),
-            ("repetition_penalty", self.repetition_penalty >= 0, "0 or more"),
+            ("repetition_penalty", 0 <= self.repetition_penalty <= MOST_PENALTY_NATS, f"0 to {MOST_PENALTY_NATS:g}"),
             ("repetition_allowed_bytes", self.repetition_allowed_bytes >= 1, "1 or more"),
             ("repetition_window_bytes", self.repetition_window_bytes >= 1, "1 or more"),
         )

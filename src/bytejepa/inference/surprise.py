@@ -92,11 +92,11 @@ def surprise(
     """Return what every byte of `data` costs as one document: a BOS, then each byte priced once.
 
     `window` and `stride` in bytes default to the model's evaluation settings, as in `bytejepa.score`; the sum of the bits
-    is that score's. `on_progress` is told the bytes done so far.
+    is that score's. `on_progress` is told the bytes done so far. Raises: ConfigError if not 1 <= stride <= window.
     """
     evaluation = model.config.evaluation
-    window = window or evaluation.window_bytes
-    stride = stride or min(evaluation.stride_bytes, window)
+    window = evaluation.window_bytes if window is None else window
+    stride = min(evaluation.stride_bytes, window) if stride is None else stride
     ids = np.concatenate((np.array([BOS], dtype=np.uint16), ids_from_bytes(data)))
     scorer = _RankingScorer(model)
     nats, done = [np.zeros(0)], 0
