@@ -1,8 +1,10 @@
 """A study of two variants and two seeds: paired, interleaved, resumable, reusing, refusing to mix machines."""
 
 import dataclasses
+import html
 import json
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -310,6 +312,31 @@ def test_the_verb_prints_verdicts_and_json(
     record = json.loads(command("ablate", plan, "--out", copied, "--data", embedded_shards, "--json").out)
     assert record["is_complete"]
     assert len(record["runs"]) == 4
+
+
+def test_the_commands_of_a_report_repeat_the_study_and_its_score(
+    command: Callable[..., Any], copied: Path, monkeypatch: pytest.MonkeyPatch, started: list[tuple[str, str]]
+) -> None:
+    from bytejepa.report.configuration import commands, study_command
+    from bytejepa.report.inputs import read_inputs
+    from bytejepa.report.page import render_page
+
+    monkeypatch.chdir(copied.parent)
+    inputs = read_inputs([copied])
+    words = shlex.split(study_command(inputs.study, copied))
+    assert words[:3] == ["bytejepa", "ablate", "study/plan.json"]
+    before = (copied / "study.json").read_bytes()
+    assert command(*words[1:]).code == 0
+    assert started == []
+    assert (copied / "study.json").read_bytes() == before
+
+    evaluate = commands(inputs.configurations[0].runs, 600)[-1]
+    page = render_page(inputs, {}, [], title="t", command="c", files="f")
+    assert evaluate in html.unescape(page)
+    run = inputs.study.runs[0]
+    shutil.copy(copied / run.run / "model.bjm", Path(run.run).name + ".bjm")
+    scored = json.loads(command(*shlex.split(evaluate.replace("\\\n", ""))[1:], "--json").out)["scores"]["sliding"]
+    assert scored["bpb"] == pytest.approx(run.bpb, abs=1e-12)
 
 
 def test_several_ranks_are_refused_before_anything_is_written(

@@ -11,7 +11,8 @@ from typing import Any
 from bytejepa.config import RunConfig
 from bytejepa.presets import PRESETS, preset
 from bytejepa.report.inputs import LoggedRun
-from bytejepa.study.results import StudyResult
+from bytejepa.study.plan import built_in_plans
+from bytejepa.study.results import EMBEDDED_DATA, PLAN_NAME, StudyResult
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +77,11 @@ def _option(name: str, value: Any) -> list[str]:
     return [f"--{section}.{setting}", *map(str, flat)]
 
 
-def commands(runs: Sequence[LoggedRun]) -> list[str]:
-    """Return the command lines that train, export and score `runs` again, ready for a shell."""
+def commands(runs: Sequence[LoggedRun], scored_ids: int | None) -> list[str]:
+    """Return the command lines that train, export and score `runs` again, ready for a shell.
+
+    `scored_ids`: leading ids of the validation split that are scored; None: all.
+    """
     lines = []
     for run in runs:
         data, out = str(run.manifest.get("data", {}).get("path", "SHARDS")), run.name
@@ -89,7 +93,8 @@ def commands(runs: Sequence[LoggedRun]) -> list[str]:
     first = runs[0]
     data, artifact = str(first.manifest.get("data", {}).get("path", "SHARDS")), f"{Path(first.name).name}.bjm"
     lines.append(_command(["bytejepa", "export", first.name, "-o", artifact]))
-    lines.append(_command(["bytejepa", "eval", artifact, "--data", data]))
+    limit = [] if scored_ids is None else ["--max-bytes", str(scored_ids)]
+    lines.append(_command(["bytejepa", "eval", artifact, "--data", data, *limit]))
     return lines
 
 
@@ -103,6 +108,10 @@ def study_command(study: StudyResult | None, folder: Path | None) -> str:
     """Return the command line that runs a study again, or goes on with it; empty without one."""
     if study is None or folder is None:
         return ""
-    words = ["bytejepa", "ablate", study.plan.name, "--out", folder.name]
-    budget = ["--steps", str(study.plan.budget.steps)] if study.plan.budget.steps is not None else []
-    return shlex.join([*words, *budget, "--seeds", *map(str, study.plan.seeds)])
+    out, plan = folder.resolve().name, study.plan
+    words = [str(Path(out) / PLAN_NAME)]
+    if not (folder / PLAN_NAME).is_file():  # of an older version
+        words = [plan.name if plan.name in built_in_plans() else f"{plan.name}.toml", "--seeds", *map(str, plan.seeds)]
+        words += ["--steps", str(plan.budget.steps)] if plan.budget.steps is not None else []
+    data = [] if study.data_path == EMBEDDED_DATA else ["--data", study.data_path]
+    return shlex.join(["bytejepa", "ablate", *words, "--out", out, *data])

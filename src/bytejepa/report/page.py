@@ -83,7 +83,10 @@ def render_page(
         tables=tables,
         study=inputs.study,
         sections=[section for section in sections if section.plots or section.folded],
-        configurations=[_configuration_text(configuration) for configuration in inputs.configurations],
+        configurations=[
+            _configuration_text(configuration, _scored_ids(inputs, configuration, measured))
+            for configuration in inputs.configurations
+        ],
         study_command=study_command(inputs.study, inputs.study_path),
         command=command,
         files=files,
@@ -215,16 +218,27 @@ def study_table(study: StudyResult) -> Grid:
     )  # fmt: skip
 
 
-def _configuration_text(configuration: Configuration) -> ConfigurationText:
+def _configuration_text(configuration: Configuration, scored_ids: int | None) -> ConfigurationText:
     preset, settings = settings_against_preset(configuration.config)
     return ConfigurationText(
         label=configuration.label,
         preset=preset,
         differing=[setting for setting in settings if setting.differs and setting.name != "training.seed"],
         settings=settings,
-        commands=commands(configuration.runs),
+        commands=commands(configuration.runs, scored_ids),
         provenance=_provenance(configuration.runs[0]),
     )
+
+
+def _scored_ids(inputs: ReportInputs, configuration: Configuration, measured: Measured) -> int | None:
+    """Return how many leading ids of the validation split the page's scores of a configuration are of; None: all."""
+    if inputs.study is not None:
+        return inputs.study.plan.evaluation.validation_bytes
+    of_runs = measured.get(configuration.label)
+    if of_runs:
+        priced = of_runs[0].priced
+        return None if priced.is_whole_split else len(priced.ids)
+    return configuration.config.training.validation_bytes
 
 
 def _provenance(run: LoggedRun) -> dict[str, str]:

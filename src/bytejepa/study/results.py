@@ -15,6 +15,10 @@ from bytejepa.study.plan import Plan, plan_from_dict
 FORMAT = "bytejepa-study"
 FORMAT_VERSION = 1
 FILE_NAME = "study.json"
+PLAN_NAME = "plan.json"
+"""In a study's folder: its plan, as `bytejepa ablate` reads it."""
+EMBEDDED_DATA = "data"
+"""In a study's folder: the embedded corpus, where no other data was named."""
 
 Verdict = Literal["better", "worse", "tie", "undecided"]
 """`undecided`: fewer than two seeds, so that there is no measure of the noise."""
@@ -133,6 +137,13 @@ class StudyResult:
     def is_complete(self) -> bool:
         """Whether every run of the plan has finished."""
         return len(self.runs) == len(self.plan.variants) * len(self.plan.seeds)
+
+
+def write_plan(folder: Path, plan: Plan) -> Path:
+    """Write the plan as it was resolved into `folder`, as a plan file, and return its path. Raises: OSError."""
+    path = folder / PLAN_NAME
+    write_atomically(path, json.dumps(dataclasses.asdict(plan), indent=1).encode() + b"\n")
+    return path
 
 
 def write_study(folder: Path, study: StudyResult) -> Path:

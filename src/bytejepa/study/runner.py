@@ -27,7 +27,17 @@ from bytejepa.study.environment import (
     run_fingerprint,
 )
 from bytejepa.study.plan import Plan, Variant
-from bytejepa.study.results import FILE_NAME, RunResult, StudyResult, read_study, run_from_dict, write_study
+from bytejepa.study.results import (
+    EMBEDDED_DATA,
+    FILE_NAME,
+    PLAN_NAME,
+    RunResult,
+    StudyResult,
+    read_study,
+    run_from_dict,
+    write_plan,
+    write_study,
+)
 from bytejepa.study.summary import summarise
 from bytejepa.training.loop import TrainProgress, TrainResult
 from bytejepa.training.runlog import RunFolder
@@ -96,7 +106,7 @@ def _refuse_other_study(plan: Plan, out: Path) -> None:
         raise CheckpointError(f"{out} is not empty and holds no study", hint="name another --out")
 
 
-_OWN_ENTRIES = (".lock", "data", "runs")
+_OWN_ENTRIES = (".lock", EMBEDDED_DATA, PLAN_NAME, "runs")
 """What a study killed before its first run was done has left."""
 
 
@@ -117,9 +127,9 @@ class _Study:
         self.on_progress = on_progress or (lambda _: None)
         named = data or (Path(plan.data) if plan.data is not None else None)
         if named is None:
-            write_embedded_shards(out / "data")
-        self.data = named or out / "data"
-        self.data_path = str(self.data.resolve()) if named else "data"
+            write_embedded_shards(out / EMBEDDED_DATA)
+        self.data = named or out / EMBEDDED_DATA
+        self.data_path = str(self.data.resolve()) if named else EMBEDDED_DATA
         self.data_sha256 = data_sha256(self.data)
         self.here = environment_here()
         self.results: list[RunResult] = []
@@ -140,6 +150,7 @@ class _Study:
     def go(self) -> StudyResult:
         """Run what is missing and return the whole."""
         self._refuse_another_beginning()
+        write_plan(self.out, self.plan)
         pairs = [(seed, variant) for seed in self.plan.seeds for variant in self.plan.variants]
         for number, (seed, variant) in enumerate(pairs, start=1):
             at = StudyProgress(
