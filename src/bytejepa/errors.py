@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 class BytejepaError(Exception):
-    """A failure that the user can act on; `str()` is the message followed by the hint."""
+    """A failure that the user can act on; `str()` is the message followed by the hint, a rank above 0 named before it."""
 
     exit_code = 1
 
@@ -20,9 +20,12 @@ class BytejepaError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.rank: int | None = None
+        """The rank that it happened on, once all ranks know of it (`Ranks.agree`)."""
 
     def __str__(self) -> str:
-        return f"{self.message} ({self.hint})" if self.hint else self.message
+        where = f"rank {self.rank}: " if self.rank else ""
+        return where + (f"{self.message} ({self.hint})" if self.hint else self.message)
 
 
 class ConfigError(BytejepaError):
@@ -65,6 +68,12 @@ class Interrupted(BytejepaError):  # noqa: N818 - asked for from outside, not a 
     """Training stopped by SIGTERM or Ctrl-C after writing a checkpoint (exit code 7)."""
 
     exit_code = 7
+
+
+def error_of_os(problem: OSError) -> BytejepaError:
+    """Return what a device or file that fails at an unforeseen place is to a user: one line that names it."""
+    where = f" {problem.filename}" if problem.filename else ""
+    return BytejepaError(f"cannot go on{where}: {problem.strerror or problem}")
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from bytejepa.errors import ArtifactError
 from bytejepa.model.transformer import TRAINING_ONLY
 from bytejepa.presets import compact
 from bytejepa.scoring.evaluate import Score, Scorer
+from bytejepa.scoring.windows import check_windows
 from bytejepa.training.distributed import Ranks
 from bytejepa.training.runlog import RunFolder
 from bytejepa.training.shared_scoring import score_on_ranks
@@ -88,30 +89,31 @@ def export(
     Raises: CheckpointError without a whole checkpoint, ArtifactError if `out` exists or cannot be written, or if the model
     cannot fit.
     """
-    config, raw = run_weights(run, averaged=False)
-    _, average = run_weights(run)
-    if pack_compactly or (fit_bytes is not None and config.artifact.clip not in ("standard_deviations", "sensitivity")):
-        config = compact(config)
-    if fit_bytes is not None:
-        config = replace(config, artifact={"fit": True, "limit_bytes": fit_bytes})
-    ids = validation_ids(run, config, data, score_bytes) if score else None  # before seconds of compression
     ranks = ranks or Ranks()
-    source_bytes, archive_bytes = code_bytes()
-    if ranks.is_main:
-        refuse_existing(out, force=force)
-        write_artifact(
-            out,
-            average,
-            config,
-            sequences=_calibration_sequences(run, config, data),
-            code_bytes=archive_bytes,
-            device=ranks.device,
-            metadata={"run": run.name, **_provenance(run)},
-            force=force,
-            on_stage=on_progress,
-        )
-    ranks.barrier()
-    container = read_container(out)
+    with ranks.agree():
+        config, raw = run_weights(run, averaged=False)
+        _, average = run_weights(run)
+        config = _packed_so(config, pack_compactly=pack_compactly, fit_bytes=fit_bytes)
+        ids = validation_ids(run, config, data, score_bytes) if score else None  # before seconds of compression
+        window, every = (0, 0) if ids is None else _windows(config, len(ids) - 1, stride)
+        source_bytes, archive_bytes = code_bytes()
+        if ranks.is_main:
+            refuse_existing(out, force=force)
+    with ranks.agree():
+        if ranks.is_main:
+            write_artifact(
+                out,
+                average,
+                config,
+                sequences=_calibration_sequences(run, config, data),
+                code_bytes=archive_bytes,
+                device=ranks.device,
+                metadata={"run": run.name, **_provenance(run)},
+                force=force,
+                on_stage=on_progress,
+            )
+    with ranks.agree():
+        container = read_container(out)
     info = container.info
     scores: dict[str, Score] = {}
     if ids is not None:
@@ -121,13 +123,12 @@ def export(
             "artifact": lambda: load(out),
         }
         for stage, make in models.items():
-            window = min(config.evaluation.window_bytes, len(ids) - 1)
             scores[stage] = score_on_ranks(
                 Scorer(make().to(ranks.device)),
                 ids,
                 ranks,
                 window=window,
-                stride=window if stride is None else min(stride, window),
+                stride=every,
                 batch_ids=config.evaluation.batch_bytes,
                 on_progress=_stage_progress(on_progress, f"score {stage}", len(ids) - 1),
             )
@@ -144,6 +145,21 @@ def export(
         else None,
         scores=scores,
     )
+
+
+def _packed_so(config: RunConfig, *, pack_compactly: bool, fit_bytes: int | None) -> RunConfig:
+    """Return the configuration that packs as `export` was asked to."""
+    if pack_compactly or (fit_bytes is not None and config.artifact.clip not in ("standard_deviations", "sensitivity")):
+        config = compact(config)
+    return config if fit_bytes is None else replace(config, artifact={"fit": True, "limit_bytes": fit_bytes})
+
+
+def _windows(config: RunConfig, num_targets: int, stride: int | None) -> tuple[int, int]:
+    """Return (window, stride) that `num_targets` are scored in. Raises: ConfigError for a stride that cannot be."""
+    window = min(config.evaluation.window_bytes, num_targets)
+    stride = window if stride is None else min(stride, window)
+    check_windows(window=window, stride=stride)
+    return window, stride
 
 
 def _calibration_sequences(run: Path, config: RunConfig, data: Path | None) -> npt.NDArray[np.int64] | None:

@@ -17,7 +17,7 @@ import importlib.metadata
 import os
 import sys
 
-from bytejepa.errors import BytejepaError, ConfigError
+from bytejepa.errors import BytejepaError, ConfigError, error_of_os
 
 VERBS = {
     "demo": ("demo", "Demo", "The whole story on the embedded corpus: shards, training, artifact, score, sample."),
@@ -68,8 +68,7 @@ def _run(verb: str, rest: list[str]) -> int:
         command = parse(getattr(importlib.import_module(f"bytejepa.cli.{module_name}"), class_name), verb, rest)
         return command.run_command() or 0
     except BytejepaError as problem:
-        if int(os.environ.get("RANK", "0")) == 0 or problem.exit_code == 1:
-            print(f"bytejepa {verb}: {problem}", file=sys.stderr)
+        _tell(verb, problem)
         return problem.exit_code
     except KeyboardInterrupt:
         print(f"bytejepa {verb}: interrupted", file=sys.stderr)
@@ -85,9 +84,29 @@ def _run(verb: str, rest: list[str]) -> int:
         OSError
     ) as problem:  # a full disk under stdout or a log, a device that fails: nothing that a traceback explains
         _drop_output()
-        where = f" {problem.filename}" if problem.filename else ""
-        print(f"bytejepa {verb}: cannot go on{where}: {problem.strerror or problem}", file=sys.stderr)
+        _tell(verb, error_of_os(problem))
         return BytejepaError.exit_code
+
+
+def _tell(verb: str, problem: BytejepaError) -> None:
+    """Print an error's line, once for all ranks that share it."""
+    rank = int(os.environ.get("RANK", "0"))
+    if problem.rank is not None:
+        from bytejepa.training.distributed import leave
+
+        if rank == 0:
+            print(f"bytejepa {verb}: {problem}", file=sys.stderr, flush=True)
+        leave(together=True)
+    elif _is_joined() or int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        # before ranks know of each other, those of one machine fail alike
+        where = f"rank {rank}: " if rank else ""
+        print(f"bytejepa {verb}: {where}{problem}", file=sys.stderr)
+
+
+def _is_joined() -> bool:
+    """Return whether this process has joined other ranks, without importing torch to know it."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
 
 
 def _drop_output() -> None:

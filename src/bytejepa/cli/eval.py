@@ -45,13 +45,14 @@ class Evaluate:
         from bytejepa.training.distributed import join, leave
 
         ranks = join(chosen_device(self.device))
-        model = load(self.model, device=str(ranks.device))
-        ids, text = self._ids()
-        evaluation = model.config.evaluation
-        window = evaluation.window_bytes if self.window is None else self.window
-        stride = min(evaluation.stride_bytes, window) if self.stride is None else self.stride
-        check_windows(window=window, stride=stride)
-        if len(ids) - 1 < window:
+        with ranks.agree():
+            model = load(self.model, device=str(ranks.device))
+            ids, text = self._ids()
+            evaluation = model.config.evaluation
+            window = evaluation.window_bytes if self.window is None else self.window
+            stride = min(evaluation.stride_bytes, window) if self.stride is None else self.stride
+            check_windows(window=window, stride=stride)
+        if ranks.is_main and len(ids) - 1 < window:
             note(
                 f"the data has {len(ids) - 1} ids to score, fewer than the window of {window}: one shorter window is used"
             )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import shutil
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,34 +99,45 @@ def make_submission(
     Raises: DataError if `out` exists and not `force`; CheckpointError for runs that are unfinished or no seeds of one
     configuration; ArtifactError over the budget. Nothing is then left behind.
     """
-    if out.exists() and not force:
-        raise DataError(f"{out} exists already", hint="choose another folder, or --force")
     ranks = ranks or Ranks()
-    finished = read_runs(runs)
-    ids = validation_ids(finished[0], data, score_bytes)
-    readable = readable_script(finished[0].config)
-    script = packed_script(readable) if packed else readable
-    with file_errors_as(DataError, "write", out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
-            artifact = Path(place) / "artifact.bjm"
-            code_bytes = len(script.encode())
-            seeds = tuple(pack_and_score(run, ids, artifact, code_bytes, ranks, data, on_progress) for run in finished)
-            result = SubmissionResult(
-                path=out,
-                seeds=seeds,
-                code_bytes=code_bytes,
-                readable_bytes=len(readable.encode()),
-                limit_bytes=finished[0].config.artifact.limit_bytes,
-                dataset=_dataset(finished[0], seeds[0], documents_in(ids)),
-            )
+    with ranks.agree():
+        if out.exists() and not force:
+            raise DataError(f"{out} exists already", hint="choose another folder, or --force")
+        finished = read_runs(runs)
+        ids = validation_ids(finished[0], data, score_bytes)
+        readable = readable_script(finished[0].config)
+        script = packed_script(readable) if packed else readable
+    with _place_beside(out, ranks) as place:
+        artifact = place / "artifact.bjm"
+        code_bytes = len(script.encode())
+        seeds = tuple(pack_and_score(run, ids, artifact, code_bytes, ranks, data, on_progress) for run in finished)
+        result = SubmissionResult(
+            path=out,
+            seeds=seeds,
+            code_bytes=code_bytes,
+            readable_bytes=len(readable.encode()),
+            limit_bytes=finished[0].config.artifact.limit_bytes,
+            dataset=_dataset(finished[0], seeds[0], documents_in(ids)),
+        )
+        with ranks.agree(), file_errors_as(DataError, "write", out):
             if ranks.is_main:
-                folder = Path(place) / "folder"
+                folder = place / "folder"
                 scripts = {SCRIPT: script} | ({READABLE_SCRIPT: readable} if packed else {})
                 _fill(folder, scripts, result, author, study, documents_in(ids))
                 _put_in_place(folder, out)
-    ranks.barrier()
     return result
+
+
+@contextlib.contextmanager
+def _place_beside(out: Path, ranks: Ranks) -> Iterator[Path]:
+    """Yield a temporary folder in that of `out`, the same one on every rank."""
+    with contextlib.ExitStack() as cleaning:
+        name = ""
+        with ranks.agree(), file_errors_as(DataError, "write", out):
+            if ranks.is_main:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                name = cleaning.enter_context(tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent))
+        yield Path(ranks.text_from(0, name))
 
 
 def _fill(

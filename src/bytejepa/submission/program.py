@@ -67,7 +67,9 @@ def main(config: RunConfig, script: Path) -> int:
     try:
         run(config, script, os.environ)
     except BytejepaError as problem:
-        sys.stderr.write(f"{script.name}: {problem}\n")
+        if problem.rank is None or os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{script.name}: {problem}\n")
+        leave(together=problem.rank is not None)
         return problem.exit_code
     finally:
         leave()
@@ -82,7 +84,8 @@ def run(config: RunConfig, script: Path, environment: Mapping[str, str]) -> Scor
     ranks = join(config.training.device)
     run_id = environment.get("RUN_ID") or f"seed{config.training.seed}"
     log = Log(Path("logs") / f"{run_id}.txt", enabled=ranks.is_main)
-    trainer = Trainer(config, data, ranks)
+    with ranks.agree():
+        trainer = Trainer(config, data, ranks)
     log.write(
         *log_lines.settings_lines(config),
         *(f"note: {note}" for note in notes),
@@ -142,17 +145,17 @@ def pack_and_score(trainer: Trainer, data: Path, log: Log, *, code_bytes: int) -
     with averaged_weights(trainer.model, trainer.average.average):
         log.write(log_lines.average_line(score(trainer.scorer, ids, trainer, stride=None)))
     path = Path(ARTIFACT)
-    if ranks.is_main:
-        write_artifact(
-            path,
-            trainer.average.state(),
-            config,
-            sequences=calibration_sequences(IdStream.open(data, "train"), config, data),
-            code_bytes=code_bytes,
-            device=ranks.device,
-            force=True,
-        )
-    ranks.barrier()
+    with ranks.agree():
+        if ranks.is_main:
+            write_artifact(
+                path,
+                trainer.average.state(),
+                config,
+                sequences=calibration_sequences(IdStream.open(data, "train"), config, data),
+                code_bytes=code_bytes,
+                device=ranks.device,
+                force=True,
+            )
     log.write(*log_lines.size_lines(config, weights_bytes=path.stat().st_size, code_bytes=code_bytes))
     if ranks.device.type == "cuda":
         peak_mib = torch.cuda.max_memory_allocated(ranks.device) / 2**20

@@ -141,22 +141,26 @@ def pack_and_score(
     With several ranks the scoring is divided among them; rank 0 writes.
     Raises: ArtifactError if weights and code are over the budget.
     """
-    config, average = run_weights(run.folder)
-    if ranks.is_main:
-        sequences = None
-        if needs_calibration(config.artifact):
-            place = shards_of(run, data)
-            sequences = calibration_sequences(IdStream.open(place, "train"), config, place)
-        write_artifact(
-            artifact, average, config, sequences=sequences, code_bytes=code_bytes, device=ranks.device, force=True
-        )
-    ranks.barrier()
-    weights_bytes, limit_bytes = artifact.stat().st_size, config.artifact.limit_bytes
-    if weights_bytes + code_bytes > limit_bytes:  # before minutes of scoring
-        raise ArtifactError(
-            f"{run.folder}: weights of {weights_bytes:,} bytes and code of {code_bytes:,} are over the budget of {limit_bytes:,}",
-            hint="--packed makes the code smaller; a smaller model or fewer bits the weights",
-        )
+    with ranks.agree():
+        config, average = run_weights(run.folder)
+    with ranks.agree():
+        if ranks.is_main:
+            sequences = None
+            if needs_calibration(config.artifact):
+                place = shards_of(run, data)
+                sequences = calibration_sequences(IdStream.open(place, "train"), config, place)
+            write_artifact(
+                artifact, average, config, sequences=sequences, code_bytes=code_bytes, device=ranks.device, force=True
+            )
+    with ranks.agree():
+        weights_bytes, limit_bytes = artifact.stat().st_size, config.artifact.limit_bytes
+        if weights_bytes + code_bytes > limit_bytes:  # before minutes of scoring
+            raise ArtifactError(
+                f"{run.folder}: weights of {weights_bytes:,} bytes and code of {code_bytes:,} are over the budget of {limit_bytes:,}",
+                hint="--packed makes the code smaller; a smaller model or fewer bits the weights",
+            )
+        averaged = Scorer(build(config, average, source=str(run.folder)).to(ranks.device))
+        packed = packed_scorer(artifact, config, ranks)
     seconds: dict[str, float] = {}
 
     def score(what: str, scorer: Scorer, stride: int | None) -> Score:
@@ -175,8 +179,6 @@ def pack_and_score(
         seconds[what] = time.perf_counter() - begin
         return result
 
-    averaged = Scorer(build(config, average, source=str(run.folder)).to(ranks.device))
-    packed = packed_scorer(artifact, config, ranks)
     return SeedResult(
         run=run,
         num_parameters=sum(parameter.numel() for parameter in packed.model.parameters()),

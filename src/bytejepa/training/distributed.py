@@ -6,15 +6,22 @@ CPUs; decisions (when to stop, the time) travel over gloo between hosts' memorie
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
+import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bytejepa.errors import ConfigError
+from bytejepa.errors import BytejepaError, ConfigError, error_of_os
+
+PATIENCE = datetime.timedelta(days=1)
+"""How long ranks wait for one that reads, packs or writes alone: half an hour, the usual limit, is too short for packing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +48,8 @@ class Ranks:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     decisions: Any = None
     """Process group for values that decide, on the hosts."""
+    patient: Any = None
+    """Process group in which ranks wait for one that works alone: `PATIENCE` is its limit."""
 
     @property
     def is_main(self) -> bool:
@@ -62,7 +71,9 @@ class Ranks:
         own = mine
         if mine.size(0) < per_rank:
             own = torch.cat((mine, mine.new_zeros((per_rank - mine.size(0), *mine.shape[1:]))))
-        work = dist.all_gather_into_tensor(padded, own.contiguous(), async_op=True)
+        # PyTorch 2.13's name for what 2.11 knows as all_gather_into_tensor, a name that 2.13 warns of
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        work = gather(padded, own.contiguous(), async_op=True)
         return Gathering(work=work, padded=padded, count=count)
 
     def start_sum(self, values: Tensor) -> Any:
@@ -100,10 +111,55 @@ class Ranks:
         dist.broadcast(message, src=0, group=self.decisions)
         return message.tolist()
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.world_size > 1:
-            dist.barrier(group=self.decisions)
+    def maximum(self, values: list[float]) -> list[float]:
+        """Return the elementwise maximum over ranks, float64, without waiting for a GPU: what one rank wants, all do."""
+        return self._maximum(values, self.decisions)
+
+    def _maximum(self, values: list[float], group: Any) -> list[float]:
+        if self.world_size == 1:
+            return values
+        message = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(message, op=dist.ReduceOp.MAX, group=group)
+        return message.tolist()
+
+    def text_from(self, rank: int, text: str) -> str:
+        """Return the text of `rank` on every rank; the others' is ignored."""
+        if self.world_size == 1:
+            return text
+        data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+        length = torch.tensor([len(data)])
+        dist.broadcast(length, src=rank, group=self.decisions)
+        if self.rank != rank:
+            data = torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(data, src=rank, group=self.decisions)
+        return data.numpy().tobytes().decode()
+
+    @contextlib.contextmanager
+    def agree(self) -> Iterator[None]:
+        """Leave the block on every rank alike: all go on, or all raise the error of the lowest rank that failed.
+
+        For what can fail on one rank alone, such as a file that only one node lacks. Nothing in the block may be a
+        collective call. Ranks wait for the slowest one, `PATIENCE` at most. The error's `rank` says whose it is.
+        """
+        mine: BytejepaError | None = None
+        try:
+            yield
+        except (BytejepaError, OSError) as problem:
+            if self.world_size == 1:
+                raise
+            mine = problem if isinstance(problem, BytejepaError) else error_of_os(problem)
+        if self.world_size == 1:
+            return
+        failed = -int(self._maximum([-float(self.world_size if mine is None else self.rank)], self.patient)[0])
+        if failed == self.world_size:
+            return
+        described = "" if mine is None else json.dumps([mine.exit_code, mine.message, mine.hint])
+        exit_code, message, hint = json.loads(self.text_from(failed, described))
+        if mine is None or failed != self.rank:
+            kinds = {kind.exit_code: kind for kind in BytejepaError.__subclasses__()}
+            mine = kinds.get(exit_code, BytejepaError)(message, hint=hint)
+        mine.rank = failed
+        raise mine
 
 
 def join(device: str) -> Ranks:
@@ -124,10 +180,13 @@ def join(device: str) -> Ranks:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=place if on_gpu else None)
     decisions = dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD
-    return Ranks(rank=dist.get_rank(), world_size=world_size, device=place, decisions=decisions)
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return Ranks(rank=dist.get_rank(), world_size=world_size, device=place, decisions=decisions, patient=patient)
 
 
-def leave() -> None:
-    """Close what `join` opened."""
+def leave(*, together: bool = False) -> None:
+    """Close what `join` opened; `together`: once every rank is here, because torchrun ends the others when one has failed."""
     if dist.is_initialized():
+        if together:
+            dist.barrier()
         dist.destroy_process_group()

@@ -34,12 +34,13 @@ def train(
     """
     ranks = join(config.training.device)
     run = RunFolder(out)
-    trainer = Trainer(config, data, ranks)
+    with ranks.agree():
+        trainer = Trainer(config, data, ranks)
     with _locked(run, ranks):
-        if ranks.is_main:
-            described = {"path": str(data.resolve()), **_described_data(data)}
-            run.create(config, run_manifest(config, described, _machine(trainer)), force=force)
-        ranks.barrier()
+        with ranks.agree():
+            if ranks.is_main:
+                described = {"path": str(data.resolve()), **_described_data(data)}
+                run.create(config, run_manifest(config, described, _machine(trainer)), force=force)
         return _loop(trainer, run, on_progress)
 
 
@@ -57,32 +58,49 @@ def resume(
     damaged or cannot be read; nothing has been touched then.
     """
     run = RunFolder(run_path)
-    config = run.read_config()
-    ranks = join(config.training.device)
-    manifest = run.read_manifest()
-    data = data or recovery.recorded_data(run, manifest)
+    config, ranks = _config_and_ranks(run)
+    with ranks.agree():
+        manifest = run.read_manifest()
+        data = data or recovery.recorded_data(run, manifest)
     with _locked(run, ranks):
         # whatever is damaged is refused before anything is touched, and before a model is built
         damaged: list[tuple[int, str]] = []
-        found = checkpoint.read_newest(run.checkpoints_path, on_damaged=damaged)
-        if found is not None:
-            recovery.check_configuration(found, config, run)
-        readings_s = recovery.recovered_readings(run.clock_path, found)
-        run.read_metrics()
-        trainer = Trainer(config, data, ranks)
-        _check_same_data(manifest.get("data", {}), _described_data(data), data)
-        if found is not None:
-            recovery.check_tensors(found, trainer)
-        ranks.barrier()
-        if ranks.is_main:
-            first_step = found.position.step if found is not None else 0
-            notes = recovery.put_in_order(run, damaged, readings_s, first_step=first_step)
-            run.add_resumption({"after_step": first_step, **_machine(trainer)})
-            for text in notes if on_note is not None else ():
-                on_note(text)
+        with ranks.agree():
+            found = checkpoint.read_newest(run.checkpoints_path, on_damaged=damaged)
+            if found is not None:
+                recovery.check_configuration(found, config, run)
+            readings_s = recovery.recovered_readings(run.clock_path, found)
+            run.read_metrics()
+            trainer = Trainer(config, data, ranks)
+            _check_same_data(manifest.get("data", {}), _described_data(data), data)
+            if found is not None:
+                recovery.check_tensors(found, trainer)
+        with ranks.agree():
+            if ranks.is_main:
+                first_step = found.position.step if found is not None else 0
+                notes = recovery.put_in_order(run, damaged, readings_s, first_step=first_step)
+                run.add_resumption({"after_step": first_step, **_machine(trainer)})
+                for text in notes if on_note is not None else ():
+                    on_note(text)
         if found is not None:
             trainer.restore(found.tensors, found.position)
         return _loop(trainer, run, on_progress)
+
+
+def _config_and_ranks(run: RunFolder) -> tuple[RunConfig, Ranks]:
+    """Return a run's configuration and the ranks that go on with it; one that lacks the folder has to join to say so."""
+    config: RunConfig | None = None
+    problem: CheckpointError | None = None
+    try:
+        config = run.read_config()
+    except CheckpointError as unreadable:
+        problem = unreadable
+    ranks = join(config.training.device if config is not None else "auto")
+    with ranks.agree():
+        if problem is not None:
+            raise problem
+    assert config is not None
+    return config, ranks
 
 
 def _loop(trainer: Trainer, run: RunFolder, on_progress: Callable[[TrainProgress], None] | None) -> TrainResult:
@@ -97,17 +115,17 @@ def _loop(trainer: Trainer, run: RunFolder, on_progress: Callable[[TrainProgress
 def _locked(run: RunFolder, ranks: Ranks) -> Iterator[None]:
     """Hold the run folder's lock on rank 0; every rank raises if another process has it."""
     lock = filelock.FileLock(run.lock_path)
-    taken = 1.0
-    if ranks.is_main:
-        try:
-            run.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            taken = 0.0
-        except OSError as problem:
-            raise CheckpointError(f"cannot create run folder {run.path}: {problem.strerror}") from problem
-    if not ranks.decide([taken])[0]:
-        raise CheckpointError(f"another process is training in {run.path}", hint="wait for it or stop it")
+    with ranks.agree():
+        if ranks.is_main:
+            try:
+                run.path.mkdir(parents=True, exist_ok=True)
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                raise CheckpointError(
+                    f"another process is training in {run.path}", hint="wait for it or stop it"
+                ) from None
+            except OSError as problem:
+                raise CheckpointError(f"cannot create run folder {run.path}: {problem.strerror}") from problem
     try:
         yield
     finally:

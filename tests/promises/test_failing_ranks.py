@@ -1,0 +1,139 @@
+"""Promise: what fails on one rank is said once, with the rank named, and every rank leaves with the same exit code."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import MINIMAL
+
+COMMANDS = """
+import contextlib, io, json, os, sys
+from bytejepa.cli import main
+outcomes = []
+for words, port in json.load(sys.stdin):
+    os.environ["MASTER_PORT"] = port
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+        outcomes.append([main(words)])
+    outcomes[-1].append(said.getvalue())
+print(json.dumps(outcomes))
+"""
+"""Runs one command after the other, so that torch is imported once for all of them."""
+
+PATIENT = """
+import datetime, json, sys, time
+import torch.distributed as dist
+from bytejepa.training.distributed import join
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=1))
+ranks = join("cpu")
+with ranks.agree():
+    time.sleep(2 if ranks.is_main else 0)
+print(json.dumps(ranks.sum_on_hosts([1.0])))
+"""
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def on_two_ranks(program: str, inputs: tuple[object, object] = (None, None)) -> list:
+    """Run `program` as two ranks, as if each were alone on its node, and return what they printed."""
+    shared = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    environment = {**os.environ, **shared, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], env={**environment, "RANK": str(rank)}, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    for process, given in zip(processes, inputs, strict=True):
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(given))
+        process.stdin.close()
+        process.stdin = None
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    return [json.loads(out) for out, _ in said]
+
+
+class Case:
+    """A command on two ranks, and how it has to fail: `code`, and a line of rank 0 with `words`."""
+
+    def __init__(self, first: list[object], second: list[object], code: int, words: str) -> None:
+        self.commands = [[str(word) for word in command] for command in (first, second)]
+        self.code, self.words = code, words
+
+
+@pytest.fixture(scope="module")
+def cases(embedded_shards, minimal_run, minimal_artifact, seed_runs, tmp_path_factory) -> dict[str, Case]:
+    place: Path = tmp_path_factory.mktemp("failing")
+    missing = place / "missing"
+    train = ["train", *MINIMAL, "--data.batch-bytes=512", "--jepa.sigreg-group-sequences=2", "--data"]
+    begin = [*train, embedded_shards, "--out", place / "run"]
+    again = [*train, embedded_shards, "--out", minimal_run]
+    export = ["export", minimal_run, "-o", minimal_artifact]
+    score = ["--data", embedded_shards, "--device=cpu", "--max-bytes=200"]
+    author = ["--author=A", "--github-id=a", "--score-bytes=200"]
+    submission = ["submission", *seed_runs, "-o", place / "folder", *author]
+    return {
+        "shards that the second node lacks": Case(begin, [*train, missing, "--out", place / "run"], 3, "rank 1: "),
+        "a run that exists": Case(again, again, 4, f"{minimal_run} is not empty"),
+        "a run that the second node lacks": Case(
+            ["train", "--resume", minimal_run], ["train", "--resume", missing], 4, f"rank 1: {missing}"
+        ),
+        "an artifact that exists": Case(export, export, 5, f"{minimal_artifact} exists already"),
+        "an artifact that the second node lacks": Case(
+            ["eval", minimal_artifact, *score], ["eval", missing, *score], 5, "rank 1: "
+        ),
+        "a folder that cannot be made": Case(
+            ["submission", *seed_runs, "-o", minimal_artifact / "folder", *author], submission, 3, "cannot write"
+        ),
+        "nothing: a submission": Case(submission, submission, 0, ""),
+    }
+
+
+@pytest.fixture(scope="module")
+def outcomes(cases) -> dict[str, list[tuple[int, str]]]:
+    """For every case, exit code and stderr of both ranks."""
+    ports = [free_port() for _ in cases]
+    inputs = [
+        [[case.commands[rank], port] for case, port in zip(cases.values(), ports, strict=True)] for rank in (0, 1)
+    ]
+    first, second = on_two_ranks(COMMANDS, (inputs[0], inputs[1]))
+    return {name: [tuple(a), tuple(b)] for name, a, b in zip(cases, first, second, strict=True)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shards that the second node lacks",
+        "a run that exists",
+        "a run that the second node lacks",
+        "an artifact that exists",
+        "an artifact that the second node lacks",
+        "a folder that cannot be made",
+    ],
+)
+def test_every_rank_leaves_alike_and_the_first_says_why(name, cases, outcomes) -> None:
+    case, ((code, said), (other_code, other_said)) = cases[name], outcomes[name]
+    assert code == other_code == case.code, said
+    assert other_said == ""
+    assert said.startswith(f"bytejepa {case.commands[0][0]}: {case.words}")
+    assert said.count("\n") == 1
+
+
+def test_two_ranks_make_a_submission(cases, outcomes) -> None:
+    """Its temporary folder has one name on both."""
+    assert outcomes["nothing: a submission"] == [(0, ""), (0, "")]
+    assert (Path(cases["nothing: a submission"].commands[0][5]) / "submission.json").is_file()
+
+
+def test_ranks_wait_longer_for_one_that_packs_than_for_each_other() -> None:
+    assert on_two_ranks(PATIENT) == [[2.0], [2.0]]
