@@ -2,21 +2,32 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from bytejepa.training import checkpoint
+from bytejepa.training.runlog import RunFolder
 from conftest import MINIMAL
 
 COMMANDS = """
 import contextlib, io, json, os, sys
 from bytejepa.cli import main
-outcomes = []
-for words, port in json.load(sys.stdin):
+from bytejepa.errors import CheckpointError
+from bytejepa.training.runlog import RunFolder
+append, outcomes = RunFolder.append_metrics, []
+def fail(run, metrics):
+    if metrics["step"] == 2:
+        raise CheckpointError("disk full")
+    append(run, metrics)
+for words, port, disk_is_full in json.load(sys.stdin):
     os.environ["MASTER_PORT"] = port
+    RunFolder.append_metrics = fail if disk_is_full else append
     with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
         outcomes.append([main(words)])
     outcomes[-1].append(said.getvalue())
@@ -42,17 +53,22 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def on_two_ranks(program: str, inputs: tuple[object, object] = (None, None)) -> list:
-    """Run `program` as two ranks, as if each were alone on its node, and return what they printed."""
+def two_ranks(*command: str) -> list[subprocess.Popen[str]]:
+    """Start python with `command` as two ranks, as if each were alone on its node."""
     shared = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     environment = {**os.environ, **shared, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", program], env={**environment, "RANK": str(rank)}, text=True,
+            [sys.executable, *command], env={**environment, "RANK": str(rank)}, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for rank in (0, 1)
     ]  # fmt: skip
+
+
+def on_two_ranks(program: str, inputs: tuple[object, object] = (None, None)) -> list:
+    """Run `program` as two ranks, each with its input as JSON, and return what they printed."""
+    processes = two_ranks("-c", program)
     for process, given in zip(processes, inputs, strict=True):
         assert process.stdin is not None
         process.stdin.write(json.dumps(given))
@@ -66,9 +82,11 @@ def on_two_ranks(program: str, inputs: tuple[object, object] = (None, None)) -> 
 class Case:
     """A command on two ranks, and how it has to fail: `code`, and a line of rank 0 with `words`."""
 
-    def __init__(self, first: list[object], second: list[object], code: int, words: str) -> None:
+    def __init__(
+        self, first: list[object], second: list[object], code: int, words: str, *, disk_is_full: bool = False
+    ) -> None:
         self.commands = [[str(word) for word in command] for command in (first, second)]
-        self.code, self.words = code, words
+        self.code, self.words, self.disk_is_full = code, words, disk_is_full
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +113,7 @@ def cases(embedded_shards, minimal_run, minimal_artifact, seed_runs, tmp_path_fa
         "a folder that cannot be made": Case(
             ["submission", *seed_runs, "-o", minimal_artifact / "folder", *author], submission, 3, "cannot write"
         ),
+        "a full disk": Case(begin, begin, 4, "disk full", disk_is_full=True),
         "nothing: a submission": Case(submission, submission, 0, ""),
     }
 
@@ -104,7 +123,8 @@ def outcomes(cases) -> dict[str, list[tuple[int, str]]]:
     """For every case, exit code and stderr of both ranks."""
     ports = [free_port() for _ in cases]
     inputs = [
-        [[case.commands[rank], port] for case, port in zip(cases.values(), ports, strict=True)] for rank in (0, 1)
+        [[case.commands[rank], port, case.disk_is_full] for case, port in zip(cases.values(), ports, strict=True)]
+        for rank in (0, 1)
     ]
     first, second = on_two_ranks(COMMANDS, (inputs[0], inputs[1]))
     return {name: [tuple(a), tuple(b)] for name, a, b in zip(cases, first, second, strict=True)}
@@ -119,6 +139,7 @@ def outcomes(cases) -> dict[str, list[tuple[int, str]]]:
         "an artifact that exists",
         "an artifact that the second node lacks",
         "a folder that cannot be made",
+        "a full disk",
     ],
 )
 def test_every_rank_leaves_alike_and_the_first_says_why(name, cases, outcomes) -> None:
@@ -127,6 +148,26 @@ def test_every_rank_leaves_alike_and_the_first_says_why(name, cases, outcomes) -
     assert other_said == ""
     assert said.startswith(f"bytejepa {case.commands[0][0]}: {case.words}")
     assert said.count("\n") == 1
+
+
+def test_a_signal_to_the_second_rank_alone_stops_both_with_a_checkpoint(embedded_shards, tmp_path) -> None:
+    run = RunFolder(tmp_path / "run")
+    words = [*MINIMAL, "--data.batch-bytes=512", "--jepa.sigreg-group-sequences=2", "--schedule.steps=5000"]
+    more = ["--training.validate-every-steps=None", "--data", str(embedded_shards), "--out", str(run.path)]
+    first, second = two_ranks("-m", "bytejepa", "train", *words, *more)
+    try:
+        deadline = time.monotonic() + 120
+        while not run.read_metrics() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        second.send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=60)[1] for process in (first, second)]
+    finally:
+        first.kill()
+        second.kill()
+    assert (first.returncode, second.returncode) == (7, 7)
+    assert said[0].count("checkpoint written") == said[0].count("\n") == 1
+    assert said[1] == ""
+    assert 0 < checkpoint.steps_on_disk(run.checkpoints_path)[0] < 5000
 
 
 def test_two_ranks_make_a_submission(cases, outcomes) -> None:

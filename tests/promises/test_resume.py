@@ -13,6 +13,7 @@ import torch
 
 from bytejepa.config import RunConfig, replace
 from bytejepa.errors import CheckpointError, Interrupted
+from bytejepa.scoring.evaluate import Scorer
 from bytejepa.training import checkpoint
 from bytejepa.training.runlog import RunFolder
 from bytejepa.training.runs import resume, train
@@ -146,6 +147,30 @@ def test_sigterm_writes_a_checkpoint_and_resume_goes_on(config, embedded_shards,
     with pytest.raises(Interrupted, match="step 10, checkpoint written") as stopped:
         train(patient, embedded_shards, run, on_progress=stop_at_ten)
     assert stopped.value.exit_code == 7
+    resume(run)
+    assert checkpoint.same_tensors(final_state(whole), final_state(run))
+    assert timeless(whole) == timeless(run)
+
+
+def test_sigterm_ends_a_validation_between_batches_and_resume_makes_up_for_it(
+    config, embedded_shards, tmp_path, monkeypatch
+) -> None:
+    config = replace(config, training={"validate_every_steps": 12}, evaluation={"batch_bytes": 256})
+    whole, run, scored = tmp_path / "whole", tmp_path / "run", []
+    train(config, embedded_shards, whole)
+    price = Scorer.window_losses
+
+    def stop_at_the_second_batch(self, ids, windows):
+        scored.append(len(windows))
+        if len(scored) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return price(self, ids, windows)
+
+    monkeypatch.setattr(Scorer, "window_losses", stop_at_the_second_batch)
+    with pytest.raises(Interrupted, match="step 12, checkpoint written"):
+        train(config, embedded_shards, run)
+    assert len(scored) == 2
+    monkeypatch.undo()
     resume(run)
     assert checkpoint.same_tensors(final_state(whole), final_state(run))
     assert timeless(whole) == timeless(run)

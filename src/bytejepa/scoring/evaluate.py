@@ -94,14 +94,18 @@ def target_losses(
     stride: int,
     batch_ids: int = 65_536,
     share: tuple[int, int] = (0, 1),
+    before_round: Callable[[], None] | None = None,
 ) -> Iterator[tuple[list[Window], Float[Tensor, "B N"]]]:
     """Yield (windows, nats of the targets they price) over all targets of `ids`, in order.
 
-    `share` (rank, world_size): yield every world_size-th batch only.
+    `share` (rank, world_size): yield every world_size-th batch only. `before_round` is called before each world_size
+    batches, on every rank as often and at the same places.
     """
     rank, world_size = share
     plan = plan_windows(len(ids) - 1, window=window, stride=stride)
     for number, windows in enumerate(batch_windows(plan, batch_ids=batch_ids)):
+        if before_round is not None and number % world_size == 0:
+            before_round()
         if number % world_size == rank:
             yield windows, scorer.window_losses(ids, windows)
 
@@ -115,15 +119,20 @@ def score_ids(
     batch_ids: int = 65_536,
     share: tuple[int, int] = (0, 1),
     on_progress: Callable[[int], None] | None = None,
+    before_round: Callable[[], None] | None = None,
 ) -> Score:
     """Return the score of the targets ids[1:], each priced once. `on_progress` is told the targets done so far.
 
     With `share` (rank, world_size) the score covers that rank's batches; the sum over ranks is the score.
+    `before_round`: as in `target_losses`.
     """
     device = scorer.model.token_embedding.weight.device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     counts = np.zeros(2, dtype=np.int64)
-    for windows, losses in target_losses(scorer, ids, window=window, stride=stride, batch_ids=batch_ids, share=share):
+    priced = target_losses(
+        scorer, ids, window=window, stride=stride, batch_ids=batch_ids, share=share, before_round=before_round
+    )
+    for windows, losses in priced:
         nats = losses.double()
         targets = np.stack([ids[w.first_target : w.begin + w.length + 1] for w in windows])
         bos = torch.from_numpy(targets == BOS).to(device)

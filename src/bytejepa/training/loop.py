@@ -1,6 +1,8 @@
 """The training loop: clock, decisions, log, validation, checkpoints, signals.
 
-One iteration: rank 0 reads the clock and decides; the schedules turn progress into rates; the trainer launches a step.
+One iteration: rank 0 reads the clock, and ranks tell each other whether one of them wants to stop; the schedules turn
+progress into rates; the trainer launches a step. A signal, and an error that one rank alone meets (a full disk), is
+kept until ranks next tell each other, so that all stop at the same place.
 Losses are read `READBACK_LAG` steps late, which also bounds how far the host runs ahead of the clock.
 """
 
@@ -15,10 +17,11 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from bytejepa.bits import bits_from_nats
 from bytejepa.config_json import to_dict
-from bytejepa.errors import CheckpointError, Interrupted
+from bytejepa.errors import BytejepaError, CheckpointError, Interrupted
 from bytejepa.training import checkpoint, schedule
 from bytejepa.training.checkpoint import CheckpointWriter
 from bytejepa.training.clock import Clock
@@ -52,9 +55,9 @@ class TrainResult:
     train_bpb: float | None
     """Of the last step; None if the run was over when it was resumed and had not logged that step."""
     val_bpb: float | None
-    """Of the live weights, non-overlapping windows."""
+    """Of the live weights, non-overlapping windows; rank 0 alone has it from its log."""
     val_bpb_average: float | None
-    """Of the averaged weights."""
+    """Of the averaged weights; rank 0 alone has it."""
 
 
 class TrainingLoop:
@@ -70,6 +73,9 @@ class TrainingLoop:
         self.last_bpb = math.nan
         self.val_bpb: float | None = None
         self.last_checkpoint_s = 0.0
+        self.interrupted = threading.Event()
+        self.failure: BytejepaError | None = None
+        """What went wrong on this rank and is not yet known to the others."""
 
     def go(self) -> TrainResult:
         """Train until the schedule ends and return how it did.
@@ -77,20 +83,18 @@ class TrainingLoop:
         Raises: Interrupted after a signal, CheckpointError for a loss that is not finite.
         """
         trainer, training = self.trainer, self.config.training
-        with _noticing_signals() as interrupted:
+        with _noticing_signals(self.interrupted):
             trainer.warm_up()
+            self._validate_if_owed()
             lag = READBACK_LAG if self.ranks.device.type == "cuda" else 0
             while True:
                 at = trainer.position
-                reading = self.clock.read(at.step) if self.ranks.is_main else 0.0
-                elapsed_s, stop, save = self.ranks.decide(
-                    [reading, float(interrupted.is_set()), self._is_checkpoint_due(reading)]
-                )
+                elapsed_s, save, stop = self.ranks.maximum([*self._reading(), self._wants_to_stop()])
                 progress = schedule.progress(
                     self.config.schedule, step=at.step, num_bytes=at.num_bytes, elapsed_s=elapsed_s
                 )
                 if stop:
-                    self._interrupt()
+                    self._stop()
                 if progress >= 1:
                     break
                 if save:
@@ -100,14 +104,32 @@ class TrainingLoop:
                 every = training.validate_every_steps
                 if every and trainer.position.step % every == 0:
                     self._validate(progress, elapsed_s)
-            self._read_back(keep=0)
             return self._finish(elapsed_s)
 
-    def _is_checkpoint_due(self, elapsed_s: float) -> float:
-        every = self.config.training.checkpoint_every_s
-        return float(
-            every is not None and self.trainer.position.step > 0 and elapsed_s - self.last_checkpoint_s >= every
-        )
+    def _reading(self) -> tuple[float, float]:
+        """Return rank 0's seconds at the start of this step and whether a checkpoint is due; zeros on other ranks."""
+        if not self.ranks.is_main:
+            return 0.0, 0.0
+        step, every = self.trainer.position.step, self.config.training.checkpoint_every_s
+        with self._keeping_failure():
+            elapsed_s = self.clock.read(step)
+            is_due = every is not None and step > 0 and elapsed_s - self.last_checkpoint_s >= every
+            return elapsed_s, float(is_due)
+        return 0.0, 0.0
+
+    def _wants_to_stop(self) -> float:
+        return float(self.interrupted.is_set() or self.failure is not None)
+
+    @contextlib.contextmanager
+    def _keeping_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BytejepaError as problem:
+            self.failure = self.failure or problem
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        with self._keeping_failure():
+            self.run.append_metrics(metrics)
 
     def _read_back(self, *, keep: int) -> None:
         while len(self.pending) > keep:
@@ -116,12 +138,15 @@ class TrainingLoop:
                 done.arrived.synchronize()
             ce, norm = done.values.tolist()
             if not (math.isfinite(ce) and math.isfinite(norm)):
-                self._stop_on_nonfinite(done.step, ce, norm)
+                self.pending.clear()
+                with self._keeping_failure():
+                    self._refuse_nonfinite(done.step, ce, norm)
+                return
             self.last_bpb = bits_from_nats(ce)
             num_bytes = done.step * self.config.data.batch_bytes
             if done.log is not None and self.ranks.is_main:
                 extra = {key: float(value) for key, value in done.log.items()}
-                self.run.append_metrics(
+                self._log(
                     {
                         "step": done.step,
                         "num_bytes": num_bytes,
@@ -145,7 +170,7 @@ class TrainingLoop:
                     )
                 )  # fmt: skip
 
-    def _stop_on_nonfinite(self, step: int, ce: float, norm: float) -> None:
+    def _refuse_nonfinite(self, step: int, ce: float, norm: float) -> None:
         self.writer.close()
         on_disk = checkpoint.steps_on_disk(self.run.checkpoints_path)
         last = (
@@ -158,15 +183,20 @@ class TrainingLoop:
             hint="lower the learning rates, then start over or resume",
         )
 
-    def _validate(self, progress: float, elapsed_s: float) -> None:
+    def _validate(self, progress: float, elapsed_s: float) -> bool:
+        """Score the validation text; return whether that was done, which a signal prevents."""
         self._read_back(keep=0)
         self.clock.pause()
-        live, averaged = self.trainer.validate()
-        self.clock.resume()
+        try:
+            live, averaged = self.trainer.validate(before_round=self._check_stop)
+        except _ValidationStoppedError:
+            return False
+        finally:
+            self.clock.resume()
         self.val_bpb = averaged
         if live is not None and averaged is not None and self.ranks.is_main:
             at = self.trainer.position
-            self.run.append_metrics(
+            self._log(
                 {
                     "step": at.step,
                     "num_bytes": at.num_bytes,
@@ -176,41 +206,81 @@ class TrainingLoop:
                     "val_bpb_average": averaged,
                 }
             )
+        return True
+
+    def _check_stop(self) -> None:
+        if self.ranks.maximum([self._wants_to_stop()])[0]:
+            raise _ValidationStoppedError
+
+    def _validate_if_owed(self) -> None:
+        """Validate where the run goes on if it was to be validated there and a signal came before."""
+        at, every = self.trainer.position, self.config.training.validate_every_steps
+        if not every or at.step == 0 or at.step % every:
+            return
+        owed, elapsed_s = 0.0, 0.0
+        if self.ranks.is_main and not self._logged("val_bpb"):
+            owed, elapsed_s = 1.0, self.clock.readings[at.step - 1]
+        owed, elapsed_s = self.ranks.maximum([owed, elapsed_s])
+        if owed:  # logged as it would have been right after the step
+            num_bytes = at.num_bytes - self.config.data.batch_bytes
+            progress = schedule.progress(
+                self.config.schedule, step=at.step - 1, num_bytes=num_bytes, elapsed_s=elapsed_s
+            )
+            self._validate(progress, elapsed_s)
 
     def _save(self, elapsed_s: float) -> None:
         self._read_back(keep=0)  # nothing that is not finite gets into a checkpoint
         self.clock.pause()
         self.last_checkpoint_s = elapsed_s
         state = self.trainer.state()
-        if self.ranks.is_main:
+        if self.ranks.is_main and self.failure is None:
             at = self.trainer.position
             readings_s = self.clock.readings[: at.step + 1]
-            self.writer.save(at, state, to_dict(self.config), readings_s=readings_s)
+            with self._keeping_failure():
+                self.writer.save(at, state, to_dict(self.config), readings_s=readings_s)
         self.clock.resume()
 
-    def _interrupt(self) -> None:
+    def _stop(self) -> NoReturn:
+        """End the run on every rank: with what failed on one of them, else with a checkpoint."""
+        self._read_back(keep=0)
+        with self.ranks.agree():
+            self._raise_failure()
         self._save(0.0)
+        with self.ranks.agree():
+            self._close()
+            raise Interrupted(
+                f"stopped by a signal at step {self.trainer.position.step}, checkpoint written",
+                hint=f"go on with `bytejepa train --resume {self.run.path}`",
+            )
+
+    def _raise_failure(self) -> None:
+        if self.failure is not None:
+            self.writer.close()
+            raise self.failure
+
+    def _close(self) -> None:
+        """End what is being written. Raises: BytejepaError for what could not be written."""
+        self._raise_failure()
         self.writer.close()
-        raise Interrupted(
-            f"stopped by a signal at step {self.trainer.position.step}, checkpoint written",
-            hint=f"go on with `bytejepa train --resume {self.run.path}`",
-        )
+        self.clock.close()
 
     def _finish(self, elapsed_s: float) -> TrainResult:
         at = self.trainer.position
+        self._read_back(keep=0)
         # a run that was over already has both; rank 0 looks, because all ranks save and validate together
-        saved, validated = self.ranks.decide(
-            [
-                float(checkpoint.steps_on_disk(self.run.checkpoints_path)[:1] == [at.step]),
-                float(bool(self._logged("val_bpb"))),
-            ]
-        )
+        saved, validated = 0.0, 0.0
+        if self.ranks.is_main:
+            saved = float(checkpoint.steps_on_disk(self.run.checkpoints_path)[:1] == [at.step])
+            validated = float(bool(self._logged("val_bpb")))
+        saved, validated, stop = self.ranks.maximum([saved, validated, self._wants_to_stop()])
+        if stop:
+            self._stop()
         if not saved:
             self._save(elapsed_s)
-        if not validated:
-            self._validate(1.0, elapsed_s)
-        self.writer.close()
-        self.clock.close()
+        if not validated and not self._validate(1.0, elapsed_s):
+            self._stop()
+        with self.ranks.agree():
+            self._close()
         last = self._logged("val_bpb")
         return TrainResult(
             run=self.run.path,
@@ -223,18 +293,26 @@ class TrainingLoop:
         )
 
     def _logged(self, key: str) -> dict[str, float]:
-        """Return the line of metrics.jsonl that holds `key` at this step: this process's or, resumed, an earlier one's."""
+        """Return the line of metrics.jsonl that holds `key` at this step: this process's or, resumed, an earlier one's.
+
+        Empty if there is none, and on ranks above 0, whose disks may not show it yet.
+        """
+        if not self.ranks.is_main:
+            return {}
         step = self.trainer.position.step
         lines = (line for line in self.run.read_metrics() if key in line and line["step"] == step)
         return next(lines, {})
 
 
+class _ValidationStoppedError(Exception):
+    """Leads out of a validation on every rank."""
+
+
 @contextlib.contextmanager
-def _noticing_signals() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM or Ctrl-C sets; a second Ctrl-C interrupts at once."""
-    interrupted = threading.Event()
+def _noticing_signals(interrupted: threading.Event) -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C set `interrupted`; a second Ctrl-C interrupts at once."""
     if threading.current_thread() is not threading.main_thread():
-        yield interrupted
+        yield
         return
 
     def notice(number: int, _: FrameType | None) -> None:
@@ -244,7 +322,7 @@ def _noticing_signals() -> Iterator[threading.Event]:
 
     previous = {number: signal.signal(number, notice) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield interrupted
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

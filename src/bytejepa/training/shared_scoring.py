@@ -21,10 +21,12 @@ def score_on_ranks(
     stride: int,
     batch_ids: int,
     on_progress: Callable[[int], None] | None = None,
+    before_round: Callable[[], None] | None = None,
 ) -> Score:
     """Return, on every rank, the score of the targets ids[1:] (a collective call).
 
-    `on_progress` is told the targets done so far, over all ranks as far as one rank can tell.
+    `on_progress` is told the targets done so far, over all ranks as far as one rank can tell. `before_round` is called
+    before each batch, on every rank equally often, and may be a collective call.
     """
     mine = score_ids(
         scorer,
@@ -34,6 +36,7 @@ def score_on_ranks(
         batch_ids=batch_ids,
         share=(ranks.rank, ranks.world_size),
         on_progress=None if on_progress is None else lambda done: on_progress(done * ranks.world_size),
+        before_round=before_round,
     )
     nats, nats_of_bos, num_bytes, num_targets = ranks.sum_on_hosts(
         [mine.nats, mine.nats_of_bos, mine.num_bytes, mine.num_targets]

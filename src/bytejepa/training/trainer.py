@@ -6,6 +6,7 @@ The host never waits for the device inside a step: what a step computed is a `Pe
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -256,20 +257,31 @@ class Trainer:
             arrived.record()
         return PendingStep(self.position.step, progress, elapsed_s, values, arrived, log)
 
-    def validate(self) -> tuple[float | None, float | None]:
-        """Return the bits per byte of the live and of the averaged weights on validation text, non-overlapping windows."""
+    def validate(self, before_round: Callable[[], None] | None = None) -> tuple[float | None, float | None]:
+        """Return the bits per byte of the live and of the averaged weights on validation text, non-overlapping windows.
+
+        `before_round` is called before each batch, on every rank equally often; what it raises ends the validation.
+        """
         if self.validation_ids is None:
             return None, None
-        live = self._score(self.validation_ids).bpb
+        live = self._score(self.validation_ids, before_round).bpb
         if not self.average.is_kept:
             return live, live
         with averaged_weights(self.model, self.average.average):
-            return live, self._score(self.validation_ids).bpb
+            return live, self._score(self.validation_ids, before_round).bpb
 
-    def _score(self, ids: npt.NDArray[np.uint16]) -> Score:
+    def _score(self, ids: npt.NDArray[np.uint16], before_round: Callable[[], None] | None) -> Score:
         window = min(self.config.evaluation.window_bytes, len(ids) - 1)
         batch_ids = self.config.evaluation.batch_bytes
-        return score_on_ranks(self.scorer, ids, self.ranks, window=window, stride=window, batch_ids=batch_ids)
+        return score_on_ranks(
+            self.scorer,
+            ids,
+            self.ranks,
+            window=window,
+            stride=window,
+            batch_ids=batch_ids,
+            before_round=before_round,
+        )
 
     def synchronize(self) -> None:
         """Wait for the device."""
