@@ -22,7 +22,7 @@ LATENTS = {
     "jepa_explained_variance": (
         "explained variance",
         "Explained variance: share of the latents' variance that the predictor explains; 1 is all, 0 is what guessing "
-        "their mean would give, values under -1 may lie below the frame.",
+        "their mean would give; below -1 the scale is logarithmic.",
     ),
     "jepa_effective_rank": (
         "effective rank",
@@ -90,6 +90,8 @@ def _draw_band(
     axes: Any, band: Band, *, color: str, label: str, marker: str | None = None, linestyle: str = "-"
 ) -> None:
     marked = marker if len(band.x) <= 40 else None
+    if len(band.x) == 1:  # there is no line to be seen
+        marked = marker or "o"
     axes.plot(band.x, band.mean, color=color, label=label, marker=marked, markersize=4, linestyle=linestyle)
     if (band.high > band.low).any():
         axes.fill_between(band.x, band.low, band.high, color=color, alpha=0.22, linewidth=0)
@@ -179,7 +181,11 @@ def latents(configurations: Sequence[Configuration]) -> Plot | None:
             plain_numbers(axes.xaxis)
             if key != "jepa_explained_variance":
                 axes.set_ylim(0, None)
-            elif axes.get_ylim()[1] > -1:  # an untrained predictor's first values would flatten all others
+            elif axes.get_ylim()[0] < -1:  # an untrained predictor's values would flatten all others
+                axes.set_yscale("symlog", linthresh=1)
+                axes.set_ylim(None, 1)
+                plain_numbers(axes.yaxis)
+            else:
                 axes.set_ylim(-1, 1)
         legend_below(figure, layout)
         return figure
