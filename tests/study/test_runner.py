@@ -261,6 +261,22 @@ def test_a_half_done_run_of_another_machine_is_not_resumed(
         run_study(PLAN, copied, data=embedded_shards)
 
 
+def test_threads_are_those_that_trained_and_may_not_change_within_a_run(
+    copied: Path, finished: Finished, embedded_shards: Path
+) -> None:
+    from bytejepa.study.environment import environment_of
+
+    last = finished.study.runs[-1]
+    manifest = RunFolder(copied / last.run).read_manifest()
+    assert manifest.pop("num_threads") == 1
+    assert environment_of(manifest).num_threads == 1  # an older manifest does not say
+    assert environment_of({**manifest, "num_threads": 64}).num_threads == 64
+    (copied / last.run / "study_run.json").unlink()
+    edited(copied / last.run / "manifest.json", lambda manifest: manifest.update(num_threads=64))
+    with pytest.raises(CheckpointError, match="another num_threads: 64, now 1"):
+        run_study(PLAN, copied, data=embedded_shards)
+
+
 def test_folders_that_are_not_this_study_are_refused(
     copied: Path, tmp_path: Path, embedded_shards: Path, started: list[tuple[str, str]]
 ) -> None:

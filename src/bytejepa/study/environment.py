@@ -30,7 +30,7 @@ def environment_of(manifest: dict[str, Any]) -> Environment:
         processor=manifest["processor"],
         device=manifest["device"],
         world_size=manifest["world_size"],
-        num_threads=torch.get_num_threads(),
+        num_threads=manifest.get("num_threads", torch.get_num_threads()),  # an older manifest does not say
         compiled=manifest["compiled"],
         attention=manifest["attention"],
         python=manifest["python"],

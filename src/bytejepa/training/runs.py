@@ -156,6 +156,7 @@ def _machine(trainer: Trainer) -> dict[str, object]:
         **describe_machine(),
         "device": _device_name(trainer.ranks),
         "world_size": trainer.ranks.world_size,
+        "num_threads": torch.get_num_threads(),
         "attention": ", ".join(trainer.attention_kernels),
         "compiled": trainer.compiled,
     }
