@@ -74,6 +74,24 @@ def damaged(shards: Path, split: str, how: str) -> str:
 DAMAGES = ("missing", "empty", "truncated", "cut in the header", "wrong magic", "too long", "ids over 259")
 
 
+@pytest.mark.parametrize("size", ["-5", "0"])
+def test_sizes_out_of_range_are_refused(refuses: Refuses, tmp_path: Path, minimal_run: Path, size: str) -> None:
+    wrong, author = f"--score-bytes: expected 2 or more, got {size}", ("--author", "A", "--github-id", "a")
+    option = f"--score-bytes={size}"
+    assert wrong in refuses(CONFIG, "submission", minimal_run, "-o", tmp_path / "folder", *author, option)
+    assert wrong in refuses(CONFIG, "report", minimal_run, "-o", tmp_path / "page.html", option)
+
+
+@pytest.mark.parametrize("verb", ["report", "eval"])
+def test_devices_that_are_not_there_are_refused(
+    refuses: Refuses, tmp_path: Path, minimal_run: Path, shards: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = {"report": ("-o", tmp_path / "page.html"), "eval": ("--data", shards)}[verb]
+    assert "no CUDA device here" in refuses(CONFIG, verb, minimal_run, *words, "--device", "cuda")
+    assert "invalid choice 'foo'" in refuses(CONFIG, verb, minimal_run, *words, "--device", "foo")
+
+
 @pytest.mark.parametrize("how", DAMAGES)
 def test_damaged_training_shards(refuses: Refuses, shards: Path, tmp_path: Path, how: str) -> None:
     words = damaged(shards, "train", how)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -30,8 +30,8 @@ class Evaluate:
     """Only non-overlapping windows."""
     max_bytes: int | None = None
     """Score only this many leading ids."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it is scored; auto: CUDA where there is one."""
     json: bool = False
     """Print the result as one JSON object."""
 

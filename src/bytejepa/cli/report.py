@@ -28,8 +28,8 @@ class Report:
     """Leading ids of the validation split that are priced; default: 262,144."""
     measure: Literal["all", "first", "none"] | None = None
     """Runs measured beyond their log: all, the first of each configuration, none; default: all, of a study the first."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it is measured; auto: CUDA where there is one."""
     force: bool = False
     """Replace an existing page and its folder."""
     json: bool = False
@@ -62,11 +62,14 @@ class Report:
         return 0
 
     def _device(self) -> str:
-        if self.device != "auto" or self.measure == "none":
-            return self.device
+        if self.device == "cpu" or self.measure == "none":
+            return "cpu"
         import torch
 
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        has_cuda = torch.cuda.is_available()
+        if self.device == "cuda" and not has_cuda:
+            raise ConfigError("--device cuda: no CUDA device here", hint="use --device cpu")
+        return "cuda" if has_cuda else "cpu"
 
 
 def as_record(result: ReportResult) -> dict[str, object]:

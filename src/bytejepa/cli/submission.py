@@ -51,6 +51,8 @@ class Submission:
 
         if not self.runs:
             raise ConfigError("submission needs at least one run", hint="`bytejepa submission RUN... -o FOLDER`")
+        if self.score_bytes is not None and self.score_bytes < 2:
+            raise ConfigError(f"--score-bytes: expected 2 or more, got {self.score_bytes}")
         study = None if self.study is None else read_study(self.study)
         ranks = join("auto")
         with progress_bar("score", total=1) as (bar, task):
