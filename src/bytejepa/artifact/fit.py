@@ -69,7 +69,8 @@ def fit(
     metadata: dict[str, Any],
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Fit:
-    """Return the finest quantisation whose artifact takes at most `file_bytes`; its clip is scaled, all else is `config`'s.
+    """Return the quantisation whose artifact, of up to MAX_TRIALS, is the largest of at most `file_bytes`; its clip is
+    scaled, all else is `config`'s.
 
     Plain rounding finds the neighbourhood, which takes a second a trial; the rounding asked for decides within it.
     `on_progress` gets (trials made, the most that there can be).
