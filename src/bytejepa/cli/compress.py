@@ -65,11 +65,9 @@ class _Common:
                 file.writelines(pieces)
 
     def _checked_settings(self, lanes: int | None = None) -> Settings:
-        from bytejepa.cli.device import check_at_least_one, chosen_device
+        from bytejepa.cli.device import chosen_device
         from bytejepa.codec.compress import Settings
 
-        check_at_least_one("--threads", self.threads)
-        check_at_least_one("--lanes", lanes)
         return Settings(threads=self.threads, lanes=lanes, device=chosen_device(self.device))
 
     @contextlib.contextmanager

@@ -48,7 +48,7 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """How to compute: none of it changes what is computed."""
+    """How to compute: none of it changes what is computed. Raises: ConfigError for no threads or lanes."""
 
     threads: int | None = None
     """None: as many as there are processors; one for a GPU."""
@@ -61,6 +61,11 @@ class Settings:
     """Let PyTorch compile the encoder; None: on a GPU, from 4 MB on."""
     on_progress: Progress | None = None
     """Called with the number of bytes done since the last call, from any thread but never from two at once."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("threads", self.threads), ("lanes", self.lanes)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: expected 1 or more, got {value}")
 
     @property
     def num_threads(self) -> int:
