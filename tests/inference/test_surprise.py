@@ -275,7 +275,7 @@ def test_the_command(
     assert capsys.readouterr().out == ""
     with pytest.raises(ConfigError, match="exists"):
         Surprise(model=path, file=source, output=tmp_path / "o.html").run_command()
-    Surprise(model=path, file=source, output=tmp_path / "o.html", force=True, max_bytes=0).run_command()
+    Surprise(model=path, file=source, output=tmp_path / "o.html", force=True, max_bytes=1).run_command()
     with pytest.raises(ConfigError, match=r"\.html or \.csv"):
         Surprise(model=path, file=source, output=tmp_path / "o.png").run_command()
     with pytest.raises(DataError, match="read"):
