@@ -98,14 +98,26 @@ def test_sizes_that_jump_are_searched_within_bounds_and_the_fullest_that_fits_is
     assert sizes[found] == max(taken for taken in sizes.values() if taken <= budget)
 
 
-def test_much_that_stays_free_at_a_jump_is_filled_by_a_clip_further_on() -> None:
-    def size(clip: int) -> int:  # 20,153 and 19,280 at neighbours, and the coarser 12,370 is larger again
+def test_a_coarser_clip_that_was_seen_and_is_fuller_wins() -> None:
+    def size(clip: int) -> int:  # the bracket ends on 19,280
         return {12_346: 20_153, 12_347: 19_280}.get(clip, 32_499 - clip if clip < 12_347 else 32_337 - clip)
 
     found, sizes = searched(size, 20_000)
     assert found is not None
-    assert (1 - NEAR_ENOUGH) * 20_000 <= sizes[found] <= 20_000
-    assert len(sizes) < 20
+    assert 12_347 in sizes
+    assert sizes[found] >= (1 - NEAR_ENOUGH) * 20_000
+
+
+@pytest.mark.parametrize("fuller", [12_347 + 64, 12_347 - 64])
+def test_where_much_stays_free_clips_further_on_are_tried(fuller: int) -> None:
+    def size(clip: int) -> int:  # the bracket ends on 19,200 and sees nothing of the few that fill the budget
+        if abs(clip - fuller) < 5:
+            return 19_990
+        return 32_747 - clip if clip < 12_347 else 31_547 - clip
+
+    found, sizes = searched(size, 20_000)
+    assert found is not None
+    assert sizes[found] == 19_990
 
 
 def test_the_number_of_sizes_is_bounded_with_gptq_too(monkeypatch: pytest.MonkeyPatch) -> None:
