@@ -61,6 +61,7 @@ def test_the_smoke_test_builds_its_model(submission) -> None:
     assert finding.status.value == "pass", finding.summary
     assert f"params={submission.seeds[0].num_parameters:,}" in finding.summary
     assert "dim=32, layers=2" in finding.summary
+    assert 5.3 < finding.figures["forward_loss_nats"] < 5.9  # near ln 260: its own initialisation
 
 
 def test_figures_are_those_of_the_runs(submission) -> None:

@@ -62,9 +62,9 @@ def run_script(
         result: dict[str, Any] = {"stage": "start"}
         with contextlib.suppress(OSError, ValueError):
             result = json.loads(output.read_text(encoding="utf-8"))
-    result["isolation"] = (
-        "own network namespace, " if prefix else "no network namespace available, "
-    ) + "blocked sockets, resource limits"
+    namespace = "own network namespace" if prefix else "no network namespace available"
+    sockets = "blocked sockets" if result.get("sockets_blocked") else "sockets not blocked"
+    result["isolation"] = f"{namespace}, {sockets}, resource limits"
     if error and result.get("stage") != "done":
         result["error"] = error.replace(folder, "")
     return result

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 SEQUENCE = 64
+REFUSAL = "the reviewer allows no network and no other programs"
 STAND_INS = (
     "flash_attn",
     "flash_attn_interface",
@@ -40,7 +41,7 @@ def block_the_outside() -> None:
     """Make sockets and other programs raise; the namespace without network is the first line, this is the second."""
 
     def refuse(*_: Any, **__: Any) -> Any:
-        raise OSError("the reviewer allows no network and no other programs")
+        raise OSError(REFUSAL)
 
     socket.socket.connect = refuse  # type: ignore[method-assign]
     socket.socket.connect_ex = refuse  # type: ignore[method-assign]
@@ -49,6 +50,15 @@ def block_the_outside() -> None:
     subprocess.Popen.__init__ = refuse  # type: ignore[method-assign]
     os.system = refuse
     os.popen = refuse
+
+
+def sockets_are_blocked() -> bool:
+    """Return whether a connection, tried out, is refused by us and not by whoever should have answered."""
+    try:
+        socket.create_connection(("127.0.0.1", 9), timeout=1)
+    except OSError as problem:
+        return str(problem) == REFUSAL
+    return False
 
 
 class StandIn(types.ModuleType):
@@ -153,6 +163,14 @@ def build(module: Any, settings: Any) -> Any:
     raise RuntimeError(f"no model can be built: {problem!r}")
 
 
+def initialised(module: Any, model: Any) -> Any:
+    """Return the model as the script's own `initialize(model, seed)` fills it, if there is one, so that its loss means something."""
+    own = getattr(module, "initialize", None)
+    if inspect.isfunction(own) and list(inspect.signature(own).parameters) == ["model", "seed"]:
+        own(model, seed=0)
+    return model
+
+
 def predict(model: Any, x: Any, y: Any) -> Any:
     """Return what the model makes of ids and targets, or of ids alone, called as such models usually are."""
     try:
@@ -191,7 +209,7 @@ def main() -> None:
     text = script.read_bytes()
     replaced = install_stand_ins() if b"torch" in text or b"exec" in text else []
     block_the_outside()
-    save("prepared", stand_ins=replaced)
+    save("prepared", stand_ins=replaced, sockets_blocked=sockets_are_blocked())
     sys.path.insert(0, str(script.parent))
     specification = importlib.util.spec_from_file_location("train_gpt", script)
     assert specification is not None
@@ -209,7 +227,7 @@ def main() -> None:
         layers=read(settings, "num_layers", "n_layer", "depth"),
         vocabulary=vocabulary,
     )
-    model = build(module, settings)
+    model = initialised(module, build(module, settings))
     save("built", parameters=sum(parameter.numel() for parameter in model.parameters()))
     save("done", forward_loss_nats=round(forward_loss(model, int(vocabulary)), 4))
 
