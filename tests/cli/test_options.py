@@ -58,7 +58,9 @@ def test_values_out_of_range(refuses: Callable, verbs: dict[str, Words], verb: s
 
 
 def test_evaluation_knows_its_devices_too(refuses: Callable, tmp_path: Path) -> None:
-    assert "expected cpu, cuda or auto" in refuses(2, "eval", GOLDEN_MODEL, "--data", tmp_path, "--device", "gpu")
+    assert "Expected one of ('auto', 'cpu', 'cuda')" in refuses(
+        2, "eval", GOLDEN_MODEL, "--data", tmp_path, "--device", "gpu"
+    )
 
 
 @pytest.mark.parametrize("verb", ["compress", "decompress", "generate", "surprise"])
