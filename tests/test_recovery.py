@@ -1,5 +1,6 @@
 """Resuming from a folder that is not as it was left: what can be used is, what cannot is one line, nothing is lost."""
 
+import contextlib
 import errno
 import json
 import os
@@ -13,6 +14,7 @@ import torch
 
 from bytejepa.config import RunConfig, replace
 from bytejepa.errors import CheckpointError
+from bytejepa.files import atomic_file
 from bytejepa.training import checkpoint
 from bytejepa.training.clock import Clock, read_log
 from bytejepa.training.runlog import RunFolder
@@ -240,6 +242,15 @@ def test_tensors_of_another_model_are_one_line(
     assert snapshot(run) == before
 
 
+def killed_while_writing(path: Path) -> Path:
+    """Leave what the writer of all these files leaves when it is killed, and return where."""
+    before = set(path.parent.iterdir())
+    with contextlib.suppress(FileNotFoundError), atomic_file(path):
+        (left,) = set(path.parent.iterdir()) - before
+        left.rename(left.with_name("kept"))  # so that the writer, which lives on here, can neither finish nor tidy up
+    return left.with_name("kept").rename(left)
+
+
 def spoil(run: Path) -> list[Path]:
     """Leave what kills during writes leave."""
     unfinished = [
@@ -251,6 +262,8 @@ def spoil(run: Path) -> list[Path]:
     ]
     for path in unfinished:
         path.write_bytes(b"half")
+    for written in (run / "manifest.json", run / "checkpoints" / "step_00000005.json"):
+        unfinished.append(killed_while_writing(written))
     (run / ".notes.tmp").write_bytes(b"not ours")
     return unfinished
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+MOST_NAMED = 50
+"""Characters of a file's name in that of its temporary file."""
 
 
 @contextlib.contextmanager
@@ -28,7 +32,8 @@ def atomic_file(path: Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
     place = Path(os.path.realpath(path))
     if mode is None and place.exists():
         mode = permissions(place)
-    temporary = place.with_name(f".bytejepa-{secrets.token_hex(8)}.tmp")
+    # begins as the file does, by which those who tidy up know it (`unfinished`); names have an end at 255 bytes
+    temporary = place.with_name(f".{place.name[:MOST_NAMED]}.{secrets.token_hex(8)}.tmp")
     # with permissions to be set, nobody else reads it until it has them
     created = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else 0o600)
     try:
@@ -49,6 +54,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Make `data` the content of `path`, or leave what was there, as `atomic_file`. Raises: OSError."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+def unfinished(path: Path) -> list[Path]:
+    """Return what writes to `path` that were killed have left beside it; also what one has that is under way."""
+    return list(path.parent.glob(f".{glob.escape(path.name[:MOST_NAMED])}.*.tmp"))
 
 
 def require_writable(path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from bytejepa.config import RunConfig
 from bytejepa.config_json import fingerprint, from_dict, to_dict
 from bytejepa.errors import CheckpointError, ConfigError, file_errors_as
-from bytejepa.files import write_atomically
+from bytejepa.files import unfinished, write_atomically
 
 METRICS: dict[str, str] = {
     "step": "optimiser steps done",
@@ -81,7 +81,7 @@ class RunFolder:
         written = (self.config_path, self.manifest_path, self.metrics_path, self.clock_path)
         with file_errors_as(CheckpointError, "clear", self.path):
             for temporary in (
-                *(old for path in written for old in self.path.glob(f".{path.name}.*.tmp")),
+                *(old for path in written for old in unfinished(path)),
                 *self.checkpoints_path.glob(".step_*.tmp"),
             ):
                 temporary.unlink()
