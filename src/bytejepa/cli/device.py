@@ -1,4 +1,4 @@
-"""Where a verb computes: what its `--device` and `--threads` may say, and one line when memory does not suffice."""
+"""Where a verb computes: what its `--device` may say, and one line when memory does not suffice."""
 
 from __future__ import annotations
 
@@ -17,12 +17,6 @@ def chosen_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no CUDA device here", hint="use --device cpu")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def check_at_least_one(option: str, value: int | None) -> None:
-    """Raise a ConfigError for a number of things that is not 1 or more; None is left to its default."""
-    if value is not None and value < 1:
-        raise ConfigError(f"{option}: expected 1 or more, got {value}")
 
 
 @contextlib.contextmanager

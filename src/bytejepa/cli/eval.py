@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from bytejepa.errors import ConfigError, DataError, file_errors_as
+from bytejepa.config_fields import PositiveInt
+from bytejepa.errors import DataError, file_errors_as
 
 if TYPE_CHECKING:
     from bytejepa.scoring.evaluate import Score, Scorer
@@ -28,7 +29,7 @@ class Evaluate:
     """Ids scored a window in sliding evaluation; default: as the model's configuration says."""
     no_sliding: tyro.conf.FlagCreatePairsOff[bool] = False
     """Only non-overlapping windows."""
-    max_bytes: int | None = None
+    max_bytes: PositiveInt | None = None
     """Score only this many leading ids."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where it is scored; auto: CUDA where there is one."""
@@ -84,8 +85,6 @@ class Evaluate:
         return 0
 
     def _ids(self) -> Any:
-        if self.max_bytes is not None and self.max_bytes < 1:
-            raise ConfigError(f"--max-bytes: expected 1 or more, got {self.max_bytes}")
         import numpy as np
 
         from bytejepa.data.loader import IdStream, leading_ids

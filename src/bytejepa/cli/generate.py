@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 import tyro
 
 from bytejepa.cli.output import check_output
+from bytejepa.config_fields import PositiveInt
 from bytejepa.errors import ConfigError, DataError, file_errors_as
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ class Generate:
     """Ids that leave a full context at once; default: half the window."""
     device: str = "auto"
     """cpu, cuda or auto."""
-    threads: int | None = None
-    """CPU threads, 1 or more; default: 1 for models whose steps are too small to share, otherwise as torch chooses."""
+    threads: PositiveInt | None = None
+    """CPU threads; default: 1 for models whose steps are too small to share, otherwise as torch chooses."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Write to this file instead of standard output; it has the text and nothing else."""
     force: bool = False
@@ -75,13 +76,12 @@ class Generate:
         """Generate, and print the text as it comes."""
         import time
 
-        from bytejepa.cli.device import check_at_least_one, chosen_device, memory_errors_with
+        from bytejepa.cli.device import chosen_device, memory_errors_with
         from bytejepa.cli.terminal import note, print_json
         from bytejepa.files import write_atomically
 
         if self.output is not None:
             check_output(self.output, DataError, force=self.force)
-        check_at_least_one("--threads", self.threads)
         device, sampling, prompt = chosen_device(self.device), self._sampling(), self._prompt()
         streams = self.num_samples == 1 and not self.json and self.output is None
         out = sys.stdout.buffer

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from bytejepa.config_fields import Range
 from bytejepa.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class Report:
     """The page to write, a name that ends in .html; PNG and CSV of each plot go into a folder beside it."""
     data: Path | None = None
     """Folder of the shards, if they moved since training."""
-    score_bytes: int | None = None
+    score_bytes: Annotated[int, Range(2)] | None = None
     """Leading ids of the validation split that are priced; default: 262,144."""
     measure: Literal["all", "first", "none"] | None = None
     """Runs measured beyond their log: all, the first of each configuration, none; default: all, of a study the first."""
@@ -37,13 +38,12 @@ class Report:
 
     def run_command(self) -> int:
         """Measure, draw, and say where the page is."""
+        from bytejepa.cli.device import chosen_device
         from bytejepa.cli.terminal import note, print_json, progress_bar
         from bytejepa.report import report
 
         if self.output.suffix.lower() not in (".html", ".htm"):
             raise ConfigError(f"{self.output}: expected a name that ends in .html")
-        if self.score_bytes is not None and self.score_bytes < 2:
-            raise ConfigError(f"--score-bytes: expected 2 or more, got {self.score_bytes}")
         with progress_bar("report", total=1.0) as (bar, task):
             result = report(
                 self.runs,
@@ -51,7 +51,7 @@ class Report:
                 data=self.data,
                 score_bytes=self.score_bytes,
                 which=self.measure,
-                device=self._device(),
+                device="cpu" if self.measure == "none" else chosen_device(self.device),
                 force=self.force,
                 on_progress=lambda what, share: bar.update(task, description=what, completed=share),
             )
@@ -60,16 +60,6 @@ class Report:
         else:
             note(f"{result.page}, {len(result.files)} files in {result.files[0].parent}")
         return 0
-
-    def _device(self) -> str:
-        if self.device == "cpu" or self.measure == "none":
-            return "cpu"
-        import torch
-
-        has_cuda = torch.cuda.is_available()
-        if self.device == "cuda" and not has_cuda:
-            raise ConfigError("--device cuda: no CUDA device here", hint="use --device cpu")
-        return "cuda" if has_cuda else "cpu"
 
 
 def as_record(result: ReportResult) -> dict[str, object]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from bytejepa.config_fields import Range
+
 if TYPE_CHECKING:
     from bytejepa.submission.folder import SubmissionResult
 
@@ -30,7 +32,7 @@ class Submission:
     """One sentence about it."""
     data: Path | None = None
     """Folder of the shards, if they moved since training."""
-    score_bytes: int | None = None
+    score_bytes: Annotated[int, Range(2)] | None = None
     """Leading ids of the validation split that are scored; default: all, as the challenge demands."""
     study: Path | None = None
     """Folder or study.json of an ablation study, for a table in the README."""
@@ -51,8 +53,6 @@ class Submission:
 
         if not self.runs:
             raise ConfigError("submission needs at least one run", hint="`bytejepa submission RUN... -o FOLDER`")
-        if self.score_bytes is not None and self.score_bytes < 2:
-            raise ConfigError(f"--score-bytes: expected 2 or more, got {self.score_bytes}")
         study = None if self.study is None else read_study(self.study)
         ranks = join("auto")
         with progress_bar("score", total=1) as (bar, task):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from bytejepa.cli.output import check_output
+from bytejepa.config_fields import PositiveInt
 from bytejepa.errors import ConfigError, DataError, file_errors_as
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Surprise:
     """Write to this file: a page if it ends in .html, a table if it ends in .csv; default: the terminal, in colour."""
     format: Format | None = None
     """What to write; default: as the output's name says."""
-    max_bytes: int | None = None
+    max_bytes: PositiveInt | None = None
     """Price only this many leading bytes; default: all, 20,000 of them on a terminal."""
     window: int | None = None
     """Context of a window, in ids; default: as the model's configuration says."""
@@ -47,11 +48,10 @@ class Surprise:
 
     def run_command(self) -> int:
         """Price the file and show it."""
-        from bytejepa.cli.device import check_at_least_one, chosen_device
+        from bytejepa.cli.device import chosen_device
         from bytejepa.cli.terminal import note, print_json
         from bytejepa.files import write_atomically
 
-        check_at_least_one("--max-bytes", self.max_bytes)
         device = chosen_device(self.device)
         chosen = self._format()
         if self.output is not None:
