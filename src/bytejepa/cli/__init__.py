@@ -80,9 +80,8 @@ def _run(verb: str, rest: list[str]) -> int:
         # the reader of our output went away, as `| head` does; nothing is wrong
         _drop_output()
         return 0
-    except (
-        OSError
-    ) as problem:  # a full disk under stdout or a log, a device that fails: nothing that a traceback explains
+    except OSError as problem:
+        # a full disk under stdout or a log, a device that fails: nothing that a traceback explains
         _drop_output()
         _tell(verb, error_of_os(problem))
         return BytejepaError.exit_code

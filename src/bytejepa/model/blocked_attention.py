@@ -66,9 +66,8 @@ def _attend_back(
     R, scale = rows.size(1) // k.size(1), k.size(2) ** -0.5
     grad_q, grad_k, grad_v = torch.empty_like(rows), torch.empty_like(k), torch.empty_like(v)
     blocks = list(zip(_blocks(k, R), probabilities, strict=True))
-    for (part, begin, end), probability in reversed(
-        blocks
-    ):  # the last one of a head sees all keys: it fills, others add
+    for (part, begin, end), probability in reversed(blocks):
+        # the last block of a head comes first and sees all keys: it fills, the others add
         queries = slice(begin * R, end * R)
         add = Tensor.copy_ if end == k.size(1) else Tensor.add_
         add(grad_v[part, :end], torch.bmm(probability.mT, grad_rows[part, queries]))

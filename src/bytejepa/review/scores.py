@@ -228,20 +228,30 @@ def _claims(submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]
                 *(Evidence(file=log.file, line=f.line, text=f.text) for log, f in reported),
             ),
         )
+    return _claimed_loss(submission, reported, claimed) or Finding(
+        check=check, status=Status.PASS, summary=f"the claimed {claimed} bpb stands in the logs"
+    )
+
+
+def _claimed_loss(
+    submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]], claimed: float
+) -> Finding | None:
+    """Return what is wrong with the claimed val_loss beside a right val_bpb of `claimed`, None if nothing is."""
     loss = submission.claims.get("val_loss")
-    losses = [score.loss_nats for score in everything] + [statistics.fmean(final.loss_nats for _, final in reported)]
+    losses = [score.loss_nats for log, _ in reported for score in log.scores]
+    losses.append(statistics.fmean(final.loss_nats for _, final in reported))
     if isinstance(loss, float) and min(abs(value - loss) for value in losses) > max(
         0.6 * 10.0 ** -len(str(loss).partition(".")[2]), 1.1e-4
     ):
         of_claim = min((f for _, f in reported), key=lambda score: abs(score.bpb - claimed))
         return Finding(
-            check=check,
+            check="scores.claims",
             status=Status.FAIL,
             weight=Weight.AUTHOR,
             summary=f"submission.json claims a val_loss of {loss}; the logs have {of_claim.loss_nats:.6f}",
             evidence=(Evidence(file="submission.json", text=f"val_loss {loss}"),),
         )
-    return Finding(check=check, status=Status.PASS, summary=f"the claimed {claimed} bpb stands in the logs")
+    return None
 
 
 def _stated_elsewhere(submission: Submission, claimed: float, tolerance: float) -> str:

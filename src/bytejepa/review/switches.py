@@ -24,6 +24,11 @@ _ADAPTATION = {
 }  # fmt: skip
 
 
+def _stem(switch: str) -> str:
+    """Return what the name of a switch is about: `replay` of USE_REPLAY, ENABLE_REPLAY and REPLAY_ENABLED."""
+    return switch.lower().removesuffix("_enabled").removeprefix("enable_").removeprefix("use_")
+
+
 def _finals(submission: Submission) -> list[tuple[str, ScoreLine]]:
     """Return the evaluations of packed models with the first word of their labels, in lower case."""
     found = []
@@ -42,7 +47,7 @@ def logged_switches(submission: Submission, program: Program) -> dict[str, str]:
     switches: dict[str, str] = {}
     for module in (program.main, *program.helpers.values()):
         for name in _SWITCH.findall(module.source):
-            stem = name.lower().removesuffix("_enabled").removeprefix("enable_").removeprefix("use_")
+            stem = _stem(name)
             if name in submission.settings or name.lower() in stated:
                 continue
             if any(re.search(rf"(?:^|_){re.escape(stem)}(?:_|$)", word) for word in evaluations):
@@ -61,8 +66,7 @@ def _is_claimed(submission: Submission, switches: dict[str, str]) -> bool:
         word for word, _ in finals
         if abs(statistics.fmean(score.bpb for other, score in finals if other == word) - claimed) <= tolerance
     }  # fmt: skip
-    stems = [name.lower().removesuffix("_enabled").removeprefix("enable_").removeprefix("use_") for name in switches]
-    return not words or any(stem in word for stem in stems for word in words)
+    return not words or any(_stem(name) in word for name in switches for word in words)
 
 
 def with_switches(
