@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from bytejepa.review import Review, Status, review
 from review.scripts import script
 
 BOS_RATIO = 151_130_891 / 151_080_891
@@ -85,3 +86,15 @@ class Folder:
             for index, seed in enumerate(self.seeds):
                 (path / f"train_seed{seed}.log").write_text(self.log(index))
         return path
+
+
+def outcome(folder: Folder, tmp_path: Path) -> Review:
+    """Return the review of a submission folder with this content."""
+    return review(folder.write(tmp_path / "submission"))
+
+
+def status_of(found: Review, check: str) -> Status:
+    """Return the status of a check that must have been made."""
+    finding = found.finding(check)
+    assert finding is not None, check
+    return finding.status

@@ -9,7 +9,7 @@ import pytest
 
 from bytejepa.review import Status, Word, review
 from bytejepa.review.surroundings import repeated_targets
-from review.folders import Folder
+from review.folders import Folder, status_of
 from review.scripts import NGRAM, SLIDING, TTT_ADAPT, script, wrap
 
 REBUILT = """
@@ -96,12 +96,6 @@ USE_SHIPPED = "val_loss, val_bpb = eval_with_known(args, base_model, device, val
 
 def outcome(source: str, tmp_path, **more):
     return review(Folder(source=source, **more).write(tmp_path / "submission"))
-
-
-def status_of(found, check: str) -> Status:
-    finding = found.finding(check)
-    assert finding is not None, check
-    return finding.status
 
 
 def test_training_reaches_a_rebuilt_model_through_the_packed_file(tmp_path) -> None:

@@ -7,9 +7,9 @@ import math
 
 import pytest
 
-from bytejepa.review import Review, Status, Word, review
+from bytejepa.review import Status, Word, review
 from bytejepa.review.log_parser import parse_log
-from review.folders import Folder
+from review.folders import Folder, outcome, status_of
 from review.scripts import SLIDING, SLOT, script
 
 COUNTED_BEFORE = """
@@ -121,16 +121,6 @@ for f in data/byte260/*_train_*.bin; do ln -s "$f" data/here/; done
 for f in data/byte260/*_val_*.bin; do ln -s "$f" data/here/; done
 torchrun --standalone --nproc_per_node=8 train_gpt.py
 """
-
-
-def outcome(folder: Folder, tmp_path) -> Review:
-    return review(folder.write(tmp_path / "submission"))
-
-
-def status_of(found: Review, check: str) -> Status:
-    finding = found.finding(check)
-    assert finding is not None, check
-    return finding.status
 
 
 def test_counts_of_the_whole_split_taken_before_the_second_pass_are_flagged(tmp_path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from bytejepa.review import Review, Status, Word, review
+from bytejepa.review import Status, Word, review
 from bytejepa.review.log_parser import parse_log
-from review.folders import Folder
+from review.folders import Folder, outcome, status_of
 from review.scripts import SLIDING, SLOT, TTT_ADAPT, script
 
 BY_HAND = """
@@ -102,16 +102,6 @@ def adapt(model, optimizer, val_tokens):
         loss, gradients = loss_and_gradients(part[:-1][None], part[1:][None])
         optimizer.update(model, gradients)
 """
-
-
-def outcome(folder: Folder, tmp_path) -> Review:
-    return review(folder.write(tmp_path / "submission"))
-
-
-def status_of(found: Review, check: str) -> Status:
-    finding = found.finding(check)
-    assert finding is not None, check
-    return finding.status
 
 
 @pytest.mark.parametrize("how", STEPS)

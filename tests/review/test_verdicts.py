@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from bytejepa.review import Status, Word, review
-from review.folders import Folder
+from review.folders import Folder, outcome
 from review.scripts import HESSIANS, LEGAL_TTT, NGRAM, SLIDING, SLOT, TAIL_WINDOWS, TTT_ADAPT, TWO_PASS, script, wrap
 
 ADAPT = "if args.ttt_enabled:\n        ttt_adapt(args, base_model, device, val_tokens)"
@@ -148,10 +148,6 @@ CLEAN = {
         source=script(imports="from helper import keep"), helpers={"helper.py": "def keep(x):\n    return x\n"}
     ),
 }  # fmt: skip
-
-
-def outcome(folder: Folder, tmp_path):
-    return review(folder.write(tmp_path / "submission"))
 
 
 def failures(found) -> dict[str, str]:
