@@ -1,8 +1,6 @@
 """Bad input: exactly one line on stderr, the documented exit code, no traceback, nothing lost."""
 
-import errno
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -354,73 +352,6 @@ def test_a_run_is_not_overwritten(refuses: Refuses, tmp_path: Path, shards: Path
     before = snapshot(run)
     refuses(RUN, "train", *MINIMAL, "--data", shards, "--out", run)
     assert {k: v for k, v in snapshot(run).items() if k != ".lock"} == {k: v for k, v in before.items() if k != ".lock"}
-
-
-def no_space(*_: Any, **__: Any) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_full_disk_at_export(
-    refuses: Refuses, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, minimal_run: Path
-) -> None:
-    out = tmp_path / "model.bjm"
-    out.write_bytes(b"the old one")
-    monkeypatch.setattr("os.fsync", no_space)
-    line = refuses(ARTIFACT, "export", minimal_run, "-o", out, "--no-score", "--force")
-    assert "No space left on device (free some space; nothing that existed was changed)" in line
-    assert snapshot(tmp_path) == {"model.bjm": b"the old one"}
-
-
-def test_a_full_disk_at_a_checkpoint(
-    refuses: Refuses, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shards: Path
-) -> None:
-    run = tmp_path / "run"
-    written = checkpoint.write_atomically
-
-    def only_the_first(path: Path, data: bytes) -> None:
-        if "00000001" not in path.name:
-            no_space()
-        written(path, data)
-
-    monkeypatch.setattr(checkpoint, "write_atomically", only_the_first)
-    words = ("--training.checkpoint-every-s=0", "--data", shards, "--out", run)
-    line = refuses(RUN, "train", *MINIMAL, *words)
-    assert "cannot write checkpoint" in line
-    assert "No space left on device" in line
-    assert checkpoint.read_newest(run / "checkpoints").position.step == 1
-
-
-def test_a_full_disk_under_the_output(refuses: Refuses, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bytejepa.cli.terminal.print_json", no_space)
-    assert "No space left on device" in refuses(1, "config", "tiny", "--json")
-
-
-def test_a_full_disk_under_the_clock(refuses: Refuses, tmp_path: Path, shards: Path) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("this system has no device that is always full")
-    words = ("--data", shards, "--out", tmp_path / "run")
-    # a log that leads to the full device stands for a disk that fills up between two checkpoints
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bytejepa.training.loop.Clock", lambda _: full_clock())
-        line = refuses(RUN, "train", *MINIMAL, *words)
-    assert "cannot write /dev/full: No space left on device" in line
-
-
-def full_clock() -> Any:
-    from bytejepa.training.clock import Clock
-
-    clock = Clock()
-    clock._file = Path("/dev/full").open("a", encoding="ascii")  # noqa: SIM115 - the clock closes it
-    return clock
-
-
-def test_a_full_disk_at_prepare(refuses: Refuses, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(TEXT)
-    (tmp_path / "b.txt").write_bytes(TEXT)
-    monkeypatch.setattr("os.fsync", no_space)
-    words = (tmp_path / "a.txt", tmp_path / "b.txt", "--out", tmp_path / "s", "--val-documents", 1, "--workers", 1)
-    assert "No space left on device" in refuses(DATA, "prepare", *words)
-    assert list((tmp_path / "s").glob("fineweb_*")) == []
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(
