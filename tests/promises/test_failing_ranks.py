@@ -38,12 +38,13 @@ print(json.dumps(outcomes))
 PATIENT = """
 import datetime, json, sys, time
 import torch.distributed as dist
-from bytejepa.training.distributed import join
+from bytejepa.training.distributed import join, leave
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=1))
 ranks = join("cpu")
 with ranks.agree():
     time.sleep(2 if ranks.is_main else 0)
 print(json.dumps(ranks.sum_on_hosts([1.0])))
+leave()
 """
 
 

@@ -23,6 +23,13 @@ from bytejepa.errors import BytejepaError, ConfigError, error_of_os
 PATIENCE = datetime.timedelta(days=1)
 """How long ranks wait for one that reads, packs or writes alone: half an hour, the usual limit, is too short for packing."""
 
+_GROUPS: dict[str, Any] = {}
+"""Process groups that `join` opened: decisions (values on the hosts that decide), patient (`PATIENCE` is its limit).
+
+Held here alone, so that `leave` frees them: the threads of a group that something still holds when Python ends may
+abort the process (pytorch/pytorch issue 190489).
+"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Gathering:
@@ -46,10 +53,6 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
-    decisions: Any = None
-    """Process group for values that decide, on the hosts."""
-    patient: Any = None
-    """Process group in which ranks wait for one that works alone: `PATIENCE` is its limit."""
 
     @property
     def is_main(self) -> bool:
@@ -100,7 +103,7 @@ class Ranks:
         if self.world_size == 1:
             return values
         message = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(message, group=self.decisions)
+        dist.all_reduce(message, group=_GROUPS["decisions"])
         return message.tolist()
 
     def decide(self, values: list[float]) -> list[float]:
@@ -108,18 +111,18 @@ class Ranks:
         if self.world_size == 1:
             return values
         message = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(message, src=0, group=self.decisions)
+        dist.broadcast(message, src=0, group=_GROUPS["decisions"])
         return message.tolist()
 
     def maximum(self, values: list[float]) -> list[float]:
         """Return the elementwise maximum over ranks, float64, without waiting for a GPU: what one rank wants, all do."""
-        return self._maximum(values, self.decisions)
+        return self._maximum(values, "decisions")
 
-    def _maximum(self, values: list[float], group: Any) -> list[float]:
+    def _maximum(self, values: list[float], group: str) -> list[float]:
         if self.world_size == 1:
             return values
         message = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(message, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(message, op=dist.ReduceOp.MAX, group=_GROUPS[group])
         return message.tolist()
 
     def text_from(self, rank: int, text: str) -> str:
@@ -128,10 +131,10 @@ class Ranks:
             return text
         data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
         length = torch.tensor([len(data)])
-        dist.broadcast(length, src=rank, group=self.decisions)
+        dist.broadcast(length, src=rank, group=_GROUPS["decisions"])
         if self.rank != rank:
             data = torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(data, src=rank, group=self.decisions)
+        dist.broadcast(data, src=rank, group=_GROUPS["decisions"])
         return data.numpy().tobytes().decode()
 
     @contextlib.contextmanager
@@ -150,7 +153,7 @@ class Ranks:
             mine = problem if isinstance(problem, BytejepaError) else error_of_os(problem)
         if self.world_size == 1:
             return
-        failed = -int(self._maximum([-float(self.world_size if mine is None else self.rank)], self.patient)[0])
+        failed = -int(self._maximum([-float(self.world_size if mine is None else self.rank)], "patient")[0])
         if failed == self.world_size:
             return
         described = "" if mine is None else json.dumps([mine.exit_code, mine.message, mine.hint])
@@ -179,9 +182,9 @@ def join(device: str) -> Ranks:
         return Ranks(device=place)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=place if on_gpu else None)
-    decisions = dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD
-    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return Ranks(rank=dist.get_rank(), world_size=world_size, device=place, decisions=decisions, patient=patient)
+    _GROUPS["decisions"] = dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD
+    _GROUPS["patient"] = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return Ranks(rank=dist.get_rank(), world_size=world_size, device=place)
 
 
 def leave(*, together: bool = False) -> None:
@@ -189,4 +192,5 @@ def leave(*, together: bool = False) -> None:
     if dist.is_initialized():
         if together:
             dist.barrier()
+        _GROUPS.clear()
         dist.destroy_process_group()
