@@ -34,6 +34,17 @@ def test_replacing_is_renaming_and_never_rewriting_in_place(tmp_path):
     assert (tmp_path / "link").read_text() == "precious"
 
 
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
+    link, place = tmp_path / "latest.bjm", tmp_path / "elsewhere" / "model.bjm"
+    place.parent.mkdir()
+    link.symlink_to(place)
+    write(link)
+    write(link, force=True)
+    assert link.is_symlink()
+    assert read_container(place).info.file_bytes == place.stat().st_size
+    assert [file.name for file in place.parent.iterdir()] == ["model.bjm"]
+
+
 def test_existing_output_is_refused_without_force(tmp_path):
     path = tmp_path / "model.bjm"
     path.write_text("precious")

@@ -8,7 +8,7 @@ import glob
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,8 +17,12 @@ MOST_NAMED = 50
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
+def atomic_file(
+    path: Path, *, mode: int | None = None, check: Callable[[Path], None] | None = None
+) -> Iterator[BinaryIO]:
     """Yield a binary file that becomes `path` when the block ends well, and vanishes when it does not.
+
+    `check` is given the place of the finished file before it becomes `path`, and raises what speaks against it.
 
     Of a symbolic link, what it leads to is replaced. A FIFO or character device (/dev/null) is written to, not replaced.
     `mode`: permissions of the file; None: those of the file that it replaces, of a new one those that the umask leaves.
@@ -43,6 +47,8 @@ def atomic_file(path: Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         if mode is not None:
             temporary.chmod(mode)
+        if check is not None:
+            check(temporary)
         temporary.replace(place)
         flush_folder(place.parent)
     except BaseException:

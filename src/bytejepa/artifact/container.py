@@ -9,11 +9,9 @@ compressors.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +37,7 @@ from bytejepa.artifact.header import (
 from bytejepa.artifact.joint_codes import JointRecord
 from bytejepa.artifact.packing import DEFAULT_CODECS, StoredTensor, TensorRecord, pack, restore, unpack
 from bytejepa.errors import ArtifactError, file_errors_as
+from bytejepa.files import atomic_file
 from bytejepa.model.quantization import QuantizedMatrix
 
 MAGIC = b"\x89BJM\r\n\x1a\n"
@@ -141,7 +140,7 @@ def write_container(
         refuse_existing(path, force=force)  # before seconds of compression
     data = container_to_bytes(configuration=configuration, tensors=tensors, metadata=metadata, codecs=codecs)
     with file_errors_as(ArtifactError, "write", path):
-        _write_atomically(path, data, tensors, force=force)
+        _write_checked(path, data, tensors, force=force)
     return _info(data, _table(data, str(path)), path)
 
 
@@ -276,23 +275,12 @@ def refuse_existing(path: Path, *, force: bool) -> None:
         raise ArtifactError(f"{path} exists already", hint="choose another name, or force overwriting it")
 
 
-def _write_atomically(path: Path, data: bytes, tensors: Mapping[str, StoredTensor], *, force: bool) -> None:
-    """Put `data` at `path` by way of a temporary file beside it that must decode to `tensors`; on any failure what
-    existed is as it was."""
-    temporary = path.parent / f".bytejepa-{secrets.token_hex(8)}.partial"
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        _require_same(read_container(temporary).stored, tensors)
+def _write_checked(path: Path, data: bytes, tensors: Mapping[str, StoredTensor], *, force: bool) -> None:
+    """Put `data` at `path`, once what the disk has of it decodes to `tensors`; on any failure what existed is as it was."""
+
+    def check(written: Path) -> None:
+        _require_same(read_container(written).stored, tensors)
         refuse_existing(path, force=force)  # somebody may have written it during the compression
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not every file system lets a folder be synchronised
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+
+    with atomic_file(path, check=check) as file:
+        file.write(data)
