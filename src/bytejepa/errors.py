@@ -7,6 +7,7 @@ invariants. The message says what, where, expected and got; the hint says what t
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,5 +84,11 @@ def file_errors_as(error: type[BytejepaError], what: str, path: Path | str) -> I
         yield
     except OSError as problem:
         reason = problem.strerror or str(problem)
-        hints = {28: "free some space; nothing that existed was changed", 13: "check the permissions"}
+        hints = {
+            errno.ENOSPC: "free some space; nothing that existed was changed",
+            errno.EACCES: "check the permissions",
+            errno.EISDIR: "name a file",
+        }
+        if what.startswith("write"):
+            hints[errno.ENOENT] = "make its folder first"
         raise error(f"cannot {what} {path}: {reason}", hint=hints.get(problem.errno or 0)) from problem

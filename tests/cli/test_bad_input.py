@@ -340,6 +340,8 @@ def test_existing_outputs_are_refused_and_kept(
     run.mkdir()
     (run / "notes.txt").write_text("mine")
     assert "exists already" in refuses(ARTIFACT, "export", minimal_run, "-o", out, "--no-score")
+    assert "model.bjm exists" in refuses(CONFIG, "review", minimal_run, "-o", out)
+    assert "make its folder first" in refuses(DATA, "review", minimal_run, "-o", tmp_path / "missing" / "review.md")
     assert "is not empty" in refuses(RUN, "train", *MINIMAL, "--data", shards, "--out", run)
     assert "is not empty" in refuses(RUN, "demo", "--out", run)
     assert out.read_bytes() == b"mine"

@@ -71,8 +71,8 @@ def test_a_plot_that_could_not_be_written_is_refused_before_measuring(
     (tmp_path / "folder.png").mkdir()
     for name, said in {
         "kept.png": "kept.png exists (use --force to replace it)",
-        "nowhere/x.png": "nowhere is no folder",
-        "folder.png": "it is a folder",
+        "nowhere/x.png": "nowhere/x.png: No such file or directory (make its folder first)",
+        "folder.png": "folder.png: Is a directory (name a file)",
         "x.txt": "ends in .png, .svg or .pdf",
     }.items():
         assert said in refuses(CONFIG, "bench", *MINIMAL, "--scaling", "-o", tmp_path / name)

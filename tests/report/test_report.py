@@ -312,7 +312,7 @@ def test_bad_input_gets_one_line(
     assert "is not a run folder" in refuses(4, "report", tmp_path, "-o", out)
     assert "--force" in refuses(2, "report", minimal_run, "-o", made.page)
     assert ".html" in refuses(2, "report", minimal_run, "-o", tmp_path / "r.pdf")
-    assert "no folder" in refuses(3, "report", minimal_run, "-o", tmp_path / "none" / "r.html")
+    assert "make its folder first" in refuses(3, "report", minimal_run, "-o", tmp_path / "none" / "r.html")
     moved = tmp_path / "moved"
     shutil.copytree(minimal_run, moved)
     manifest = json.loads((moved / "manifest.json").read_text())

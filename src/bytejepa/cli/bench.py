@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from bytejepa.cli.output import check_output
 from bytejepa.cli.parsing import ConfigField, PresetField
 from bytejepa.config_fields import PositiveInt, Range
 from bytejepa.errors import ConfigError
@@ -161,12 +162,7 @@ def _require_new_plot(path: Path, *, force: bool) -> None:
     """Refuse a plot that could not be written once all is measured. Raises: ConfigError."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"{path}: expected a name that ends in .png, .svg or .pdf")
-    if not path.parent.is_dir():
-        raise ConfigError(f"cannot write {path}: {path.parent} is no folder", hint="make it first")
-    if path.is_dir():
-        raise ConfigError(f"cannot write {path}: it is a folder", hint="name a file")
-    if path.exists() and not force:
-        raise ConfigError(f"{path} exists", hint="use --force to replace it")
+    check_output(path, ConfigError, force=force)
 
 
 def _print(report: Any) -> None:

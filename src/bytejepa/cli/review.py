@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from bytejepa.cli.output import check_output
 from bytejepa.errors import ConfigError, DataError, ReviewFailed, file_errors_as
 
 
@@ -35,8 +36,8 @@ class Review:
 
         if self.json and self.markdown:
             raise ConfigError("--json and --markdown exclude each other")
-        if self.output is not None and self.output.exists() and not self.force:
-            raise DataError(f"{self.output} exists already", hint="choose another name, or --force")
+        if self.output is not None:
+            check_output(self.output, DataError, force=self.force)
         outcome = review(self.target, run=self.run)
         if self.json:
             import json

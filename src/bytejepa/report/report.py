@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from bytejepa.errors import ConfigError, DataError, file_errors_as
-from bytejepa.files import write_atomically
+from bytejepa.files import require_writable, write_atomically
 from bytejepa.report.drawing import DrawnPlot, Plot, draw_plots, write_plot_files
 from bytejepa.report.inputs import ReportInputs, read_inputs
 from bytejepa.report.learning_plots import compared_curves, latents, learning_curves, throughput_plot
@@ -61,8 +61,8 @@ def report(
     for path in (out, folder):
         if path.exists() and not force:
             raise ConfigError(f"{path} exists", hint="use --force to replace it")
-    if not out.absolute().parent.is_dir():
-        raise DataError(f"cannot write {out}: there is no folder {out.parent}", hint="make it first")
+    with file_errors_as(DataError, "write", out):
+        require_writable(out)
     inputs = read_inputs(paths)
     measured = _measured(inputs, which, data, score_bytes, device, tell)
     plan = _plan(inputs, measured)
