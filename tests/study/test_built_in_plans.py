@@ -18,7 +18,7 @@ SMALL = {
 }
 VARIANTS = [
     (plan.name, variant.name)
-    for plan in map(load_plan, ("golf-techniques", "golf-candidates", "golf-chunks", "golf-settings"))
+    for plan in map(load_plan, ("golf-techniques", "golf-candidates", "golf-chunks", "golf-settings", "golf-structure"))
     for variant in plan.variants
 ]
 
