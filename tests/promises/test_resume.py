@@ -82,7 +82,7 @@ def begin(config: RunConfig, data: Path, run: Path) -> None:
     folder.create(config, {"data": {"path": str(data)}}, force=True)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_killed_at_random_times_it_ends_with_the_same_bits(config, embedded_shards, tmp_path, kills) -> None:
     whole = tmp_path / "whole"
     began = time.monotonic()
