@@ -29,6 +29,9 @@ _MEBIBYTES = re.compile(
 
 
 _IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+([A-Za-z_][\w.]*)", re.MULTILINE)
+_TOTALS = (
+    "bytes_total", "artifact_bytes", "total_bytes", "artifact_size_bytes", "submission_bytes", "total_submission_bytes",
+)  # fmt: skip
 _FOREIGN_SOURCES = (".c", ".cc", ".cpp", ".cu", ".h", ".cuh", ".metal")
 
 
@@ -123,8 +126,8 @@ def _claimed_total(submission: Submission) -> int | None:
         value
         for part in parts
         if isinstance(part, dict)
-        for key in ("bytes_total", "artifact_bytes", "total_bytes", "artifact_size_bytes", "submission_bytes")
-        if isinstance(value := part.get(key), int) and not isinstance(value, bool)
+        for key in _TOTALS
+        if isinstance(value := part.get(key), int) and not isinstance(value, bool) and value > 0
     ]
     return max(found, default=None)
 
@@ -167,7 +170,7 @@ def _code(submission: Submission, files: list[Path]) -> Finding:
     code, packed = sum(map(len, contents)), packed_code_bytes(b"".join(contents))
     counted = {log.code_bytes for log in submission.logs if log.code_bytes is not None}
     claimed = submission.claims.get("bytes_code")
-    counted |= {claimed} if isinstance(claimed, int) else set()
+    counted |= {claimed} if isinstance(claimed, int) and claimed > 0 else set()
     figures = {"raw_bytes": code, "packed_bytes": min(packed, code)}
     name = submission.script.relative_to(submission.root).as_posix()
     off = [value for value in counted if value not in (code, packed) and abs(value - code) > 0.02 * code]
@@ -323,10 +326,12 @@ def folder_findings(submission: Submission) -> list[Finding]:
                 evidence=tuple(Evidence(file=file) for file in empty),
             )
         ]
+    others = f"; {len(submission.other_logs)} logs of other runs are left out" if submission.other_logs else ""
     return [
         Finding(
             check="folder.complete",
             status=Status.PASS,
-            summary=f"README, submission.json, script and {len(submission.logs)} logs",
+            summary=f"README, submission.json, script and {len(submission.logs)} logs{others}",
+            evidence=tuple(Evidence(file=file, text="of another run") for file in submission.other_logs),
         )
     ]

@@ -15,6 +15,7 @@ from bytejepa.review.values import (
     FRESH,
     HASHED,
     MATCHED,
+    RANDOM,
     STORED,
     TARGET,
     TRAINING,
@@ -162,6 +163,8 @@ class Calls(Library):
         result = combine(owner, *everything)
         if owner.kind == "optimizer":
             return Value(models=owner.models)
+        if name in ("integers", "randint", "randrange"):  # of a generator
+            result.labels |= {RANDOM}
         if name in ("item", "detach", "clone", "numpy", "tolist") and owner.origin:
             result.origin = 0
         if _STATEFUL_READ.search(name) and name not in ("get",):
@@ -249,13 +252,29 @@ class Calls(Library):
 
     _method_size = _method_dim = _method_nelement = _method_element_size = _method_numel
 
-    def _method_parameters(self, owner: Value, *_: Any) -> Value:
+    def _method_parameters(
+        self, owner: Value, arguments: list[Value], options: dict[str, Value], node: ast.AST
+    ) -> Value:
+        self.emit("weights", node, Value(models=owner.models))
         return Value(models=owner.models, labels=owner.labels & frozenset((FRESH,)))
 
     _method_named_parameters = _method_parameters
 
-    def _method_state_dict(self, owner: Value, *_: Any) -> Value:
+    def _method_state_dict(
+        self, owner: Value, arguments: list[Value], options: dict[str, Value], node: ast.AST
+    ) -> Value:
+        self.emit("weights", node, Value(models=owner.models))
         return Value()
+
+    def _method_items(self, owner: Value, *_: Any) -> Value | None:
+        """Return the pairs of a dictionary whose keys are known: functions among its values stay callable."""
+        stored = {key: value for key, value in owner.attributes.items() if key.startswith("[")}
+        if not stored:
+            return None
+        pairs = [Value(kind="sequence", payload=[constant(key[1:-1]), value]) for key, value in stored.items()]
+        if owner.labels or owner.models:  # more came in under keys that are not known
+            pairs.append(Value(kind="sequence", payload=[Value(), combine(owner)]))
+        return Value(kind="sequence", payload=pairs, loops=owner.loops)
 
     def _method_load_state_dict(
         self, owner: Value, arguments: list[Value], options: dict[str, Value], node: ast.AST

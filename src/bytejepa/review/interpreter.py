@@ -56,6 +56,8 @@ class Interpreter(Binding):
         """Return the names of a helper module of the folder after running it, None if there is none."""
         if name not in self.modules and name in self.program.helpers:
             self._run_module(self.program.helpers[name], name)
+        elif name not in self.modules:
+            self.unseen_modules.add(name.partition(".")[0])
         return self.modules.get(name)
 
     def execute_source(self, source: str, node: ast.AST) -> None:

@@ -17,6 +17,7 @@ from bytejepa.review.library_names import (
     LOSSES,
     NATIVE,
     NETWORK,
+    PLACES,
     PLAIN,
     PROCESSES,
     READERS,
@@ -29,6 +30,7 @@ from bytejepa.review.values import (
     FRESH,
     GRADIENT,
     HASHED,
+    RANDOM,
     STORED,
     TRAINING,
     UNKNOWN,
@@ -128,6 +130,8 @@ class Library(Subscripts):
         if name.endswith(("bitwise_xor", "remainder", ".mod", "fmod")) and VALIDATION in result.labels and result.sites:
             result.labels |= {HASHED}
         gradient = options.get("requires_grad")
+        if PLACES.match(name):
+            result.labels |= {RANDOM}
         if FRESH_TENSORS.match(name) and (
             (gradient is not None and gradient.constant is True) or name.endswith("Parameter")
         ):
@@ -138,6 +142,7 @@ class Library(Subscripts):
             ("torch.nn.functional", "torch.nn.utils", "torch.nn.init")
         ):
             result = Value(kind="instance", payload=None, models=frozenset((self.place(node, "model"),)))
+            self.library_models |= result.models
         elif "log" not in name and name.rpartition(".")[2] in ("to", "device"):
             result = Value()
         if name in ("builtins.Exception", "builtins.print") or name.startswith(("logging.", "time.", "torch.cuda.")):

@@ -39,6 +39,9 @@ SAME = re.compile(
     r"^(?:mlx\.core\.compile|jax\.jit|torch\.(?:compile|jit\.script|nn\.parallel\.DistributedDataParallel|nn\.DataParallel|no_grad|inference_mode)|.*\bDistributedDataParallel)$"
 )
 
+PLACES = re.compile(r"^(?:torch\.randint|(?:numpy\.)?random\.(?:randint|randrange|choice|integers|sample))$")
+"""Random numbers that pick a place; a random order of all places (`randperm`, `shuffle`) is none."""
+
 LAUNCHER_VARIABLES = {
     "RANK",
     "WORLD_SIZE",

@@ -44,6 +44,7 @@ _COUNTS = {
 _RUNTIME_KEYS = re.compile(
     r"seed|run_id|time|loss|bpb|^step$|rank|params|memory|pid|port|tokens_per|elapsed|^lr$|momentum_now|scale|^eta|bytes|_ms$|_s$|reserved|allocated"
 )
+_RAW = re.compile(r"\b(?:raw|fp32|float32|bf16|fp16|uncompressed|unpacked)\b")
 _COMPRESSOR = re.compile(r"\b(zstd|zstandard|brotli|lzma|zlib|lrzip|bz2)\b")
 
 
@@ -93,16 +94,18 @@ class TrainingLog:
     parameters: int | None
     settings: dict[str, Any]
     counts: dict[str, int]
+    reported_label: str = ""
+    """Label of the evaluation that the submission claims; "" where that is the last one."""
     other_bpbs: dict[str, float] = dataclasses.field(default_factory=dict)
     """Bits per byte printed without a loss, the last of every name: `mix_bpb`."""
 
     @property
     def final(self) -> ScoreLine | None:
-        """The evaluation that the submission reports: the last final one, an exact line before a rounded one."""
+        """The evaluation that the submission reports: the claimed or the last one, an exact line before a rounded one."""
         final = [score for score in self.scores if score.is_final]
         if not final:
             return None
-        last = final[-1]
+        last = next((score for score in reversed(final) if score.label == self.reported_label), final[-1])
         twins = [s for s in final if abs(s.bpb - last.bpb) < 1e-4 and s.digits > last.digits]
         return twins[-1] if twins else last
 
@@ -136,6 +139,7 @@ def parse_log(text: str, file: str) -> TrainingLog:
             "total",
             "line",
             "packed_by",
+            "is_packed",
             "total_by",
             "parameters",
         )
@@ -204,11 +208,13 @@ def _sizes(match: re.Match[str], number: int, found: dict[str, Any]) -> None:
         return
     packed = _COMPRESSOR.search(how)
     if what == "serialized model":
-        if packed or found["model"] is None:  # the packed size comes after the raw one
+        is_packed = bool(packed or (how.strip() and not _RAW.search(how)))
+        if is_packed or found["model"] is None:  # the packed size comes after the raw one
             found["model"] = size
+        found["is_packed"] = found["is_packed"] or is_packed
         found["packed_by"] = packed[1] if packed else found["packed_by"]
         return
-    if packed or found["total"] is None:
+    if packed or found["total"] is None or found["is_packed"]:  # nor is a total of the raw size the last word
         found["total"], found["line"] = size, number
     # "int8+zlib" often stays in the text of the total when the packing has changed: the model's own line comes first
     found["total_by"] = packed[1] if packed else found["total_by"]

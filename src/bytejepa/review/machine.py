@@ -58,6 +58,10 @@ class Machine:
         """Forward passes whose loss went into a score."""
         self.converted: set[int] = set()
         """Forward passes whose loss was converted to bits."""
+        self.unseen_modules: set[str] = set()
+        """Modules that the script imports and the folder does not have, libraries among them."""
+        self.library_models: frozenset[int] = frozenset()
+        """Models that are single modules of a library, such as a linear probe."""
         self.compiled = False
         self.statements = 0
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from bytejepa.errors import DataError
 from bytejepa.review.budget import data_findings, folder_findings, size_findings, time_findings
+from bytejepa.review.claims import with_claimed_evaluation
 from bytejepa.review.findings import Evidence, Finding, Review, Status, Weight, judge
 from bytejepa.review.scores import score_findings
 from bytejepa.review.source_scan import scan_source
@@ -46,7 +47,7 @@ def review(target: Path | str, *, run: bool = False) -> Review:
 
 def review_submission(path: Path, *, run: bool = False) -> Review:
     """Return the review of anyone's submission folder."""
-    submission = read_submission(path)
+    submission = with_claimed_evaluation(read_submission(path))
     findings = [
         *folder_findings(submission),
         *size_findings(submission),

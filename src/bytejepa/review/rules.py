@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterable
 
 from bytejepa.review.findings import Evidence, Finding, Status, Weight
@@ -20,7 +21,9 @@ from bytejepa.review.values import (
     FRESH,
     HASHED,
     PREFIX,
+    SAMPLED,
     SUBSET,
+    SUFFIX,
     TARGET,
     TRAINING,
     VALIDATION,
@@ -93,6 +96,10 @@ def _same_model(facts: Facts, step: Event, score: Event) -> bool:
     trained = step.other.models if step.other is not None else frozenset()
     if not trained or not score.value.models or trained & score.value.models:
         return True
+    if _is_probe(facts, step) and not any(
+        e.order > step.order and e.value.models & trained for e in facts.of("weights")
+    ):
+        return False  # nobody takes the weights of the probe out again
     # another model, but one that was filled later, or came out of what was packed later, may hold the trained weights
     between = [e for e in (*facts.of("restore"), *facts.packs) if step.order < e.order < score.order]
     return any(
@@ -100,6 +107,18 @@ def _same_model(facts: Facts, step: Event, score: Event) -> bool:
         or (e.kind == "pack" and not e.value.models)
         for e in between
     )
+
+
+def _is_probe(facts: Facts, step: Event) -> bool:
+    trained = step.other.models if step.other is not None else frozenset()
+    return bool(trained) and trained <= facts.interpreter.library_models
+
+
+def _is_probe_of_rest(facts: Facts, step: Event, score: Event) -> bool:
+    """Return whether a probe learns from the positions before a bound and is scored on those from the bound on."""
+    bound = step.value.bound_text
+    same = bool(bound) and bound == score.value.bound_text
+    return same and step.value.has(PREFIX) and score.value.has(SUFFIX) and _is_probe(facts, step)
 
 
 def training_findings(facts: Facts) -> list[Finding]:
@@ -112,13 +131,13 @@ def training_findings(facts: Facts) -> list[Finding]:
         scores = [score for score in facts.scores if _same_model(facts, step, score)]
         if fresh:  # a delta acts on what is computed with it; one that a hook adds leaves no trace in the call
             scores = [score for score in scores if FRESH in score.value.labels] or scores
-        verdicts = [(score, relation(step, score)) for score in scores]
+        verdicts = [(score, relation(step, score)) for score in scores if not _is_probe_of_rest(facts, step, score)]
         bad = [(step, score, how) for score, how in verdicts if how in ("before", "again", "ahead")]
         if bad:
             (slots if fresh else illegal).append(bad[-1])
         elif any(how == "legal" for _, how in verdicts):
             legal.append(step)
-        elif not verdicts:
+        elif not scores:
             illegal.append((step, step, "before"))
     return [*_training(facts, illegal), *_slot(facts, slots), *_legal(facts, legal, bool(illegal))]
 
@@ -306,6 +325,12 @@ def _keyed(facts: Facts, hashed: list[Event], exact: list[Event]) -> Finding:
     return Finding(check=check, status=Status.PASS, summary="no n-gram cache keyed by the target")
 
 
+def _elsewhere(facts: Facts) -> str:
+    """Return where the scoring may be instead: modules that are neither in the folder nor of the standard library."""
+    names = sorted(facts.interpreter.unseen_modules - sys.stdlib_module_names - {"torch", "numpy", "__future__"})
+    return f" (imported, but not in the folder: {', '.join(names[:8])})" if names else ""
+
+
 def coverage_findings(facts: Facts) -> list[Finding]:
     """Judge whether the script scores all of the validation split, and whether scoring was recognised at all."""
     if not facts.scores:
@@ -314,7 +339,7 @@ def coverage_findings(facts: Facts) -> list[Finding]:
                 check="source.scoring",
                 status=Status.UNKNOWN,
                 weight=Weight.RULING,
-                summary="no scoring of validation data was recognised in the source, so nothing can be said about its order",
+                summary=f"no scoring of validation data was recognised, so nothing can be said about its order{_elsewhere(facts)}",
             )
         ]
     findings = [
@@ -327,7 +352,17 @@ def coverage_findings(facts: Facts) -> list[Finding]:
     ]
     partial = [e for e in facts.scores if SUBSET in e.value.labels]
     partial += [e for e in facts.of("part") if e.value.has(VALIDATION)]
-    if partial:
+    sampled = [e for e in facts.scores if SAMPLED in e.value.labels]
+    if not partial and len(sampled) == len(facts.scores):
+        findings.append(
+            Finding(
+                check="source.coverage",
+                status=Status.FAIL,
+                summary="random places of the validation split are scored, not all of it",
+                evidence=facts.evidence(sampled),
+            )
+        )
+    elif partial:
         findings.append(
             Finding(
                 check="source.coverage",

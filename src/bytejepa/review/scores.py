@@ -8,6 +8,7 @@ import statistics
 from typing import Any
 
 from bytejepa.bits import bits_from_nats
+from bytejepa.review.claims import claim_finding, unscored_claim_findings
 from bytejepa.review.findings import Evidence, Finding, Status, Weight
 from bytejepa.review.log_parser import ScoreLine, TrainingLog
 from bytejepa.review.submission import Submission
@@ -20,6 +21,10 @@ COVERAGE_TOLERANCE = 0.002
 """Tails cut to a multiple of the context are under 0.0001; the known wrong denominators are 4 % off and more."""
 OTHER_SPLIT_TOLERANCE = 0.01
 """How far one tokenizer's symbols per byte may differ between two samples of the same web text."""
+LARGEST_PART = 0.9
+"""Fewer tokens than this share of the split's are a part of it, whose bytes only the author can count."""
+PART_TOLERANCE = 0.05
+"""How far the symbols per byte of such a part may differ from those of the whole split."""
 RECORD_MARGIN_NATS = 0.005
 RECORD_P = 0.01
 _BASELINE = re.compile(
@@ -61,11 +66,11 @@ def score_findings(submission: Submission) -> list[Finding]:
     finals = [(log, log.final) for log in submission.logs]
     reported = [(log, final) for log, final in finals if final is not None]
     if not reported:
-        return []
+        return unscored_claim_findings(submission)
     return [
         _recomputed(submission, reported),
         _coverage(submission, reported),
-        _claims(submission, reported),
+        claim_finding(submission, reported),
         _configurations(submission),
         _seeds(submission, reported),
         _significance(submission, reported),
@@ -90,6 +95,8 @@ def _recomputed(submission: Submission, reported: list[tuple[TrainingLog, ScoreL
         off = abs(_ratio(score) / expected - 1)
         if off > COVERAGE_TOLERANCE + rounding and not is_published and published:
             usual = published / VALIDATION_BYTES
+            if (symbols or 0) < LARGEST_PART * published and abs(_ratio(score) / usual - 1) <= PART_TOLERANCE:
+                return _part_of_split(log, symbols or 0, published)
             if abs(_ratio(score) / usual - 1) <= OTHER_SPLIT_TOLERANCE:
                 return _other_split(log, symbols or 0, published)
         if off > COVERAGE_TOLERANCE + rounding:
@@ -142,6 +149,16 @@ def _other_split(log: TrainingLog, tokens: int, published: int) -> Finding:
     )
 
 
+def _part_of_split(log: TrainingLog, tokens: int, published: int) -> Finding:
+    return Finding(
+        check="scores.bpb_from_loss",
+        status=Status.UNKNOWN,
+        weight=Weight.NOTE,
+        summary="a part of the validation split is scored: its bytes are not known here, and val_bpb cannot be recomputed",
+        evidence=(Evidence(file=log.file, text=f"{tokens:,} validation tokens, the split has {published:,}"),),
+    )
+
+
 def _coverage(submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]]) -> Finding:
     check = "scores.coverage"
     if not claims_fineweb(submission):
@@ -181,97 +198,6 @@ def _coverage(submission: Submission, reported: list[tuple[TrainingLog, ScoreLin
         status=Status.PASS,
         summary=f"the logged {', '.join(sorted(known))} are those of the whole validation split",
     )
-
-
-def _claims(submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]]) -> Finding:
-    check = "scores.claims"
-    claimed = submission.claims.get("val_bpb", submission.claims.get("bpb"))
-    if not isinstance(claimed, int | float) or isinstance(claimed, bool):
-        if submission.claims_problem:
-            return Finding(
-                check=check, status=Status.UNKNOWN, weight=Weight.NOTE, summary="submission.json claims no val_bpb"
-            )
-        return Finding(
-            check=check,
-            status=Status.FAIL,
-            weight=Weight.AUTHOR,
-            summary="submission.json claims no val_bpb",
-            evidence=(Evidence(file="submission.json"),),
-        )
-    finals = [final.bpb for _, final in reported]
-    everything = [score for log, _ in reported for score in log.scores]
-    candidates = [*(score.bpb for score in everything if score.is_final), statistics.fmean(finals), *_means(reported)]
-    nearest = min(candidates, key=lambda value: abs(value - claimed))
-    tolerance = max(0.6 * 10.0 ** -len(str(claimed).partition(".")[2]), 6e-5)
-    if abs(nearest - claimed) > tolerance:
-        summary = f"submission.json claims {claimed} bpb; the logs have {nearest:.6f}"
-        # a mean over seeds cannot be checked against the log of one of them
-        other_seeds = (
-            len(reported) < 3 and any("seed" in key for key in submission.claims) and abs(nearest - claimed) < 0.005
-        )
-        if name := _stated_elsewhere(submission, claimed, tolerance):
-            return Finding(
-                check=check,
-                status=Status.UNKNOWN,
-                weight=Weight.RULING,
-                summary=f"the claimed {claimed} bpb is the {name} of the logs, printed without a loss: it cannot be recomputed",
-                evidence=(Evidence(file="submission.json", text=f"val_bpb {claimed}"),),
-            )
-        weight = Weight.NOTE if other_seeds else Weight.RULE
-        return Finding(
-            check=check,
-            status=Status.FAIL,
-            weight=weight,
-            summary=summary,
-            evidence=(
-                Evidence(file="submission.json", text=f"val_bpb {claimed}"),
-                *(Evidence(file=log.file, line=f.line, text=f.text) for log, f in reported),
-            ),
-        )
-    return _claimed_loss(submission, reported, claimed) or Finding(
-        check=check, status=Status.PASS, summary=f"the claimed {claimed} bpb stands in the logs"
-    )
-
-
-def _claimed_loss(
-    submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]], claimed: float
-) -> Finding | None:
-    """Return what is wrong with the claimed val_loss beside a right val_bpb of `claimed`, None if nothing is."""
-    loss = submission.claims.get("val_loss")
-    losses = [score.loss_nats for log, _ in reported for score in log.scores]
-    losses.append(statistics.fmean(final.loss_nats for _, final in reported))
-    if isinstance(loss, float) and min(abs(value - loss) for value in losses) > max(
-        0.6 * 10.0 ** -len(str(loss).partition(".")[2]), 1.1e-4
-    ):
-        of_claim = min((f for _, f in reported), key=lambda score: abs(score.bpb - claimed))
-        return Finding(
-            check="scores.claims",
-            status=Status.FAIL,
-            weight=Weight.AUTHOR,
-            summary=f"submission.json claims a val_loss of {loss}; the logs have {of_claim.loss_nats:.6f}",
-            evidence=(Evidence(file="submission.json", text=f"val_loss {loss}"),),
-        )
-    return None
-
-
-def _stated_elsewhere(submission: Submission, claimed: float, tolerance: float) -> str:
-    """Return the name under which the logs print the claimed figure otherwise than as a loss with its bpb, or ""."""
-    for name in sorted({name for log in submission.logs for name in log.other_bpbs}):
-        values = [log.other_bpbs[name] for log in submission.logs if name in log.other_bpbs]
-        if any(abs(value - claimed) <= tolerance for value in (*values, statistics.fmean(values))):
-            return name
-    return ""
-
-
-def _means(reported: list[tuple[TrainingLog, ScoreLine]]) -> list[float]:
-    """Return the mean over the seeds of every evaluation that all of them report."""
-    labels = {score.label for log, _ in reported for score in log.scores if score.is_final}
-    found = []
-    for label in labels:
-        last = [[s.bpb for s in log.scores if s.label == label][-1:] for log, _ in reported]
-        if all(last):
-            found.append(statistics.fmean(values[0] for values in last))
-    return found
 
 
 def _configurations(submission: Submission) -> Finding:

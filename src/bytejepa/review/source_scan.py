@@ -65,7 +65,7 @@ def scan_source(
         *switch_findings(facts),
         *tail_findings(facts, None, None, FULL_TARGETS),
     ]
-    if findings[1].status is Status.UNKNOWN:  # a pass means nothing about what was not seen
+    if findings[1].status is Status.UNKNOWN or not facts.scores:  # a pass means nothing about what was not seen
         findings = [
             f
             for f in findings

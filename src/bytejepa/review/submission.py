@@ -13,6 +13,8 @@ from bytejepa.review.log_parser import MAX_LOG_BYTES, TrainingLog, parse_log
 
 MAX_TEXT_BYTES = 4_000_000
 _ENVIRONMENT = re.compile(r"(?:^|[\s;&])(?:export\s+)?([A-Z][A-Z0-9_]{1,60})=(\"[^\"]*\"|'[^']*'|[^\s\\;&]*)")
+_DEFAULT = re.compile(r"^\$\{[A-Z][A-Z0-9_]*:?[-=]([^{}$]*)\}$")
+"""A value that a shell script falls back on: `${EVAL_STRIDE:-64}`."""
 _WEIGHTS = (
     ".ptz",
     ".bjm",
@@ -45,6 +47,8 @@ class Submission:
     """Why submission.json cannot be used; empty if it can."""
     script: Path | None
     logs: tuple[TrainingLog, ...]
+    other_logs: tuple[str, ...]
+    """Logs further down that are left out: of another configuration, or of a seed that has a log at the top."""
     weights: tuple[Path, ...]
     """Files that look like a packed model."""
     settings: dict[str, str]
@@ -76,7 +80,7 @@ def read_submission(root: Path) -> Submission:
     readme = next((path for path in files if path.name.lower() == "readme.md" and path.parent == root), None)
     text = _read(readme) if readme else ""
     claims, problem_text = _claims(root / "submission.json")
-    logs = _logs(files)
+    logs, other_logs = _logs(root, files)
     script = _script(root, files)
     commands = (*_FENCE.findall(text), *(_read(path) for path in files if path.suffix == ".sh"))
     return Submission(
@@ -86,6 +90,7 @@ def read_submission(root: Path) -> Submission:
         claims_problem=problem_text,
         script=script,
         logs=logs,
+        other_logs=other_logs,
         weights=tuple(path for path in files if path.suffix in _WEIGHTS and "tokenizer" not in path.name),
         settings=_settings(commands),
         commands=commands,
@@ -110,11 +115,17 @@ def _claims(path: Path) -> tuple[dict[str, Any], str]:
     return (claims, "") if isinstance(claims, dict) else ({}, "submission.json is not an object")
 
 
-def _logs(files: list[Path]) -> tuple[TrainingLog, ...]:
-    """Return one log a seed: a copy of another log (`train.log` beside `train_seed7.log`) is left out."""
+def _logs(root: Path, files: list[Path]) -> tuple[tuple[TrainingLog, ...], tuple[str, ...]]:
+    """Return one log a seed, and the files of logs that are not the submission's own.
+
+    A copy of another log (`train.log` beside `train_seed7.log`) is left out. Where logs lie at the top, one further down
+    counts if it is of the same configuration and of another seed: it may as well be of an ablation.
+    """
     logs: list[TrainingLog] = []
+    others: list[str] = []
     seen: dict[str, str] = {}
-    for path in files:
+    at_top = False
+    for path in sorted(files, key=lambda path: path.parent != root):
         if path.suffix not in (".log", ".txt") or "requirements" in path.name:
             continue
         text = _read(path, MAX_LOG_BYTES)
@@ -126,8 +137,24 @@ def _logs(files: list[Path]) -> tuple[TrainingLog, ...]:
                 logs = [dataclasses.replace(log, file=path.name) if log.file == name else log for log in logs]
             continue
         seen[path.name] = text
-        logs.append(parse_log(text, path.name))
-    return tuple(logs)
+        log = parse_log(text, path.name)
+        if path.parent != root and logs and at_top and not _belongs(log, logs):
+            others.append(path.relative_to(root).as_posix())
+            continue
+        at_top = at_top or path.parent == root
+        logs.append(log)
+    return tuple(logs), tuple(others)
+
+
+def _belongs(log: TrainingLog, logs: list[TrainingLog]) -> bool:
+    """Return whether a log is of the configuration of `logs` and of a seed that none of them has."""
+    first = logs[0]
+    shared = first.settings.keys() & log.settings.keys()
+    return (
+        all(first.settings[key] == log.settings[key] for key in shared)
+        and (None in (first.parameters, log.parameters) or first.parameters == log.parameters)
+        and (log.seed is None or log.seed not in {other.seed for other in logs})
+    )
 
 
 def _script(root: Path, files: list[Path]) -> Path | None:
@@ -143,7 +170,8 @@ def _settings(commands: tuple[str, ...]) -> dict[str, str]:
     settings: dict[str, str] = {}
     for text in commands:
         if re.search(r"torchrun|train_gpt|python3? ", text):
-            settings |= {name: value.strip("\"'") for name, value in _ENVIRONMENT.findall(text) if "$" not in value}
+            values = {name: _DEFAULT.sub(r"\1", value.strip("\"'")) for name, value in _ENVIRONMENT.findall(text)}
+            settings |= {name: value for name, value in values.items() if "$" not in value}
             if settings:
                 break
     settings.pop("SEED", None)

@@ -11,7 +11,10 @@ from bytejepa.review.values import (
     FORWARD,
     HASHED,
     PREFIX,
+    RANDOM,
+    SAMPLED,
     SUBSET,
+    SUFFIX,
     TARGET,
     UNKNOWN,
     VALIDATION,
@@ -73,6 +76,8 @@ class Subscripts(Expressions):
         """Note a read of ids by position, or of a table by ids."""
         if VALIDATION in owner.labels and FORWARD not in owner.labels and VALIDATION not in index.labels:
             result.sites |= {self.place(node.slice, "site")}
+            if RANDOM in index.labels:
+                result.labels |= {SAMPLED}
             if isinstance(node.slice, ast.BinOp) and isinstance(node.slice.op, ast.Add):
                 step = self.evaluate(node.slice.right)
                 if step.is_known and step.constant == 1:
@@ -105,8 +110,13 @@ class Subscripts(Expressions):
                 result.bound_text = ast.unparse(bounds.upper)
                 if self._is_part(owner, upper, bounds) and VALIDATION in owner.labels:
                     self.emit("part", node, owner)  # of all the losses only the first are used
+            elif bounds.lower is not None and bounds.upper is None and FORWARD in owner.labels:
+                result.labels |= {SUFFIX}
+                result.bound_text = ast.unparse(bounds.lower)
             return result
         result.sites |= {self.place(node.slice, "site")}
+        if RANDOM in lower.labels | upper.labels:
+            result.labels |= {SAMPLED}
         if AHEAD in lower.labels:
             result.labels |= {AHEAD}
         if BEHIND in lower.labels:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import statistics
 
+from bytejepa.review.claims import claimed_bpb, tolerance_of
 from bytejepa.review.findings import Evidence, Finding, Status, Weight
 from bytejepa.review.log_parser import ScoreLine
 from bytejepa.review.program import Program
@@ -57,10 +58,10 @@ def logged_switches(submission: Submission, program: Program) -> dict[str, str]:
 
 def _is_claimed(submission: Submission, switches: dict[str, str]) -> bool:
     """Return whether the claimed figure may come from an evaluation that the switches turn on."""
-    claimed = submission.claims.get("val_bpb", submission.claims.get("bpb"))
-    if not isinstance(claimed, int | float):
+    claimed = claimed_bpb(submission)
+    if claimed is None:
         return True
-    tolerance = max(0.6 * 10.0 ** -len(str(claimed).partition(".")[2]), 6e-5)
+    tolerance = tolerance_of(claimed)
     finals = _finals(submission)
     words = {word for word, score in finals if abs(score.bpb - claimed) <= tolerance} | {
         word for word, _ in finals

@@ -25,6 +25,12 @@ FRESH = "fresh"
 """A new tensor with a gradient, not a weight of a model."""
 PREFIX = "prefix"
 """Only the positions before those that are scored."""
+SUFFIX = "suffix"
+"""Only the positions from some bound on."""
+RANDOM = "random"
+"""A random number that can be a place in the data."""
+SAMPLED = "sampled"
+"""Ids read at a random place."""
 SUBSET = "subset"
 """Only the first part of the validation split."""
 AHEAD = "ahead"
@@ -41,7 +47,24 @@ MATCHED = "matched"
 """Whether something stored equals what is to be predicted."""
 
 DATA_LABELS = frozenset(
-    (STORED, MATCHED, VALIDATION, TRAINING, TARGET, HASHED, FORWARD, FRESH, PREFIX, SUBSET, AHEAD, BEHIND, GRADIENT)
+    (
+        STORED,
+        MATCHED,
+        VALIDATION,
+        TRAINING,
+        TARGET,
+        HASHED,
+        FORWARD,
+        FRESH,
+        PREFIX,
+        SUFFIX,
+        RANDOM,
+        SAMPLED,
+        SUBSET,
+        AHEAD,
+        BEHIND,
+        GRADIENT,
+    )
 )
 
 

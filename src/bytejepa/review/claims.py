@@ -1,0 +1,165 @@
+"""What submission.json claims, against what the logs report. Torch-free."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+
+from bytejepa.review.findings import Evidence, Finding, Status, Weight
+from bytejepa.review.log_parser import ScoreLine, TrainingLog
+from bytejepa.review.submission import Submission
+
+
+def claimed_bpb(submission: Submission) -> float | None:
+    """Return the claimed bits per byte, None if none are claimed: null and 0 are what a template leaves."""
+    claimed = submission.claims.get("val_bpb", submission.claims.get("bpb"))
+    if isinstance(claimed, bool) or not isinstance(claimed, int | float) or claimed <= 0:
+        return None
+    return claimed
+
+
+def tolerance_of(claimed: float) -> float:
+    """Return how far a logged figure may lie from a claim that was rounded to the digits it has."""
+    return max(0.6 * 10.0 ** -len(str(claimed).partition(".")[2]), 6e-5)
+
+
+def with_claimed_evaluation(submission: Submission) -> Submission:
+    """Return a submission whose logs report the evaluation that is claimed, where they hold several.
+
+    The last evaluation stays the reported one if it is the claimed one, or if no evaluation is: not every log ends with
+    the figure that its author reports.
+    """
+    claimed = claimed_bpb(submission)
+    finals = [final for log in submission.logs if (final := log.final) is not None]
+    if claimed is None or not finals:
+        return submission
+    tolerance = tolerance_of(claimed)
+    bpbs = [final.bpb for final in finals]
+    if any(abs(bpb - claimed) <= tolerance for bpb in (*bpbs, statistics.fmean(bpbs))):
+        return submission
+    scores = [score for log in submission.logs for score in log.scores if score.is_final]
+    for label in dict.fromkeys(score.label for score in reversed(scores)):
+        values = [score.bpb for score in scores if score.label == label]
+        if any(abs(bpb - claimed) <= tolerance for bpb in (*values, statistics.fmean(values))):
+            logs = tuple(dataclasses.replace(log, reported_label=label) for log in submission.logs)
+            return dataclasses.replace(submission, logs=logs)
+    return submission
+
+
+def unscored_claim_findings(submission: Submission) -> list[Finding]:
+    """Judge the claim where no log reports the score of a packed model: there is nothing that it could be."""
+    claimed = claimed_bpb(submission)
+    if claimed is None:
+        return [] if submission.claims_problem else [_no_claim(submission)]
+    scores = [(log, score) for log in submission.logs for score in log.scores]
+    if not scores or _stated_elsewhere(submission, claimed, tolerance_of(claimed)):
+        return []
+    evidence = [Evidence(file="submission.json", text=f"val_bpb {claimed}")]
+    evidence += [Evidence(file=log.file, line=score.line, text=score.text) for log, score in scores[-3:]]
+    if any(abs(score.bpb - claimed) <= tolerance_of(claimed) for _, score in scores):
+        summary = f"the claimed {claimed} bpb is of the weights before packing: no log reports the packed model"
+        return [
+            Finding(
+                check="scores.claims",
+                status=Status.UNKNOWN,
+                weight=Weight.NOTE,
+                summary=summary,
+                evidence=tuple(evidence),
+            )
+        ]
+    summary = f"the claimed {claimed} bpb stands in no log, and no log reports the packed model"
+    return [
+        Finding(
+            check="scores.claims", status=Status.FAIL, weight=Weight.AUTHOR, summary=summary, evidence=tuple(evidence)
+        )
+    ]
+
+
+def _no_claim(submission: Submission) -> Finding:
+    check, summary = "scores.claims", "submission.json claims no val_bpb"
+    if submission.claims_problem:
+        return Finding(check=check, status=Status.UNKNOWN, weight=Weight.NOTE, summary=summary)
+    evidence = (Evidence(file="submission.json"),)
+    return Finding(check=check, status=Status.FAIL, weight=Weight.AUTHOR, summary=summary, evidence=evidence)
+
+
+def claim_finding(submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]]) -> Finding:
+    """Judge the claimed val_bpb and val_loss against the evaluations that the logs report."""
+    check = "scores.claims"
+    claimed = claimed_bpb(submission)
+    if claimed is None:
+        return _no_claim(submission)
+    finals = [final.bpb for _, final in reported]
+    everything = [score for log, _ in reported for score in log.scores]
+    candidates = [*(score.bpb for score in everything if score.is_final), statistics.fmean(finals), *_means(reported)]
+    nearest = min(candidates, key=lambda value: abs(value - claimed))
+    tolerance = tolerance_of(claimed)
+    if abs(nearest - claimed) > tolerance:
+        summary = f"submission.json claims {claimed} bpb; the logs have {nearest:.6f}"
+        # a mean over seeds cannot be checked against the log of one of them
+        other_seeds = (
+            len(reported) < 3 and any("seed" in key for key in submission.claims) and abs(nearest - claimed) < 0.005
+        )
+        if name := _stated_elsewhere(submission, claimed, tolerance):
+            return Finding(
+                check=check,
+                status=Status.UNKNOWN,
+                weight=Weight.RULING,
+                summary=f"the claimed {claimed} bpb is the {name} of the logs, printed without a loss: it cannot be recomputed",
+                evidence=(Evidence(file="submission.json", text=f"val_bpb {claimed}"),),
+            )
+        weight = Weight.NOTE if other_seeds else Weight.RULE
+        return Finding(
+            check=check,
+            status=Status.FAIL,
+            weight=weight,
+            summary=summary,
+            evidence=(
+                Evidence(file="submission.json", text=f"val_bpb {claimed}"),
+                *(Evidence(file=log.file, line=f.line, text=f.text) for log, f in reported),
+            ),
+        )
+    return _claimed_loss(submission, reported, claimed) or Finding(
+        check=check, status=Status.PASS, summary=f"the claimed {claimed} bpb stands in the logs"
+    )
+
+
+def _claimed_loss(
+    submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]], claimed: float
+) -> Finding | None:
+    """Return what is wrong with the claimed val_loss beside a right val_bpb of `claimed`, None if nothing is."""
+    loss = submission.claims.get("val_loss")
+    losses = [score.loss_nats for log, _ in reported for score in log.scores]
+    losses.append(statistics.fmean(final.loss_nats for _, final in reported))
+    if isinstance(loss, float) and min(abs(value - loss) for value in losses) > max(
+        0.6 * 10.0 ** -len(str(loss).partition(".")[2]), 1.1e-4
+    ):
+        of_claim = min((f for _, f in reported), key=lambda score: abs(score.bpb - claimed))
+        return Finding(
+            check="scores.claims",
+            status=Status.FAIL,
+            weight=Weight.AUTHOR,
+            summary=f"submission.json claims a val_loss of {loss}; the logs have {of_claim.loss_nats:.6f}",
+            evidence=(Evidence(file="submission.json", text=f"val_loss {loss}"),),
+        )
+    return None
+
+
+def _stated_elsewhere(submission: Submission, claimed: float, tolerance: float) -> str:
+    """Return the name under which the logs print the claimed figure otherwise than as a loss with its bpb, or ""."""
+    for name in sorted({name for log in submission.logs for name in log.other_bpbs}):
+        values = [log.other_bpbs[name] for log in submission.logs if name in log.other_bpbs]
+        if any(abs(value - claimed) <= tolerance for value in (*values, statistics.fmean(values))):
+            return name
+    return ""
+
+
+def _means(reported: list[tuple[TrainingLog, ScoreLine]]) -> list[float]:
+    """Return the mean over the seeds of every evaluation that all of them report."""
+    labels = {score.label for log, _ in reported for score in log.scores if score.is_final}
+    found = []
+    for label in labels:
+        last = [[s.bpb for s in log.scores if s.label == label][-1:] for log, _ in reported]
+        if all(last):
+            found.append(statistics.fmean(values[0] for values in last))
+    return found

@@ -1,0 +1,204 @@
+# ruff: noqa: E501
+"""What a third, blind round of public submissions found wrong with review, each cause rewritten as small as it goes."""
+
+from __future__ import annotations
+
+import pytest
+
+from bytejepa.review import Status, Word, review
+from bytejepa.review.log_parser import parse_log
+from review.folders import Folder, outcome, status_of
+from review.scripts import TTT_ADAPT, script
+
+AT_RANDOM = """
+def eval_somewhere(args, model, device, val_tokens):
+    total, size, batches = torch.zeros((), dtype=torch.float64), 64, 20
+    model.eval()
+    {order}
+    with torch.no_grad():
+        for i in range({turns}):
+            at = {place}
+            part = val_tokens[at : at + size + 1].to(device, torch.int64)
+            total += F.cross_entropy(model.forward_logits(part[:-1][None])[0].float(), part[1:], reduction="sum").double()
+    return total.item(), total.item() / math.log(2.0)
+"""
+SOMEWHERE = "val_loss, val_bpb = eval_somewhere(args, base_model, device, val_tokens)"
+PROBE = """
+def what_features_know(args, model, device, val_tokens):
+    part = val_tokens[:4097].to(device, torch.int64)
+    with torch.no_grad():
+        features = model.forward_hidden(part[:-1][None])[0].float()
+    targets = part[1:]
+    first = int(0.8 * features.shape[0])
+    known, asked = features[:first], features[{asked}:]
+    known_targets, asked_targets = targets[:first], targets[{asked}:]
+    probe = nn.Linear(features.shape[-1], args.vocab_size).to(device)
+    learner = torch.optim.Adam(probe.parameters(), lr=1e-3)
+    for _ in range(200):
+        rows = torch.randint(0, first, (256,))
+        loss = F.cross_entropy(probe(known[rows]), known_targets[rows])
+        learner.zero_grad()
+        loss.backward()
+        learner.step()
+    with torch.inference_mode():
+        answer = F.cross_entropy(probe(asked), asked_targets).item() / math.log(2.0)
+    print(f"probe_bpb:{{answer:.4f}}")
+    {afterwards}
+"""
+COMPRESSORS = """
+def squeeze(data): return lzma.compress(data, preset=9)
+def expand(data): return lzma.decompress(data)
+def keep(data): return data
+CODECS = {"lzma": (squeeze, expand), "none": (keep, keep)}
+def smallest(data):
+    packed = {}
+    for name, (pack, _) in CODECS.items():
+        packed[name] = pack(data)
+    return min(packed.values(), key=len)
+def expanded(data):
+    for name, (_, unpack) in CODECS.items():
+        data = unpack(data)
+    return data
+"""
+
+
+def by_table(source: str) -> str:
+    """Return the script with its compressor taken from a table of functions."""
+    return source.replace("blob = lzma.compress(buffer.getvalue())", "blob = smallest(buffer.getvalue())").replace(
+        "lzma.decompress(restored)", "expanded(restored)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ('export TTT_ENABLED="${TTT_ENABLED:-1}"', Word.FLAG),
+        ("export TTT_ENABLED=${TTT_ENABLED-1}", Word.FLAG),
+        ('export TTT_ENABLED="${TTT_ENABLED:-0}"', Word.CLEAN),
+        ('export TTT_ENABLED="$1"', Word.CLEAN),  # whoever runs it decides
+    ],
+)
+def test_what_a_shell_script_falls_back_on_is_a_setting(line: str, word: Word, tmp_path) -> None:
+    source = script(functions=TTT_ADAPT, before_eval="if args.ttt_enabled: ttt_adapt(args, base_model, device, val_tokens)")  # fmt: skip
+    helpers = {"run.sh": f"set -e\n{line}\ntorchrun --standalone --nproc_per_node=8 train_gpt.py\n"}
+    readme = "# Byte model\n\n```bash\nSEED=42 bash run.sh\n```\n"
+    assert outcome(Folder(source=source, helpers=helpers, readme=readme), tmp_path).verdict.word is word
+
+
+@pytest.mark.parametrize(
+    ("how", "total"), [(" int6+own", 15_912_380), ("", 98_514_364), (" fp32", 98_514_364), (" raw bf16", 98_514_364)]
+)
+def test_the_total_after_the_packed_size_counts_whatever_packed_it(how: str, total: int) -> None:
+    raw = "Serialized model: 98437419 bytes\nTotal submission size: 98514364 bytes\n"
+    log = parse_log(f"{raw}Serialized model{how}: 15835435 bytes\nTotal submission size: 15912380 bytes\n", "a.log")
+    assert log.total_bytes == total
+
+
+@pytest.mark.parametrize("logs", [True, False])
+@pytest.mark.parametrize("claim", [None, 0, 0.0])
+def test_null_and_zero_are_no_claims(claim: float | None, logs: bool, tmp_path) -> None:
+    found = outcome(Folder(claims={"val_bpb": claim, "val_loss": claim, "bytes_total": claim}, with_logs=logs), tmp_path)  # fmt: skip
+    assert status_of(found, "scores.claims") is Status.FAIL
+    assert found.verdict.word is Word.AUTHOR
+    assert status_of(found, "budget.bytes") is (Status.PASS if logs else Status.UNKNOWN)
+
+
+@pytest.mark.parametrize(("claim", "word"), [(1.1, Word.AUTHOR), (1.275, Word.CLEAN)])
+def test_a_claim_that_no_evaluation_can_be(claim: float, word: Word, tmp_path) -> None:
+    path = Folder(claims={"val_bpb": claim, "val_loss": 0.8835}, seeds=(), bpbs=(claim,)).write(tmp_path / "submission")
+    loss, steps = 1.275 * 0.6929, "step:2000/2000"
+    (path / "train.log").write_text(
+        f"{steps} val_loss:{loss:.4f} val_bpb:1.2750 train_time:598059ms step_avg:300.00ms\nSerialized model int6+lzma: 15136809 bytes\n"
+    )
+    found = review(path)
+    assert status_of(found, "scores.claims") is (Status.FAIL if word is Word.AUTHOR else Status.UNKNOWN)
+    assert found.verdict.word is word, found.verdict
+
+
+def test_the_claimed_evaluation_is_the_reported_one(tmp_path) -> None:
+    folder = Folder(claims={"val_bpb": 1.19048559})  # the mean of what comes before the last evaluation
+    path = folder.write(tmp_path / "submission")
+    last = path / "train_seed42.log"  # one seed went on, and got further
+    last.write_text(
+        last.read_text()
+        + "final_longer val_loss:0.8110 val_bpb:1.1704 eval_time:500000ms\nfinal_longer_exact val_loss:0.81101000 val_bpb:1.17043000\n"
+    )
+    found = review(path)
+    assert found.finding("scores.seeds").figures["mean_bpb"] == pytest.approx(1.19048559, abs=1e-8)
+    assert found.finding("budget.evaluation_seconds").figures["evaluation_s"] == pytest.approx(54.321)
+
+
+@pytest.mark.parametrize(("parameters", "seed", "kept"), [(30_000_001, 42, 3), (30_000_001, 5, 3), (24_625_001, 5, 4)])
+def test_a_log_further_down_counts_if_it_is_of_the_same_run(parameters: int, seed: int, kept: int, tmp_path) -> None:
+    path = Folder().write(tmp_path / "submission")
+    text = (path / "train_seed42.log").read_text().replace("24625001", str(parameters)).replace("seed:42", f"seed:{seed}")  # fmt: skip
+    (path / "more").mkdir()
+    (path / "more" / "other_train.log").write_text(text.replace("14369790 bytes", "16369790 bytes"))
+    found = review(path)
+    assert len(found.finding("scores.seeds").figures["bpb"]) == kept
+    assert status_of(found, "budget.bytes") is (Status.FAIL if kept == 4 else Status.PASS)
+    assert ("left out" in found.finding("folder.complete").summary) == (kept == 3)
+
+
+@pytest.mark.parametrize(("bytes_off", "status"), [(1.013, Status.UNKNOWN), (1.3, Status.FAIL)])
+def test_a_part_of_the_split_has_bytes_of_its_own(bytes_off: float, status: Status, tmp_path) -> None:
+    ratio = 62_021_846 / 151_080_891 * bytes_off
+    line = "val_loader:shards pattern=./data/fineweb10B_sp1024/fineweb_val_*.bin tokens:2096128"
+    settings = ("vocab_size:1024 num_layers:13 model_dim:512 train_seq_len:4096",) * 3
+    found = outcome(Folder(ratio=ratio, extra_log=line, settings=settings), tmp_path)
+    assert status_of(found, "scores.bpb_from_loss") is status
+    assert status_of(found, "scores.coverage") is Status.FAIL
+
+
+def test_where_no_scoring_is_seen_nothing_about_it_passes(tmp_path) -> None:
+    source = "from prepare import evaluate\nimport torch\nmodel = torch.nn.Linear(2, 2)\nprint(evaluate(model))\n"
+    found = outcome(Folder(source=source), tmp_path)
+    passed = {f.check for f in found.findings if f.status is Status.PASS and f.check.startswith("source.")}
+    assert passed == {"source.syntax"}
+    assert found.verdict.word is Word.HOLD
+    assert "prepare" in found.finding("source.scoring").summary
+
+
+@pytest.mark.parametrize(
+    ("order", "turns", "place", "status"),
+    [
+        ("", "batches", "torch.randint(0, val_tokens.numel() - size, (1,)).item()", Status.FAIL),
+        ("import random", "batches", "random.randint(0, val_tokens.numel() - size)", Status.FAIL),
+        ("rng = np.random.default_rng(0)", "batches", "int(rng.integers(0, val_tokens.numel() - size))", Status.FAIL),
+        ("starts = torch.randperm(val_tokens.numel() // size)", "len(starts)", "int(starts[i]) * size", Status.PASS),
+        ("", "val_tokens.numel() // size", "i * size", Status.PASS),
+    ],
+)
+def test_random_places_are_not_the_whole_split(order: str, turns: str, place: str, status: Status, tmp_path) -> None:
+    functions = AT_RANDOM.format(order=order or "pass", turns=turns, place=place)
+    source = script(functions=functions, final_eval=SOMEWHERE).replace("val_loss, val_bpb = eval_val(args, model, device, val_tokens)", SOMEWHERE)  # fmt: skip
+    assert status_of(outcome(Folder(source=source), tmp_path), "source.coverage") is status
+
+
+def test_a_glance_at_random_places_during_training_is_no_part(tmp_path) -> None:
+    functions = AT_RANDOM.format(order="pass", turns="batches", place="torch.randint(0, 99, (1,)).item()")
+    source = script(functions=functions, in_training=SOMEWHERE.replace("base_model", "model"))
+    assert status_of(outcome(Folder(source=source), tmp_path), "source.coverage") is Status.PASS
+
+
+@pytest.mark.parametrize(
+    ("asked", "afterwards", "word"),
+    [
+        ("first", "pass", Word.CLEAN),
+        ("0", "pass", Word.FLAG),  # scored on what it learned from
+        ("first", "model.tok_emb.weight.data.copy_(list(probe.parameters())[0])", Word.FLAG),  # and then made use of
+    ],
+)
+def test_a_probe_that_nothing_depends_on_is_no_training(asked: str, afterwards: str, word: Word, tmp_path) -> None:
+    functions = PROBE.format(asked=asked, afterwards=afterwards)
+    source = script(functions=functions, before_quantize="what_features_know(args, base_model, device, val_tokens)")
+    assert outcome(Folder(source=source), tmp_path).verdict.word is word
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_compressors_in_a_table_are_compressors(late: bool, tmp_path) -> None:
+    look = "x, y = train_loader.next_batch(65536, args.train_seq_len); temperature = float(model(x, y))"
+    source = script(functions=COMPRESSORS, **{"before_eval" if late else "before_quantize": look})
+    found = outcome(Folder(source=by_table(source)), tmp_path)
+    assert found.verdict.word is (Word.FLAG if late else Word.CLEAN), found.verdict
+    assert (found.finding("source.training_data_at_evaluation") is not None) == late
