@@ -36,16 +36,24 @@ print(json.dumps(outcomes))
 """Runs one command after the other, so that torch is imported once for all of them."""
 
 PATIENT = """
-import datetime, json, sys, time
+import datetime, json, sys, time, weakref
 import torch.distributed as dist
 from bytejepa.training.distributed import join, leave
+opened, open_one = [], dist.new_group
+def remembered(**options):
+    group = open_one(**options)
+    opened.append(weakref.ref(group))
+    return group
+dist.new_group = remembered
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=1))
 ranks = join("cpu")
 with ranks.agree():
     time.sleep(2 if ranks.is_main else 0)
-print(json.dumps(ranks.sum_on_hosts([1.0])))
+summed = ranks.sum_on_hosts([1.0])
 leave()
+print(json.dumps([summed, len(opened), sum(group() is not None for group in opened)]))
 """
+"""Here `ranks` lives to the end, as in a program that goes on; a group that did, too, might abort the process (`leave`)."""
 
 
 def free_port() -> str:
@@ -177,5 +185,6 @@ def test_two_ranks_make_a_submission(cases, outcomes) -> None:
     assert (Path(cases["nothing: a submission"].commands[0][5]) / "submission.json").is_file()
 
 
-def test_ranks_wait_longer_for_one_that_packs_than_for_each_other() -> None:
-    assert on_two_ranks(PATIENT) == [[2.0], [2.0]]
+def test_ranks_wait_longer_for_one_that_packs_and_leave_no_group_behind() -> None:
+    opened, left = 1, 0
+    assert on_two_ranks(PATIENT) == [[[2.0], opened, left]] * 2
