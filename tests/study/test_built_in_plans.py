@@ -18,7 +18,10 @@ SMALL = {
 }
 VARIANTS = [
     (plan.name, variant.name)
-    for plan in map(load_plan, ("golf-techniques", "golf-candidates", "golf-chunks", "golf-settings", "golf-structure"))
+    for plan in map(
+        load_plan,
+        ("golf-techniques", "golf-candidates", "golf-chunks", "golf-settings", "golf-structure", "quantization-aware"),
+    )
     for variant in plan.variants
 ]
 
