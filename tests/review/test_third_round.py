@@ -202,3 +202,129 @@ def test_compressors_in_a_table_are_compressors(late: bool, tmp_path) -> None:
     found = outcome(Folder(source=by_table(source)), tmp_path)
     assert found.verdict.word is (Word.FLAG if late else Word.CLEAN), found.verdict
     assert (found.finding("source.training_data_at_evaluation") is not None) == late
+
+
+COUNTED = """
+def eval_moving_bias(args, model, device, val_tokens):
+    total = torch.zeros((), dtype=torch.float64)
+    for start in range(0, val_tokens.numel() - 65, 64):
+        part = val_tokens[start : start + 65].to(device, torch.int64)
+        {before}
+        with torch.no_grad():
+            nll = F.cross_entropy(model.forward_logits(part[:-1][None])[0].float(), part[1:], reduction="sum")
+        total += nll.double()
+        {after}
+    return total.item(), total.item() / math.log(2.0)
+"""
+CHANGES = {
+    "added": "model.out_bias.data += 0.01 * torch.bincount(part[1:], minlength=260)",
+    "method": "model.out_bias.add_(torch.bincount(part[1:], minlength=260).float(), alpha=0.01)",
+    "average": "model.out_bias.data.lerp_(F.one_hot(part[1:], 260).float().mean(0), 0.1)",
+    "copied": "model.out_bias.data.copy_(0.9 * model.out_bias + F.one_hot(part[1:], 260).float().mean(0))",
+    "indexed": "model.out_bias.data[part[1:]] += 0.01",
+    "at index": "model.out_bias.data.index_add_(0, part[1:], torch.ones(64))",
+    "Hebbian": "model.tok_emb.weight.data[part[1:]] += 0.01 * model.forward_hidden(part[:-1][None])[0]",
+    "all": "for p in model.parameters(): p.data.add_(part[1:].float().mean())",
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weights_changed_by_counts_are_adapted_like_any_others(how: str, when: str, tmp_path) -> None:
+    functions = COUNTED.format(**({"before": "pass", "after": "pass"} | {when: CHANGES[how]}))
+    source = script(functions=functions, final_eval="val_loss, val_bpb = eval_moving_bias(args, base_model, device, val_tokens)")  # fmt: skip
+    found = outcome(Folder(source=source), tmp_path)
+    if when == "before":
+        assert found.verdict.word is Word.FLAG
+        assert "without a gradient" in found.finding("source.test_time_training").summary
+    else:
+        assert status_of(found, "source.score_first_training") is Status.PASS
+        assert found.verdict.word is Word.CLEAN
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "seen = torch.zeros(260); seen[part[1:]] += 1; print(seen.sum())",  # counts of its own
+        "kept = model.out_bias.data.clone(); model.out_bias.data.copy_(kept)",  # nothing of the data
+        "lengths = torch.zeros(4, device=model.out_bias.device); lengths[0] += part.numel()",
+    ],
+)
+def test_what_changes_no_weight_is_no_adaptation(line: str, tmp_path) -> None:
+    source = script(functions=COUNTED.format(before=line, after="pass"), final_eval="val_loss, val_bpb = eval_moving_bias(args, base_model, device, val_tokens)")  # fmt: skip
+    found = outcome(Folder(source=source), tmp_path)
+    assert found.verdict.word is Word.CLEAN
+    assert "Track A" in found.verdict.reason
+
+
+INSIDE = """
+class Remembering(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.inner = nn.Linear(args.model_dim, args.vocab_size)
+        self.tok_emb = nn.Embedding(args.vocab_size, args.model_dim)
+        self.register_buffer("memory", torch.zeros(args.vocab_size))
+        self.angles, self.angles_of = None, 0
+    {method}
+    def forward(self, ids, targets=None):
+        if self.angles is None or self.angles_of != ids.shape[1]:
+            self.angles = torch.arange(ids.shape[1]).cos()
+            self.angles_of = ids.shape[1]
+        logits = self.inner(self.tok_emb(ids) * self.angles[None, :, None])
+        {first}
+        {read}
+        {last}
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.reshape(-1, logits.size(-1)), targets.reshape(-1))
+"""
+TAKE = "self.memory.scatter_add_(0, {what}.reshape(-1), torch.ones({what}.numel()))"
+LOOK = "logits = logits + 0.1 * torch.log1p(self.memory)"
+EMPTY = "def start_over(self): self.memory.zero_()"
+
+
+def inside(*, first: str = "pass", read: str = LOOK, last: str = "pass", method: str = "", reset: bool = False) -> str:
+    """Return a script whose network has a memory inside."""
+    source = script(functions=INSIDE.format(first=first, read=read, last=last, method=method or "pass"))
+    source = source.replace("base_model = GPT(args)", "base_model = Remembering(args)")
+    return source.replace("model.eval()", "model.eval(); model.start_over()") if reset else source
+
+
+@pytest.mark.parametrize(
+    ("source", "status"),
+    [
+        (inside(first=TAKE.format(what="targets")), Status.FAIL),  # the prediction knows what it is asked
+        (inside(first="table = self.memory; table[targets.reshape(-1)] += 1"), Status.FAIL),
+        (inside(first="self.take(targets)", method="def take(self, what): self.memory[what.reshape(-1)] += 1"), Status.FAIL),
+        (inside(first=TAKE.format(what="ids")), Status.UNKNOWN),  # later positions of the same call too
+        (inside(last=TAKE.format(what="targets")), Status.UNKNOWN),  # from one evaluation to the next
+        (inside(last=TAKE.format(what="targets"), method=EMPTY, reset=True), Status.PASS),
+        (inside(last="self.memory = 0.9 * self.memory + F.one_hot(targets, 260).float().mean((0, 1))", method=EMPTY, reset=True), Status.PASS),
+        (inside(), Status.PASS),
+        (inside(first="if self.training: " + TAKE.format(what="ids")), Status.PASS),  # fixed when it counts
+        (inside(first=TAKE.format(what="ids"), read="pass"), Status.PASS),  # nobody reads it
+        (inside(first="out = torch.empty_like(ids); rows = self.angles_of; out[..., 0] = rows; out[..., 1:] = ids[..., 1:] % rows; logits = logits + out.sum()"), Status.PASS),
+        (inside(first="self.loss_sum = logits.sum() + ids.sum()", read="print(self.loss_sum)"), Status.PASS),
+    ],
+)  # fmt: skip
+def test_a_memory_inside_the_network(source: str, status: Status, tmp_path) -> None:
+    found = outcome(Folder(source=source), tmp_path)
+    assert status_of(found, "source.network_state") is status, found.finding("source.network_state")
+    assert found.verdict.word is {Status.FAIL: Word.FLAG, Status.UNKNOWN: Word.HOLD, Status.PASS: Word.CLEAN}[status]
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        ("| Artifact size | 13,361,078 bytes |", Status.PASS),
+        ("Total artifact: 16361078 bytes", Status.FAIL),
+        ("| A | total | 16,681,127 bytes |\n| B | total | 15,199,107 bytes |", Status.UNKNOWN),
+        ("The artifact is small; 4,010,803,200 tokens were seen, and the total is 27,993,756 parameters.", Status.UNKNOWN),
+    ],
+)  # fmt: skip
+def test_sizes_that_stand_in_the_readme_alone(lines: str, status: Status, tmp_path) -> None:
+    path = Folder(claims={"bytes_total": None}, readme=f"# Byte model\n\n{lines}\n").write(tmp_path / "submission")
+    for log in path.glob("*.log"):
+        kept = [line for line in log.read_text().splitlines() if "Serialized" not in line and "Total" not in line]
+        log.write_text("\n".join(kept))
+    assert status_of(review(path), "budget.bytes") is status

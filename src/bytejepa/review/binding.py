@@ -67,6 +67,8 @@ class Binding(Calls):
         if index.is_known and isinstance(index.constant, str):
             owner.attributes[f"[{index.constant}]"] = value
             return
+        if self.note_counted_update(owner, combine(index, value), target):
+            return
         if VALIDATION in index.labels and VALIDATION not in owner.labels:
             self.update_table(owner, index, target)
         self.note_masking(target, owner, index)

@@ -29,6 +29,11 @@ _MEBIBYTES = re.compile(
 
 
 _IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+([A-Za-z_][\w.]*)", re.MULTILINE)
+_README_TOTAL = re.compile(
+    r"\b(?:artifact|submission|total|bytes_total)\b[^\n.;]{0,60}?(?<![\d.,])(\d{1,3}(?:,\d{3}){2,}|\d{7,9})(?:\s*(?:bytes|B)\b|\s*\||\W*$)",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""A total in words: `Artifact size | 13,361,078 bytes`."""
 _TOTALS = (
     "bytes_total", "artifact_bytes", "total_bytes", "artifact_size_bytes", "submission_bytes", "total_submission_bytes",
 )  # fmt: skip
@@ -78,7 +83,7 @@ def size_findings(submission: Submission) -> list[Finding]:
             )
     if claimed is not None:
         totals.append((claimed, Evidence(file="submission.json", text=f"{claimed:,} bytes claimed")))
-    findings.append(_cap(totals))
+    findings.append(_cap(totals) if totals else _cap_of_readme(submission))
     findings.append(_code(submission, files))
     if match := _MEBIBYTES.search(_code_without_comments(submission) + submission.readme):
         worst = max((total for total, _ in totals), default=0)
@@ -130,6 +135,22 @@ def _claimed_total(submission: Submission) -> int | None:
         if isinstance(value := part.get(key), int) and not isinstance(value, bool) and value > 0
     ]
     return max(found, default=None)
+
+
+def _cap_of_readme(submission: Submission) -> Finding:
+    """Judge the totals that stand in the README alone; where only some are over the cap, it cannot be said whose they are."""
+    lines = [(int(m[1].replace(",", "")), m[0].strip()) for m in _README_TOTAL.finditer(submission.readme)]
+    totals = [(size, Evidence(file="README.md", text=text[:120])) for size, text in lines if size > 1_000_000]
+    over = [size > ARTIFACT_LIMIT_BYTES for size, _ in totals]
+    if any(over) and not all(over):
+        return Finding(
+            check="budget.bytes",
+            status=Status.UNKNOWN,
+            weight=Weight.AUTHOR,
+            summary="totals stand in the README only, some over the cap of 16,000,000: which one is the artifact's?",
+            evidence=tuple(evidence for _, evidence in totals),
+        )
+    return _cap(totals)
 
 
 def _cap(totals: list[tuple[int, Evidence]]) -> Finding:

@@ -156,6 +156,8 @@ class Calls(Library):
             return self._text(owner, name, arguments)
         if name in UPDATING_METHODS and self.note_update(owner, combine(*everything), node):
             return owner
+        if name in FILLING_METHODS and self.note_counted_update(owner, combine(*everything), node):
+            return owner
         if name in TAKING_METHODS:
             return self._take(owner, name, everything, node)
         if owner.kind in ("instance", "member") and owner.models and VALIDATION in combine(*everything).labels:

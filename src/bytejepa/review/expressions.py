@@ -382,7 +382,7 @@ class Expressions(Machine):
             if owner.payload.is_network:
                 return Value(kind="member", payload=(owner, name), models=owner.models)
             return combine(owner)
-        if name in ("shape", "dtype", "device", "ndim") and owner.kind == "data":
+        if name in ("shape", "dtype", "device", "ndim") and owner.kind in ("data", "member"):
             return Value()
         labels = owner.labels & DATA | (frozenset((GRADIENT,)) if name == "grad" else frozenset())
         return Value(kind="member", payload=(owner, name), labels=labels, models=owner.models, loops=owner.loops,

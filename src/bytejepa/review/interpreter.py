@@ -104,8 +104,12 @@ class Interpreter(Binding):
         if isinstance(node.target, ast.Subscript):
             owner = self.evaluate(node.target.value)
             index = self.evaluate(node.target.slice) if not isinstance(node.target.slice, ast.Slice) else Value()
+            if self.note_counted_update(owner, combine(index, value), node):
+                return
             self.update_table(owner, index, node)
             absorb(owner, value)
+            return
+        if self.note_counted_update(self.evaluate(node.target), value, node):
             return
         moved = (
             node.target.value if isinstance(node.target, ast.Attribute) and node.target.attr == "data" else node.target

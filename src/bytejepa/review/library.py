@@ -7,6 +7,7 @@ import ast
 import math
 from typing import Any
 
+from bytejepa.review.expressions import DATA
 from bytejepa.review.library_names import (
     COMPRESSORS,
     CONTAINERS,
@@ -166,11 +167,23 @@ class Library(Subscripts):
         if weights.kind == "member" and weights.payload[1] == "data":
             weights = weights.payload[0]
         is_trained = bool(weights.models) or FRESH in weights.labels
+        if self.note_counted_update(weights, change, node):
+            return True
         if GRADIENT not in change.labels or GRADIENT in weights.labels or not is_trained:
             return False
         trained = Value(models=weights.models, labels=weights.labels & frozenset((FRESH,)))
         self.emit("step", node, self.pending, "by hand", other=trained)
         self.stepped = True
+        return True
+
+    def note_counted_update(self, weights: Value, change: Value, node: ast.AST) -> bool:
+        """Note that weights were moved by what validation ids or predictions say, without any gradient."""
+        is_weight = weights.kind in ("member", "data") and weights.models and not weights.origin
+        if not is_weight or weights.labels & DATA or VALIDATION not in change.labels or GRADIENT in change.labels:
+            return False
+        learned = combine(change)
+        learned.labels |= {FORWARD}
+        self.emit("step", node, learned, "without a gradient", other=Value(models=weights.models))
         return True
 
     def note_minimum(self, arguments: list[Value], node: ast.AST) -> None:

@@ -168,7 +168,8 @@ def _training(facts: Facts, illegal: list[tuple[Event, Event, str]]) -> list[Fin
             )
             continue
         step, _score, how = cases[0]
-        summary = f"{what} {_HOW[how]} (in {step.stack[-1]})"
+        how_made = f"{step.detail}, " if step.detail == "without a gradient" else ""
+        summary = f"{what} {_HOW[how]} ({how_made}in {step.stack[-1]})"
         evidence = facts.evidence([case[0] for case in cases], "step") + facts.evidence(
             [case[1] for case in cases], "score"
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from bytejepa.review.findings import Evidence, Finding, Status, Weight
 from bytejepa.review.interpreter import interpret
+from bytejepa.review.network_state import state_findings
 from bytejepa.review.program import Program, read_program
 from bytejepa.review.rules import Facts, calibration_findings, coverage_findings, table_findings, training_findings
 from bytejepa.review.surroundings import (
@@ -61,6 +62,7 @@ def scan_source(
         *coverage_findings(facts),
         *network_findings(facts, {path.name for path in root.rglob("*") if path.is_file()}),
         *native_findings(facts),
+        *state_findings(facts),
         *compressor_findings(facts, compressor),
         *switch_findings(facts),
         *tail_findings(facts, None, None, FULL_TARGETS),
