@@ -161,7 +161,7 @@ def test_reports_of_all_forms(tmp_path, capsys) -> None:
     out = tmp_path / "review.md"
     assert Verb(target=path, markdown=True, output=out).run_command() == 0
     assert "Recommendation" in out.read_text()
-    with pytest.raises(DataError):
+    with pytest.raises(ConfigError, match="exists"):
         Verb(target=path, output=out).run_command()
     with pytest.raises(ConfigError):
         Verb(target=path, json=True, markdown=True).run_command()
