@@ -328,3 +328,77 @@ def test_sizes_that_stand_in_the_readme_alone(lines: str, status: Status, tmp_pa
         kept = [line for line in log.read_text().splitlines() if "Serialized" not in line and "Total" not in line]
         log.write_text("\n".join(kept))
     assert status_of(review(path), "budget.bytes") is status
+
+
+TABLES = """
+class Counts:
+    def __init__(self, words):
+        self.words = words
+        self.seen = {{order: collections.defaultdict(lambda: collections.defaultdict(int)) for order in range(1, 4)}}
+    def take(self, context, word):
+        for order in range(1, 4):
+            self.seen[order][tuple(context[-order:].tolist())][word.item()] += 1
+    def guess(self, context):
+        for order in range(3, 0, -1):
+            found = self.seen[order][tuple(context[-order:].tolist())]
+            if found:
+                out = torch.zeros(self.words)
+                for word, count in found.items():
+                    out[word] = count / sum(found.values())
+                return out
+        return torch.full((self.words,), 1 / self.words)
+
+def eval_counted(args, model, device, val_tokens):
+    total, table = torch.zeros((), dtype=torch.float64), Counts(args.vocab_size)
+    for start in range(0, val_tokens.numel() - 65, 64):
+        part = val_tokens[start : start + 65].to(device, torch.int64)
+        {first}
+        with torch.no_grad():
+            known = F.softmax(model.forward_logits(part[:-1][None])[0].float(), dim=-1)
+            mixed = torch.stack([0.9 * known[i] + 0.1 * table.guess(part[: i + 1]) for i in range(64)])
+            total += F.nll_loss(mixed.log(), part[1:], reduction="sum").double()
+        {last}
+    return total.item(), total.item() / math.log(2.0)
+"""
+ROWS = """
+def eval_counted(args, model, device, val_tokens):
+    total = torch.zeros((), dtype=torch.float64)
+    for group in range(0, val_tokens.numel() - 4096, 4096):
+        counts = torch.zeros(4, model.tok_emb.num_embeddings, device=model.tok_emb.weight.device)
+        for turn in range(16):
+            for row in range(4):
+                at = group + row * 1024 + turn * 64
+                part = val_tokens[at : at + 65].to(device, torch.int64)
+                targets = part[1:]
+                {first}
+                with torch.no_grad():
+                    own = F.log_softmax(model.forward_logits(part[:-1][None])[0].float(), dim=-1).gather(1, targets[:, None])[:, 0]
+                    share = counts[row][targets] / counts[row].sum().clamp_min(1)
+                    total += -torch.log(0.9 * own.exp() + 0.1 * share).double().sum()
+                {last}
+    return total.item(), total.item() / math.log(2.0)
+"""
+FILL_ROW = "counts[row].scatter_add_(0, targets, torch.ones(64))"
+FILL_TABLE = "for i in range(64): table.take(part[: i + 1], part[i + 1])"
+
+
+@pytest.mark.parametrize("place", ["at the end", "in training too"])
+@pytest.mark.parametrize(
+    ("functions", "fill", "when", "status"),
+    [
+        (TABLES, FILL_TABLE, "first", Status.FAIL),
+        (TABLES, FILL_TABLE, "last", Status.PASS),
+        (ROWS, FILL_ROW, "first", Status.FAIL),
+        (ROWS, FILL_ROW, "last", Status.PASS),
+    ],
+    ids=["table first", "table last", "row first", "row last"],
+)
+def test_tables_in_tables_and_rows_of_tables(functions: str, fill: str, when: str, status: Status, place: str, tmp_path) -> None:  # fmt: skip
+    call = "val_loss, val_bpb = eval_counted(args, base_model, device, val_tokens)"
+    text = functions.format(**({"first": "pass", "last": "pass"} | {when: fill}))
+    source = script(imports="import collections", functions=text, final_eval=call, in_training=call if "training" in place else "pass")  # fmt: skip
+    found = outcome(Folder(source=source), tmp_path)
+    assert status_of(found, "source.rescoring") is status
+    assert status_of(found, "source.test_time_training") is Status.PASS  # a size that is a model's makes no weight
+    exact = functions is ROWS and when == "last"  # whether such a mixture is normalised is not seen
+    assert found.verdict.word is (Word.FLAG if status is Status.FAIL else Word.HOLD if exact else Word.CLEAN)

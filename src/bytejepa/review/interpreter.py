@@ -102,14 +102,12 @@ class Interpreter(Binding):
         if isinstance(node.op, ast.Mult) and MATCHED in value.labels:
             self.note_masking(node, self.evaluate(node.target), value)
         if isinstance(node.target, ast.Subscript):
-            owner = self.evaluate(node.target.value)
+            owner = self._written(node.target.value)
             index = self.evaluate(node.target.slice) if not isinstance(node.target.slice, ast.Slice) else Value()
             if self.note_counted_update(owner, combine(index, value), node):
                 return
             self.update_table(owner, index, node)
             absorb(owner, value)
-            return
-        if self.note_counted_update(self.evaluate(node.target), value, node):
             return
         moved = (
             node.target.value if isinstance(node.target, ast.Attribute) and node.target.attr == "data" else node.target
@@ -119,6 +117,8 @@ class Interpreter(Binding):
             if self.note_update(weights, value, node):
                 return
         before = self.evaluate(ast.Name(id=node.target.id) if isinstance(node.target, ast.Name) else node.target)
+        if self.note_counted_update(before, value, node):
+            return
         result = self.operate(node.op, before, value)
         if isinstance(node.target, ast.Attribute) and self.loops:
             # a reader that moves on: what it gives next depends on the turn of the loop that asks
@@ -132,6 +132,13 @@ class Interpreter(Binding):
                 self.update_table(before, value, node)
             absorb(before, result)
             before.loops |= result.loops
+
+    def _written(self, node: ast.expr) -> Value:
+        """Return the table that an item is written to: the way there is no look-up for a prediction."""
+        begin = len(self.events)
+        owner = self.evaluate(node)
+        self.events[begin:] = [event for event in self.events[begin:] if event.kind != "lookup"]
+        return owner
 
     def _do_functiondef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         function = Function(node, self.frame.scope, node.name, self.turns_gradients_off(node))

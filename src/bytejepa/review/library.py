@@ -32,7 +32,9 @@ from bytejepa.review.values import (
     GRADIENT,
     HASHED,
     RANDOM,
+    ROWS,
     STORED,
+    TABLE,
     TRAINING,
     UNKNOWN,
     VALIDATION,
@@ -139,6 +141,9 @@ class Library(Subscripts):
             result = Value(labels=frozenset((FRESH,)), origin=self.place(node))
         elif CONTAINERS.match(name):
             result.origin = self.place(node)
+            self.born[result.origin] = self.loops
+            result.models = frozenset()  # its size and device may be a model's, its content is not
+            result.payload = TABLE if name.startswith(("collections.", "builtins.dict")) else ROWS
         elif name.startswith("torch.nn.") and not name.startswith(
             ("torch.nn.functional", "torch.nn.utils", "torch.nn.init")
         ):

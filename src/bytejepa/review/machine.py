@@ -58,6 +58,8 @@ class Machine:
         """Forward passes whose loss went into a score."""
         self.converted: set[int] = set()
         """Forward passes whose loss was converted to bits."""
+        self.born: dict[int, tuple[int, ...]] = {}
+        """Loops around the place where a table was made: with each turn of them it is empty again."""
         self.unseen_modules: set[str] = set()
         """Modules that the script imports and the folder does not have, libraries among them."""
         self.library_models: frozenset[int] = frozenset()

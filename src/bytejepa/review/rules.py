@@ -7,6 +7,7 @@ byte is scored? `relation` answers it for one change and one score from their or
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import sys
 from collections.abc import Iterable
@@ -256,6 +257,14 @@ def calibration_findings(facts: Facts) -> list[Finding]:
     return [Finding(check=check, status=Status.PASS, summary="no calibration on validation data")]
 
 
+def _relation_in_table(facts: Facts, fill: Event, read: Event) -> str:
+    """Return how filling a table stands to reading it, without the loops in each turn of which it is made anew."""
+    born = facts.interpreter.born.get(fill.other.origin, ()) if fill.other is not None else ()
+    if fill.loops[: len(born)] == born == read.loops[: len(born)]:
+        fill, read = (dataclasses.replace(event, loops=event.loops[len(born) :]) for event in (fill, read))
+    return relation(fill, read)
+
+
 def table_findings(facts: Facts) -> list[Finding]:
     """Judge caches of counts: keyed by the target, filled before scoring; and taking the better of two losses."""
     filled = {e.other.origin for e in facts.of("fill") if e.other is not None}
@@ -272,7 +281,7 @@ def table_findings(facts: Facts) -> list[Finding]:
         if fill.other is not None
         and read.other is not None
         and fill.other.origin == read.other.origin
-        and relation(fill, read) in ("before", "again", "ahead")
+        and _relation_in_table(facts, fill, read) in ("before", "again", "ahead")
     ]
     minima = facts.of("minimum")
     masked = [

@@ -12,9 +12,11 @@ from bytejepa.review.values import (
     HASHED,
     PREFIX,
     RANDOM,
+    ROWS,
     SAMPLED,
     SUBSET,
     SUFFIX,
+    TABLE,
     TARGET,
     UNKNOWN,
     VALIDATION,
@@ -59,6 +61,10 @@ class Subscripts(Expressions):
         if isinstance(node.slice, ast.Tuple):
             self._region(node.slice, result)
         self._read(node, owner, index, result)
+        if owner.kind == "data" and owner.payload == TABLE and owner.origin:
+            result.origin, result.payload = owner.origin, TABLE
+        elif owner.kind == "data" and owner.payload == ROWS and VALIDATION not in index.labels | owner.labels:
+            result.origin = owner.origin if not isinstance(node.slice, ast.Tuple) else 0
         return result
 
     def _region(self, index: ast.Tuple, result: Value) -> None:

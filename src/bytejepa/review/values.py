@@ -46,6 +46,12 @@ STORED = "stored"
 MATCHED = "matched"
 """Whether something stored equals what is to be predicted."""
 
+TABLE = "table"
+"""Payload of a dictionary that is filled as it goes: what lies under a key of it may be a table again."""
+
+ROWS = "rows"
+"""Payload of a new array: a row of it, by a number that is no id, is a part of the same table."""
+
 DATA_LABELS = frozenset(
     (
         STORED,
