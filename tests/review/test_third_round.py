@@ -248,6 +248,7 @@ def test_weights_changed_by_counts_are_adapted_like_any_others(how: str, when: s
         "seen = torch.zeros(260); seen[part[1:]] += 1; print(seen.sum())",  # counts of its own
         "kept = model.out_bias.data.clone(); model.out_bias.data.copy_(kept)",  # nothing of the data
         "lengths = torch.zeros(4, device=model.out_bias.device); lengths[0] += part.numel()",
+        "seen = torch.zeros(4, model.tok_emb.num_embeddings); seen[0, :][part[1:]] += 1; print(seen.sum())",  # a size of the model's
     ],
 )
 def test_what_changes_no_weight_is_no_adaptation(line: str, tmp_path) -> None:

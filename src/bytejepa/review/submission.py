@@ -138,7 +138,7 @@ def _logs(root: Path, files: list[Path]) -> tuple[tuple[TrainingLog, ...], tuple
             continue
         seen[path.name] = text
         log = parse_log(text, path.name)
-        if path.parent != root and logs and at_top and not _belongs(log, logs):
+        if path.parent != root and at_top and not _belongs(log, logs):
             others.append(path.relative_to(root).as_posix())
             continue
         at_top = at_top or path.parent == root
