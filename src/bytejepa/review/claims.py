@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import statistics
 
 from bytejepa.review.findings import Evidence, Finding, Status, Weight
 from bytejepa.review.log_parser import ScoreLine, TrainingLog
 from bytejepa.review.submission import Submission
 
+_MEAN_KEY = re.compile(r"(?:mean|average|avg)_(?:val_)?bpb|(?:val_)?bpb(?:_\d+_?seeds?)?_(?:mean|average|avg)")
+"""Names under which the mean over the seeds is claimed: `mean_val_bpb`, `val_bpb_mean`, `val_bpb_3seed_mean`."""
+OTHER_SEEDS_BPB = 0.005
+"""How far the mean over seeds may lie from the figure of one of them."""
+
 
 def claimed_bpb(submission: Submission) -> float | None:
-    """Return the claimed bits per byte, None if none are claimed: null and 0 are what a template leaves."""
-    claimed = submission.claims.get("val_bpb", submission.claims.get("bpb"))
-    if isinstance(claimed, bool) or not isinstance(claimed, int | float) or claimed <= 0:
-        return None
-    return claimed
+    """Return the claimed bits per byte, of one run or the mean over the seeds; None if none are claimed.
+
+    null and 0 are no claims: they are what a template leaves.
+    """
+    means = [key for key in submission.claims if _MEAN_KEY.fullmatch(key)]
+    for key in ("val_bpb", "bpb", *means):
+        claimed = submission.claims.get(key)
+        if isinstance(claimed, int | float) and not isinstance(claimed, bool) and claimed > 0:
+            return claimed
+    return None
 
 
 def tolerance_of(claimed: float) -> float:
@@ -97,10 +108,11 @@ def claim_finding(submission: Submission, reported: list[tuple[TrainingLog, Scor
     if abs(nearest - claimed) > tolerance:
         summary = f"submission.json claims {claimed} bpb; the logs have {nearest:.6f}"
         # a mean over seeds cannot be checked against the log of one of them
-        other_seeds = (
-            len(reported) < 3 and any("seed" in key for key in submission.claims) and abs(nearest - claimed) < 0.005
-        )
-        if name := _stated_elsewhere(submission, claimed, tolerance):
+        of_seeds = len(reported) < 3 and any("seed" in key for key in submission.claims)
+        other_seeds = of_seeds and abs(nearest - claimed) < OTHER_SEEDS_BPB
+        if name := _stated_elsewhere(
+            submission, claimed, OTHER_SEEDS_BPB if of_seeds and not other_seeds else tolerance
+        ):
             return Finding(
                 check=check,
                 status=Status.UNKNOWN,

@@ -21,6 +21,7 @@ from bytejepa.review.values import (
     PREFIX,
     STORED,
     SUBSET,
+    TABLE,
     TARGET,
     TRAINING,
     UNKNOWN,
@@ -284,6 +285,9 @@ class Expressions(Machine):
         parts = [self.evaluate(value) for value in node.values]
         result = combine(*parts)
         result.origin = self.place(node)
+        if not parts:  # filled as it goes
+            result.payload = TABLE
+            self.born[result.origin] = self.loops
         for key, part in zip(keys, parts, strict=True):
             if key.is_known and isinstance(key.constant, str):
                 result.attributes[f"[{key.constant}]"] = part

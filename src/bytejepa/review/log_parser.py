@@ -31,7 +31,7 @@ _SUM = re.compile(
     r"(?:\s*=\s*|\s+total[:=]\s*)(?P<total>\d[\d,_]*)"
 )
 """A size taken apart: `A bytes + B code = C total`, `model:A code:B total:C`."""
-_OTHER_BPB = re.compile(r"\b(?P<name>(?!val_bpb)[a-z_]+bpb)\s*[:=≈]\s*(?P<value>\d+\.\d+)", re.IGNORECASE)
+_OTHER_BPB = re.compile(r"\b(?P<name>[a-z_]+bpb)\s*[:=≈]\s*(?P<value>\d+\.\d+)", re.IGNORECASE)
 _SEED = re.compile(r"(?:^|[\s,(])seed\s*[:=]\s*(\d+)")
 _PARAMETERS = re.compile(r"\bmodel_params[:=]\s*([\d,_]+)")
 _PAIR = re.compile(r"^([a-z][a-z0-9_]*)[:=](-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|True|False|None)$")

@@ -8,7 +8,7 @@ import statistics
 from typing import Any
 
 from bytejepa.bits import bits_from_nats
-from bytejepa.review.claims import claim_finding, unscored_claim_findings
+from bytejepa.review.claims import claim_finding, claimed_bpb, tolerance_of, unscored_claim_findings
 from bytejepa.review.findings import Evidence, Finding, Status, Weight
 from bytejepa.review.log_parser import ScoreLine, TrainingLog
 from bytejepa.review.submission import Submission
@@ -99,6 +99,8 @@ def _recomputed(submission: Submission, reported: list[tuple[TrainingLog, ScoreL
                 return _part_of_split(log, symbols or 0, published)
             if abs(_ratio(score) / usual - 1) <= OTHER_SPLIT_TOLERANCE:
                 return _other_split(log, symbols or 0, published)
+        if symbols and not published and COVERAGE_TOLERANCE + rounding < off <= OTHER_SPLIT_TOLERANCE:
+            return _own_tokenizer(log, symbols, _ratio(score))
         if off > COVERAGE_TOLERANCE + rounding:
             worst = max(worst, off)
             evidence.append(
@@ -149,6 +151,23 @@ def _other_split(log: TrainingLog, tokens: int, published: int) -> Finding:
     )
 
 
+def _own_tokenizer(log: TrainingLog, tokens: int, ratio: float) -> Finding:
+    """Return the note on a tokenizer whose counts were never published: its bytes are the author's own count."""
+    return Finding(
+        check="scores.bpb_from_loss",
+        status=Status.UNKNOWN,
+        weight=Weight.NOTE,
+        summary="the tokenizer is the author's own, and so is its count of bytes: val_bpb cannot be recomputed",
+        evidence=(
+            Evidence(
+                file=log.file,
+                text=f"{tokens:,} validation tokens at {ratio:.5f} a byte are {tokens / ratio:,.0f} bytes, "
+                f"the published split has {VALIDATION_BYTES:,}",
+            ),
+        ),
+    )
+
+
 def _part_of_split(log: TrainingLog, tokens: int, published: int) -> Finding:
     return Finding(
         check="scores.bpb_from_loss",
@@ -169,6 +188,11 @@ def _coverage(submission: Submission, reported: list[tuple[TrainingLog, ScoreLin
             summary="FineWeb is not claimed: no score of the challenge, and coverage is not judged",
         )
     evidence = []
+    tolerances = {
+        "bytes in the logged tokens": (
+            COVERAGE_TOLERANCE if vocabulary_of(submission) in TOKENS_OF_VOCABULARY else OTHER_SPLIT_TOLERANCE
+        )
+    }
     for log, final in reported:
         tokens = log.counts.get("tokens")
         counts = [("bytes", log.counts.get("bytes"), VALIDATION_BYTES)]
@@ -176,7 +200,7 @@ def _coverage(submission: Submission, reported: list[tuple[TrainingLog, ScoreLin
         if tokens and final.loss_nats:  # whatever the tokenizer: tokens over tokens per byte
             counts.append(("bytes in the logged tokens", round(tokens / _ratio(final)), VALIDATION_BYTES))
         for name, count, expected in counts:
-            if count is not None and count < (1 - COVERAGE_TOLERANCE) * expected:
+            if count is not None and count < (1 - tolerances.get(name, COVERAGE_TOLERANCE)) * expected:
                 evidence.append(Evidence(file=log.file, text=f"{count:,} {name}, the split has {expected:,}"))
     if evidence:
         return Finding(
@@ -271,8 +295,13 @@ def baseline_of(submission: Submission) -> float | None:
         value = submission.claims.get(key)
         if isinstance(value, float):
             return value
-    match = _BASELINE.search(submission.readme)
-    return float(match[1]) if match else None
+    claimed = claimed_bpb(submission)
+    for match in _BASELINE.finditer(submission.readme):
+        if claimed is None or abs(float(match[1]) - claimed) > tolerance_of(
+            claimed
+        ):  # "Record: val_bpb ..." is its own
+            return float(match[1])
+    return None
 
 
 def _significance(submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]]) -> Finding:

@@ -143,7 +143,26 @@ def _imports(body: list[ast.stmt]) -> list[str]:
     return names
 
 
+def _bound_by(node: ast.Try) -> set[str]:
+    """Return the names that the statement imports or sets."""
+    parts = list(ast.walk(node))
+    names = {part.id for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+    names |= {item.asname for part in parts if isinstance(part, ast.Import) for item in part.names if item.asname}
+    return names | set(_imports(node.body))
+
+
+def _is_silent(node: ast.Try, module: Module) -> bool:
+    """Return whether something that the statement binds is read elsewhere, and none of it by a test that raises."""
+    bound, inside = _bound_by(node), {id(part) for part in ast.walk(node)}
+    names = [part for part in ast.walk(module.tree) if isinstance(part, ast.Name) and id(part) not in inside]
+    tests = [part for part in ast.walk(module.tree) if isinstance(part, ast.If) and isinstance(part.body[0], ast.Raise)]
+    refused = {part.id for one in tests for part in ast.walk(one.test) if isinstance(part, ast.Name)}
+    return not bound & refused and any(part.id in bound for part in names)
+
+
 def _falls_back(node: ast.Try, module: Module) -> bool:
+    if not _is_silent(node, module):
+        return False
     for handler in node.handlers:
         if any(isinstance(part, ast.Raise) for part in ast.walk(handler)):
             continue
