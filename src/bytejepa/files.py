@@ -22,9 +22,9 @@ def atomic_file(
 ) -> Iterator[BinaryIO]:
     """Yield a binary file that becomes `path` when the block ends well, and vanishes when it does not.
 
-    `check` is given the place of the finished file before it becomes `path`, and raises what speaks against it.
-
     Of a symbolic link, what it leads to is replaced. A FIFO or character device (/dev/null) is written to, not replaced.
+    `check` is given the place of the finished file before it becomes `path`, and raises what speaks against it; what goes
+    into a stream cannot be read back and is not checked.
     `mode`: permissions of the file; None: those of the file that it replaces, of a new one those that the umask leaves.
     Raises: OSError as the system gives it (callers turn it into their own error); what stood at `path` is then untouched.
     """

@@ -364,22 +364,12 @@ def coverage_findings(facts: Facts) -> list[Finding]:
     partial += [e for e in facts.of("part") if e.value.has(VALIDATION)]
     sampled = [e for e in facts.scores if SAMPLED in e.value.labels]
     if not partial and len(sampled) == len(facts.scores):
+        partial, what = sampled, "random places of the validation split are scored, not all of it"
+    else:
+        what = "only the first part of the validation split is scored"
+    if partial:
         findings.append(
-            Finding(
-                check="source.coverage",
-                status=Status.FAIL,
-                summary="random places of the validation split are scored, not all of it",
-                evidence=facts.evidence(sampled),
-            )
-        )
-    elif partial:
-        findings.append(
-            Finding(
-                check="source.coverage",
-                status=Status.FAIL,
-                summary="only the first part of the validation split is scored",
-                evidence=facts.evidence(partial),
-            )
+            Finding(check="source.coverage", status=Status.FAIL, summary=what, evidence=facts.evidence(partial))
         )
     else:
         findings.append(

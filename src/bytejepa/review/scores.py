@@ -140,41 +140,32 @@ def _recomputed(submission: Submission, reported: list[tuple[TrainingLog, ScoreL
 
 
 def _other_split(log: TrainingLog, tokens: int, published: int) -> Finding:
-    return Finding(
-        check="scores.bpb_from_loss",
-        status=Status.UNKNOWN,
-        weight=Weight.NOTE,
-        summary="the log is of another export of the data: its bytes are not known here, and val_bpb cannot be recomputed",
-        evidence=(
-            Evidence(file=log.file, text=f"{tokens:,} validation tokens, the published split has {published:,}"),
-        ),
-    )
+    counts = f"{tokens:,} validation tokens, the published split has {published:,}"
+    return _not_recomputed(log, "the log is of another export of the data: its bytes are not known here", counts)
 
 
 def _own_tokenizer(log: TrainingLog, tokens: int, ratio: float) -> Finding:
     """Return the note on a tokenizer whose counts were never published: its bytes are the author's own count."""
-    return Finding(
-        check="scores.bpb_from_loss",
-        status=Status.UNKNOWN,
-        weight=Weight.NOTE,
-        summary="the tokenizer is the author's own, and so is its count of bytes: val_bpb cannot be recomputed",
-        evidence=(
-            Evidence(
-                file=log.file,
-                text=f"{tokens:,} validation tokens at {ratio:.5f} a byte are {tokens / ratio:,.0f} bytes, "
-                f"the published split has {VALIDATION_BYTES:,}",
-            ),
-        ),
+    counts = (
+        f"{tokens:,} validation tokens at {ratio:.5f} a byte are {tokens / ratio:,.0f} bytes, "
+        f"the published split has {VALIDATION_BYTES:,}"
     )
+    return _not_recomputed(log, "the tokenizer and its count of bytes are the author's own", counts)
 
 
 def _part_of_split(log: TrainingLog, tokens: int, published: int) -> Finding:
+    counts = f"{tokens:,} validation tokens, the split has {published:,}"
+    return _not_recomputed(log, "a part of the validation split is scored: its bytes are not known here", counts)
+
+
+def _not_recomputed(log: TrainingLog, why: str, counts: str) -> Finding:
+    """Return the note on a val_bpb that cannot be held against the loss, with the counts that the log states."""
     return Finding(
         check="scores.bpb_from_loss",
         status=Status.UNKNOWN,
         weight=Weight.NOTE,
-        summary="a part of the validation split is scored: its bytes are not known here, and val_bpb cannot be recomputed",
-        evidence=(Evidence(file=log.file, text=f"{tokens:,} validation tokens, the split has {published:,}"),),
+        summary=f"{why}, and val_bpb cannot be recomputed",
+        evidence=(Evidence(file=log.file, text=counts),),
     )
 
 
