@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from bytejepa.artifact import container as container_module
 from bytejepa.artifact.container import read_container, write_container
 from bytejepa.errors import ArtifactError
+from bytejepa.model.quantization import QuantizedMatrix
 from example_container import CONFIGURATION, METADATA, assert_is_example, example_tensors
 
 
@@ -53,6 +55,27 @@ def test_existing_output_is_refused_without_force(tmp_path):
     assert path.read_text() == "precious"
     write(path, force=True)
     assert_is_example(read_container(path))
+
+
+@pytest.mark.parametrize("name", ["blocks.10.weight", "blocks.2.gain", "scalar"])
+def test_what_does_not_decode_to_the_weights_never_takes_the_files_name(tmp_path, monkeypatch, name):
+    path, encode = tmp_path / "model.bjm", container_module.container_to_bytes
+    path.write_text("precious")
+
+    def with_a_fault(*, tensors, **options: Any) -> bytes:
+        changed = dict(tensors)
+        weights = changed[name]
+        if isinstance(weights, QuantizedMatrix):
+            changed[name] = dataclasses.replace(weights, codes=weights.codes.flip(0))
+        else:
+            changed[name] = weights + 1
+        return encode(tensors=changed, **options)
+
+    monkeypatch.setattr(container_module, "container_to_bytes", with_a_fault)
+    with pytest.raises(ArtifactError, match=f"tensor '{name}' does not come back"):
+        write(path, force=True)
+    assert path.read_text() == "precious"
+    assert [file.name for file in tmp_path.iterdir()] == ["model.bjm"]
 
 
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
