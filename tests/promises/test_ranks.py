@@ -1,6 +1,7 @@
 """Promise: the number of ranks changes nothing but rounding."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -62,6 +63,12 @@ def test_losses_over_20_steps_agree(ranks, one_rank, embedded_shards, tmp_path) 
     assert len(losses(one_rank)) == 20
     alone = RunFolder(one_rank).read_metrics()[-1]
     assert result["val_bpb_average"] == pytest.approx(alone["val_bpb_average"], abs=1e-4)
+
+
+def test_the_last_loss_is_of_all_ranks_though_its_step_is_not_logged(one_rank, embedded_shards, tmp_path) -> None:
+    result = train_on(2, embedded_shards, tmp_path / "run", "--training.log-every-steps=7")
+    assert len(losses(tmp_path / "run")) == 3
+    assert result["train_bpb"] == pytest.approx(losses(one_rank)[-1] / math.log(2), abs=2e-4)
 
 
 def test_a_run_of_two_ranks_goes_on_with_one(one_rank, embedded_shards, tmp_path) -> None:

@@ -34,7 +34,7 @@ from bytejepa.training.shared_scoring import score_on_ranks
 
 @dataclasses.dataclass(slots=True)
 class PendingStep:
-    """A step whose loss and gradient norm are still on their way."""
+    """A step whose loss and gradient norm, both of all ranks together, are still on their way."""
 
     step: int
     progress: float
@@ -248,8 +248,7 @@ class Trainer:
     def _launched(
         self, values: Tensor, progress: float, elapsed_s: float, log: dict[str, float | Tensor] | None
     ) -> PendingStep:
-        if log is not None:
-            values = torch.stack((self.ranks.mean(values[0]), values[1]))
+        values = torch.stack((self.ranks.mean(values[0]), values[1]))  # the norm is of all ranks' gradients already
         arrived = None
         if values.is_cuda:
             values = values.to("cpu", non_blocking=True)
