@@ -117,6 +117,23 @@ def test_words_that_cannot_be_parsed_are_refused_in_one_line(
     assert refuses(2, *words).startswith(f"bytejepa {words[0]}: {said}")
 
 
+@pytest.mark.parametrize(
+    ("words", "switches"),
+    [
+        (
+            ("config", "tiny", "--model.document-masking", "True"),
+            "--model.document-masking, or --model.no-document-masking",
+        ),
+        (("train", "tiny", "--model.smear", "off", "--out", "x"), "--model.smear, or --model.no-smear"),
+        (("eval", "model.bjm", "--data", "x", "--json", "1"), "--json, or --no-json"),
+    ],
+)
+def test_a_value_behind_a_switch_is_answered_with_both_its_names(
+    refuses: Callable[..., str], words: tuple[str, ...], switches: str
+) -> None:
+    assert f"(a switch takes no value: {switches} for the contrary)" in refuses(2, *words)
+
+
 def test_an_error_reads_the_same_where_boxes_cannot_be_drawn(process: Callable[..., Any]) -> None:
     expected = "bytejepa config: unrecognized options: --nope (see bytejepa config tiny --help)\n"
     for encoding in ("ascii", "utf-8"):

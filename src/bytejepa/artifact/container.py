@@ -272,7 +272,7 @@ def refuse_existing(path: Path, *, force: bool) -> None:
     if path.is_dir():
         raise ArtifactError(f"cannot write {path}: it is a folder", hint="name a file")
     if path.exists() and not force:
-        raise ArtifactError(f"{path} exists already", hint="choose another name, or force overwriting it")
+        raise ArtifactError(f"{path} exists already", hint="choose another name, or overwrite it with --force")
 
 
 def _write_checked(path: Path, data: bytes, tensors: Mapping[str, StoredTensor], *, force: bool) -> None:

@@ -32,6 +32,8 @@ _ORNAMENTS = re.compile(r"\x1b\[[\d;]*m|[│╭╮╰╯]")
 _SETTINGS = tuple(f"--{field.name}." for field in dataclasses.fields(RunConfig))
 """How a word begins that sets one of a configuration."""
 
+_TRUTH_VALUES = ("true", "false", "on", "off", "yes", "no", "1", "0")
+
 Verb = TypeVar("Verb", bound=Command)
 
 
@@ -64,7 +66,18 @@ def parse(verb_class: type[Verb], verb: str, words: list[str]) -> Verb:
         if not left.code:  # help was asked for
             raise
     message, hint = _in_one_line(said.getvalue(), program)
-    raise ConfigError(message, hint=hint)
+    raise ConfigError(message, hint=_switch_with_value(words, message) or hint)
+
+
+def _switch_with_value(words: list[str], message: str) -> str:
+    """Return how to say it if what was not recognised is a truth value behind a switch, else nothing."""
+    unknown = message.removeprefix("unrecognized options: ").split(", ")[0]
+    for switch, value in itertools.pairwise(words):
+        if value == unknown and switch.startswith("--") and value.lower() in _TRUTH_VALUES:
+            section, dot, name = switch.rpartition(".")
+            contrary = f"{section}.no-{name}" if dot else f"--no-{switch[2:]}"
+            return f"a switch takes no value: {switch}, or {contrary} for the contrary"
+    return ""
 
 
 def _require_ranges(command: Command) -> None:
