@@ -69,6 +69,7 @@ class Binding(Calls):
             return
         if self.note_counted_update(owner, combine(index, value), target):
             return
+        self.note_tensor_update(owner, combine(index, value), target, replaces=True)
         if VALIDATION in index.labels and VALIDATION not in owner.labels:
             self.update_table(owner, index, target)
         self.note_masking(target, owner, index)

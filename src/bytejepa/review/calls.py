@@ -7,14 +7,16 @@ import ast
 import re
 from typing import Any
 
+from bytejepa.review.free_tensors import ADDING_METHODS, MIXING_METHODS
 from bytejepa.review.library import Library
-from bytejepa.review.library_names import TEXT_METHODS
+from bytejepa.review.library_names import REDUCTIONS, TEXT_METHODS
 from bytejepa.review.machine import MAX_CALL_DEPTH
 from bytejepa.review.values import (
     FORWARD,
     FRESH,
     HASHED,
     MATCHED,
+    PREDICTED,
     RANDOM,
     STORED,
     TARGET,
@@ -128,7 +130,7 @@ class Calls(Library):
             # values that went into the network come out as predictions: no ids, no hashes, no region of a mask
             result.labels -= frozenset((HASHED, TARGET, STORED, MATCHED))
             result.sites = frozenset()
-            return self.forward(node, result, "model")
+            return self.predicted(result, [*arguments, *options.values()], node)
         return result
 
     def _method(
@@ -158,13 +160,21 @@ class Calls(Library):
             return owner
         if name in FILLING_METHODS and self.note_counted_update(owner, combine(*everything), node):
             return owner
-        if name in TAKING_METHODS:
+        if name in TAKING_METHODS | ADDING_METHODS:
+            replaces = name not in ADDING_METHODS and not (name == "index_put_" and "accumulate" in options)
+            self.note_tensor_update(owner, combine(*everything), node, replaces=replaces)
+            if name in MIXING_METHODS and PREDICTED in owner.labels and self.mix_in_place(owner, everything, node):
+                return owner
             return self._take(owner, name, everything, node)
         if owner.kind in ("instance", "member") and owner.models and VALIDATION in combine(*everything).labels:
             return self._network_call(owner, arguments, options, node)
         result = combine(owner, *everything)
         if owner.kind == "optimizer":
             return Value(models=owner.models)
+        if name in REDUCTIONS:
+            result.labels -= {PREDICTED}
+        if name in MIXING_METHODS:
+            result = self.note_mixture(owner, combine(*everything), result, node)
         if name in ("integers", "randint", "randrange"):  # of a generator
             result.labels |= {RANDOM}
         if name in ("item", "detach", "clone", "numpy", "tolist") and owner.origin:

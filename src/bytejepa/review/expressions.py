@@ -203,7 +203,7 @@ class Expressions(Machine):
             self.note_masking(node, left, right)
         if isinstance(node.op, ast.Div) and left.has(VALIDATION, HASHED) and right.has(VALIDATION, HASHED):
             self.emit("ratio", node, left, other=right)
-        return result
+        return self.note_mixture(left, right, result, node) if isinstance(node.op, ast.Add | ast.Sub) else result
 
     def note_masking(self, node: ast.AST, left: Value, right: Value) -> None:
         """Note that losses were weighed by whether something shipped equals the targets."""

@@ -89,7 +89,14 @@ class Interpreter(Binding):
     def _do_assign(self, node: ast.Assign) -> None:
         value = self.evaluate(node.value)
         for target in node.targets:
+            self.note_rebinding(self._bound(target), value, node)
             self.assign(target, value)
+
+    def _bound(self, target: ast.expr) -> Value | None:
+        """Return what a name or an attribute stands for before it is bound anew."""
+        if isinstance(target, ast.Name):
+            return self.frame.scope.find(target.id)
+        return self.evaluate(target.value).attributes.get(target.attr) if isinstance(target, ast.Attribute) else None
 
     def _do_annassign(self, node: ast.AnnAssign) -> None:
         if node.value is not None:
@@ -107,6 +114,7 @@ class Interpreter(Binding):
             if self.note_counted_update(owner, combine(index, value), node):
                 return
             self.update_table(owner, index, node)
+            self.note_tensor_update(owner, combine(index, value), node)
             absorb(owner, value)
             return
         moved = (
@@ -120,10 +128,13 @@ class Interpreter(Binding):
         if self.note_counted_update(before, value, node):
             return
         result = self.operate(node.op, before, value)
+        if not self.note_tensor_update(before, value, node):
+            result = self.note_use(before, value, result, node)
         if isinstance(node.target, ast.Attribute) and self.loops:
             # a reader that moves on: what it gives next depends on the turn of the loop that asks
             later = combine(result)
             later.loops |= frozenset(self.loops[-1:])
+            later.origin = before.origin if before.origin in self.learned else 0
             self.assign(node.target, later)
         elif before.is_known or before.kind == "module":
             self.assign(node.target, result)
@@ -131,6 +142,8 @@ class Interpreter(Binding):
             if isinstance(node.op, ast.Add) and HASHED in value.labels:  # a histogram of hashes
                 self.update_table(before, value, node)
             absorb(before, result)
+            if -self.place(node, "use") in result.forwards:
+                before.forwards = result.forwards
             before.loops |= result.loops
 
     def _written(self, node: ast.expr) -> Value:

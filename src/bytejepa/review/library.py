@@ -8,11 +8,13 @@ import math
 from typing import Any
 
 from bytejepa.review.expressions import DATA
+from bytejepa.review.free_tensors import MIXING_FUNCTIONS, FreeTensors
 from bytejepa.review.library_names import (
     COMPRESSORS,
     CONTAINERS,
     DECOMPRESSORS,
     DIFFERENTIATORS,
+    DISTRIBUTIONS,
     FRESH_TENSORS,
     LAUNCHER_VARIABLES,
     LOSSES,
@@ -22,15 +24,16 @@ from bytejepa.review.library_names import (
     PLAIN,
     PROCESSES,
     READERS,
+    REDUCTIONS,
     SAME,
 )
-from bytejepa.review.subscripts import Subscripts
 from bytejepa.review.values import (
     ARTIFACT,
     FORWARD,
     FRESH,
     GRADIENT,
     HASHED,
+    PREDICTED,
     RANDOM,
     ROWS,
     STORED,
@@ -44,7 +47,7 @@ from bytejepa.review.values import (
 )
 
 
-class Library(Subscripts):
+class Library(FreeTensors):
     """Calls of functions that are not the script's own."""
 
     def call_library(self, name: str, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:
@@ -118,6 +121,11 @@ class Library(Subscripts):
         result = combine(*arguments, *options.values())
         if name in ("numpy.add.at", "numpy.put") and arguments:
             self.update_table(arguments[0], combine(*arguments[1:2]), node)
+            self.note_tensor_update(arguments[0], combine(*arguments[1:]), node, replaces=name == "numpy.put")
+        if name in MIXING_FUNCTIONS and len(arguments) > 1:
+            result = self.note_mixture(arguments[0], combine(*arguments[1:]), result, node)
+        if name.rpartition(".")[2] in REDUCTIONS:
+            result.labels -= {PREDICTED}
         if name in ("torch.randperm", "numpy.random.permutation", "random.sample", "random.shuffle"):
             result.loops = frozenset()
         if name in (
@@ -139,9 +147,11 @@ class Library(Subscripts):
             (gradient is not None and gradient.constant is True) or name.endswith("Parameter")
         ):
             result = Value(labels=frozenset((FRESH,)), origin=self.place(node))
+            self.free_tensors |= {result.origin}
         elif CONTAINERS.match(name):
             result.origin = self.place(node)
             self.born[result.origin] = self.loops
+            self.free_tensors |= {result.origin} if name.startswith(("numpy.", "torch.")) else set()
             result.models = frozenset()  # its size and device may be a model's, its content is not
             result.payload = TABLE if name.startswith(("collections.", "builtins.dict")) else ROWS
         elif name.startswith("torch.nn.") and not name.startswith(
@@ -157,6 +167,8 @@ class Library(Subscripts):
 
     def _loss(self, name: str, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:
         result = combine(*arguments, *options.values())
+        if not name.endswith(DISTRIBUTIONS):
+            result.labels -= {PREDICTED}
         return self.forward(node, result, name) if VALIDATION in result.labels or result.forwards else result
 
     def new_optimizer(self, parameters: list[Value]) -> Value:
@@ -215,6 +227,7 @@ class Library(Subscripts):
     @staticmethod
     def _plain(name: str, arguments: list[Value], options: dict[str, Value]) -> Value:
         result = combine(*arguments)
+        result.labels -= {PREDICTED}
         if arguments and not options and all(argument.is_known for argument in arguments):
             try:
                 result.constant = PLAIN[name](*(argument.constant for argument in arguments))

@@ -27,6 +27,10 @@ CONTAINERS = re.compile(
     r"^(?:(?:numpy|torch)\.(?:zeros|ones|empty|full|zeros_like|arange|tensor)|collections\.(?:defaultdict|Counter|OrderedDict|deque)|builtins\.(?:dict|list|set))$"
 )
 LOSSES = re.compile(r"(?:cross_entropy|nll_loss|log_softmax|\.softmax|CrossEntropyLoss|kl_div)$")
+DISTRIBUTIONS = ("log_softmax", ".softmax")
+"""Of LOSSES, what still says something about every symbol."""
+REDUCTIONS = {"sum", "mean", "item", "tolist", "gather", "take", "take_along_dim", "index_select", "argmax", "argmin"}
+"""After these a tensor of predictions is one no more: a target was picked, or a mean taken."""
 COMPRESSORS = re.compile(
     r"^(?:lzma|zlib|bz2|gzip|brotli|zstandard|zstd|pyzstd)\.(?:compress|ZstdCompressor.*\.compress)$"
 )

@@ -58,6 +58,12 @@ class Machine:
         """Forward passes whose loss went into a score."""
         self.converted: set[int] = set()
         """Forward passes whose loss was converted to bits."""
+        self.passes: dict[int, tuple[tuple[int, ...], frozenset[int]]] = {}
+        """By forward pass or loss: the loops around it, and those on whose variable its data depends."""
+        self.free_tensors: set[int] = set()
+        """Places where a tensor that is no model's was made."""
+        self.learned: set[int] = set()
+        """Those of them that validation data has changed."""
         self.born: dict[int, tuple[int, ...]] = {}
         """Loops around the place where a table was made: with each turn of them it is empty again."""
         self.unseen_modules: set[str] = set()
@@ -106,6 +112,7 @@ class Machine:
         value.forwards |= {number}
         self.emit("forward", node, value, detail)
         self.events[-1].node = number
+        self.passes[number] = (self.loops, value.loops)
         return value
 
     def accumulate(self, node: ast.AST, value: Value) -> None:
@@ -171,6 +178,10 @@ class Machine:
         self, callee: Value, arguments: list[Value], options: dict[str, Value], node: ast.Call | ast.expr
     ) -> Value:
         """Return what is known of the result of calling any value."""
+        raise NotImplementedError
+
+    def note_mixture(self, one: Value, other: Value, result: Value, node: ast.AST) -> Value:
+        """Note that predictions may have met a tensor that validation data has changed."""
         raise NotImplementedError
 
     def load_module(self, name: str) -> Scope | None:

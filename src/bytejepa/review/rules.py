@@ -20,12 +20,10 @@ from bytejepa.review.values import (
     BEHIND,
     FORWARD,
     FRESH,
-    HASHED,
     PREFIX,
     SAMPLED,
     SUBSET,
     SUFFIX,
-    TARGET,
     TRAINING,
     VALIDATION,
     Event,
@@ -93,6 +91,15 @@ def relation(change: Event, score: Event) -> str:
     return "legal" if carried or BEHIND in change.value.labels else "before"
 
 
+def relation_in_table(facts: Facts, fill: Event, read: Event, origin: int = 0) -> str:
+    """Return how filling a table stands to reading it, without the loops in each turn of which it is made anew."""
+    origin = origin or (fill.other.origin if fill.other is not None else 0)
+    born = facts.interpreter.born.get(origin, ())
+    if fill.loops[: len(born)] == born == read.loops[: len(born)]:
+        fill, read = (dataclasses.replace(event, loops=event.loops[len(born) :]) for event in (fill, read))
+    return relation(fill, read)
+
+
 def _same_model(facts: Facts, step: Event, score: Event) -> bool:
     trained = step.other.models if step.other is not None else frozenset()
     if not trained or not score.value.models or trained & score.value.models:
@@ -140,7 +147,30 @@ def training_findings(facts: Facts) -> list[Finding]:
             legal.append(step)
         elif not scores:
             illegal.append((step, step, "before"))
+    for update, use, how in tensor_changes(facts):
+        if how == "legal":
+            legal.append(update)
+        else:
+            illegal.append((update, use, how))
     return [*_training(facts, illegal), *_slot(facts, slots), *_legal(facts, legal, bool(illegal))]
+
+
+def tensor_changes(facts: Facts) -> list[tuple[Event, Event, str]]:
+    """Return how changes of tensors that are no model's stand to the scored predictions that the tensors change.
+
+    A tensor that is made anew for each piece of the data carries nothing from one to the next, and is left out.
+    """
+    scored = facts.interpreter.scored | facts.interpreter.converted
+    uses = [use for use in facts.of("use") if -use.node in scored]
+    cases: list[tuple[Event, Event, str]] = []
+    for update in facts.of("update"):
+        for use in uses:
+            for origin in update.other.tables & use.other.tables if update.other and use.other else ():
+                born = facts.interpreter.born.get(origin, ())
+                how = relation_in_table(facts, update, use, origin)
+                if how in ("legal", "before", "again", "ahead") and not set(born) & use.value.loops:
+                    cases.append((update, use, how))
+    return cases
 
 
 _HOW = {
@@ -255,84 +285,6 @@ def calibration_findings(facts: Facts) -> list[Finding]:
             )
         ]
     return [Finding(check=check, status=Status.PASS, summary="no calibration on validation data")]
-
-
-def _relation_in_table(facts: Facts, fill: Event, read: Event) -> str:
-    """Return how filling a table stands to reading it, without the loops in each turn of which it is made anew."""
-    born = facts.interpreter.born.get(fill.other.origin, ()) if fill.other is not None else ()
-    if fill.loops[: len(born)] == born == read.loops[: len(born)]:
-        fill, read = (dataclasses.replace(event, loops=event.loops[len(born) :]) for event in (fill, read))
-    return relation(fill, read)
-
-
-def table_findings(facts: Facts) -> list[Finding]:
-    """Judge caches of counts: keyed by the target, filled before scoring; and taking the better of two losses."""
-    filled = {e.other.origin for e in facts.of("fill") if e.other is not None}
-    lookups = [e for e in facts.of("lookup") if e.other is not None and e.other.origin in filled]
-    # whatever filled the table, training data included: looked up by a hash of the target it is no distribution
-    keyed = [e for e in facts.of("lookup") if e.value.has(TARGET, HASHED)]
-    ratios = [e for e in facts.of("ratio") if e.other is not None and e.other.sites < e.value.sites and e.other.sites]
-    exact = [e for e in lookups if TARGET in e.value.labels and HASHED not in e.value.labels]
-    findings = [_keyed(facts, keyed or (ratios if filled else []), exact)]
-    early = [
-        (fill, read)
-        for fill in facts.of("fill")
-        for read in lookups
-        if fill.other is not None
-        and read.other is not None
-        and fill.other.origin == read.other.origin
-        and _relation_in_table(facts, fill, read) in ("before", "again", "ahead")
-    ]
-    minima = facts.of("minimum")
-    masked = [
-        e for e in facts.of("masked") if VALIDATION in e.value.labels | (e.other.labels if e.other else frozenset())
-    ]
-    findings.append(_shipped(facts, masked))
-    if early or minima:
-        summary = (
-            "a cache is filled from validation data before that data is scored with it (two-pass rescoring)"
-            if early
-            else "the smaller of two losses is taken after the target is known"
-        )
-        evidence = facts.evidence([pair[0] for pair in early], "filled") + facts.evidence(
-            [pair[1] for pair in early], "read"
-        )
-        findings.append(
-            Finding(
-                check="source.rescoring",
-                status=Status.FAIL,
-                summary=summary,
-                evidence=evidence or facts.evidence(minima),
-            )
-        )
-    else:
-        findings.append(
-            Finding(check="source.rescoring", status=Status.PASS, summary="no rescoring with what a first pass learned")
-        )
-    return findings
-
-
-def _shipped(facts: Facts, masked: list[Event]) -> Finding:
-    check = "source.shipped_targets"
-    if masked:
-        summary = "losses are struck out where tokens shipped in a file equal the target (paid prefix: validation data in the artifact)"
-        return Finding(check=check, status=Status.FAIL, summary=summary, evidence=facts.evidence(masked))
-    return Finding(check=check, status=Status.PASS, summary="no loss weighed by shipped tokens")
-
-
-def _keyed(facts: Facts, hashed: list[Event], exact: list[Event]) -> Finding:
-    check = "source.ngram_target_key"
-    if hashed:
-        summary = (
-            "an n-gram cache is looked up by a hash that contains the target: not a normalised distribution (breaks C2)"
-        )
-        return Finding(check=check, status=Status.FAIL, summary=summary, evidence=facts.evidence(hashed))
-    if exact:
-        summary = "counts are looked up by the target itself; whether the mixture is normalised cannot be seen here"
-        return Finding(
-            check=check, status=Status.UNKNOWN, weight=Weight.RULING, summary=summary, evidence=facts.evidence(exact)
-        )
-    return Finding(check=check, status=Status.PASS, summary="no n-gram cache keyed by the target")
 
 
 def _elsewhere(facts: Facts) -> str:

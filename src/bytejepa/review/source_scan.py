@@ -9,7 +9,7 @@ from bytejepa.review.findings import Evidence, Finding, Status, Weight
 from bytejepa.review.interpreter import interpret
 from bytejepa.review.network_state import state_findings
 from bytejepa.review.program import Program, read_program
-from bytejepa.review.rules import Facts, calibration_findings, coverage_findings, table_findings, training_findings
+from bytejepa.review.rules import Facts, calibration_findings, coverage_findings, training_findings
 from bytejepa.review.surroundings import (
     compressor_findings,
     native_findings,
@@ -17,6 +17,7 @@ from bytejepa.review.surroundings import (
     switch_findings,
     tail_findings,
 )
+from bytejepa.review.table_rules import table_findings
 
 FULL_TARGETS = 151_080_891
 

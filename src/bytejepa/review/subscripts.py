@@ -10,6 +10,7 @@ from bytejepa.review.values import (
     BEHIND,
     FORWARD,
     HASHED,
+    PREDICTED,
     PREFIX,
     RANDOM,
     ROWS,
@@ -58,6 +59,8 @@ class Subscripts(Expressions):
                 return within(item, index.loops)
         result = combine(owner, index)
         result.loops = owner.loops | index.loops
+        if VALIDATION in index.labels:
+            result.labels -= {PREDICTED}
         if isinstance(node.slice, ast.Tuple):
             self._region(node.slice, result)
         self._read(node, owner, index, result)

@@ -46,6 +46,11 @@ STORED = "stored"
 MATCHED = "matched"
 """Whether something stored equals what is to be predicted."""
 
+PREDICTED = "predicted"
+"""Predictions over all symbols, before a target is picked out of them."""
+CHOSEN = "chosen"
+"""Picked among candidates by their loss on validation data."""
+
 TABLE = "table"
 """Payload of a dictionary that is filled as it goes: what lies under a key of it may be a table again."""
 
@@ -70,6 +75,8 @@ DATA_LABELS = frozenset(
         AHEAD,
         BEHIND,
         GRADIENT,
+        PREDICTED,
+        CHOSEN,
     )
 )
 
@@ -98,7 +105,9 @@ class Value:
     models: frozenset[int] = frozenset()
     """Places where the models it belongs to were made."""
     forwards: frozenset[int] = frozenset()
-    """Forward passes and losses that went into it."""
+    """Forward passes and losses that went into it; negative: places where a free tensor changed predictions."""
+    tables: frozenset[int] = frozenset()
+    """Origins of the containers and tensors that went into it."""
     sites: frozenset[int] = frozenset()
     """Places where validation ids were read by an index, for telling a context from a context with its target."""
     attributes: dict[str, Value] = dataclasses.field(default_factory=dict)
@@ -108,6 +117,11 @@ class Value:
     """Of a slice from the start: the text of its end."""
     at_most: int | None = None
     """Of a whole number that is not known: what it cannot exceed."""
+
+    @property
+    def roots(self) -> frozenset[int]:
+        """Origins of the containers and tensors that it is or was computed from."""
+        return self.tables | {self.origin} if self.origin else self.tables
 
     @property
     def is_known(self) -> bool:
@@ -132,6 +146,7 @@ def absorb(target: Value, *sources: Value) -> None:
         target.models |= source.models
         target.forwards |= source.forwards
         target.sites |= source.sites
+        target.tables |= source.roots
         target.bound_text = target.bound_text or source.bound_text
 
 
@@ -147,6 +162,7 @@ def combine(*sources: Value, with_models: bool = True) -> Value:
         result.labels |= source.labels & DATA_LABELS
         result.forwards |= source.forwards
         result.sites |= source.sites
+        result.tables |= source.roots
         result.bound_text = result.bound_text or source.bound_text
         if with_models:
             result.models |= source.models
