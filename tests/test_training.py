@@ -149,6 +149,25 @@ def test_micro_batches_give_the_gradient_of_the_whole(minimal_config) -> None:
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [20, 40])
+def test_no_share_of_a_batch_divides_the_samples_of_sigreg(minimal_config, rows: int) -> None:
+    """20 rows, a rank's half of 40, are no multiple of a micro-batch of 8 and one of a micro-batch of 5."""
+    config = replace(minimal_config, jepa={"sigreg_group_sequences": 4}, data={"batch_bytes": 40 * 64})
+    ids = torch.randint(4, 260, (rows, 65), generator=torch.Generator().manual_seed(0))
+    found = []
+    for micro in (None, 8 * 64):
+        chosen = replace(config, data={"micro_batch_bytes": micro})
+        step = GradientStep(initialize(ByteLM(chosen), 3), chosen, compile=False)
+        found.append(step(ids[:, :-1], ids[:, 1:], jepa_lambda=0.1).sigreg)
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-6)
+
+
+def test_a_micro_batch_is_never_larger_than_asked_for(minimal_config) -> None:
+    config = replace(minimal_config, jepa={"enabled": False, "sigreg_group_sequences": 4})
+    chosen = replace(config, data={"micro_batch_bytes": 2 * 64})
+    assert GradientStep(ByteLM(chosen), chosen, compile=False)._rows_of_part(8, 2) == 2
+
+
 def test_sequences_grow_during_the_run(minimal_config, embedded_shards, tmp_path) -> None:
     config = quiet(
         minimal_config, data={"sequence_bytes": 32, "sequence_growth": ((0.5, 64),)}, training={"log_every_steps": 1}

@@ -100,6 +100,15 @@ class GradientStep:
             )
         return torch.func.functional_call(self.loss, rounded, (inputs, targets, jepa_lambda, jepa))
 
+    def _rows_of_part(self, rows: int, most: int) -> int:
+        """Return how many of a share's `rows` a micro-batch takes: at most `most`, all parts alike, SIGReg's samples whole."""
+        jepa = self.config.jepa
+        group = (jepa.enabled and jepa.losses and jepa.sigreg_group_sequences) or 1
+        if rows % group:
+            group = 1  # the whole batch is no multiple: one sample, and nothing to keep whole
+        parts = range(max(1, min(rows, most) // group) * group, 0, -group)
+        return next(part for part in parts if rows % part == 0)
+
     def __call__(
         self,
         inputs: Int[Tensor, "B T"],
@@ -116,10 +125,7 @@ class GradientStep:
         """
         latent_losses = jepa_lambda > 0 if latent_losses is None else latent_losses
         micro_bytes = self.config.data.micro_batch_bytes or inputs.numel()
-        rows = max(1, min(inputs.size(0), micro_bytes // inputs.size(1)))
-        # a share that is no multiple is divided evenly into more, smaller parts
-        while inputs.size(0) % rows:
-            rows -= 1
+        rows = self._rows_of_part(inputs.size(0), micro_bytes // inputs.size(1))
         num_parts = inputs.size(0) // rows
         weight = torch.tensor(jepa_lambda, device="cpu").to(inputs.device, non_blocking=True)
         sums = [torch.zeros((), device=inputs.device) for _ in range(3)]
