@@ -74,22 +74,55 @@ def test_prediction_loss_is_the_mean_squared_error() -> None:
 def test_every_horizon_counts_alike_and_none_reaches_across_a_document() -> None:
     model = small_model(jepa={"horizons": 3}, model={"document_masking": True})
     ids = random_ids(2, 24)
-    ids[1, 13] = BOS  # in the fourth of six chunks
+    ids[1, 13] = BOS  # within the fourth of six chunks
+    ids[1, 20] = BOS  # where the last one begins, which is predicted from the start token
     starts = ids == BOS
     latents = model.hidden(ids)[1]
     z = latents.target
-    expected = [(latents.predicted - z).square().mean()]
+    errors = (latents.predicted - z).square().mean(-1)
+    errors[1, 3] = 0
+    expected = [errors.mean()]
     for ahead, predictor in enumerate(model.jepa.further_predictors, start=2):
-        errors = [
-            (predictor(z[row, c]) - z[row, c + ahead]).square().mean()
-            for row in range(2)
-            for c in range(6 - ahead)
-            if row == 0 or not c < 3 <= c + ahead
-        ]
-        expected.append(torch.stack(errors).mean())
+        errors = (predictor(z[:, :-ahead]) - z[:, ahead:]).square().mean(-1)
+        for c in range(6 - ahead):
+            if c < 3 <= c + ahead or c < 5 <= c + ahead:
+                errors[1, c] = 0
+        expected.append(errors.mean())
     torch.testing.assert_close(model.jepa.prediction_loss(latents, starts), torch.stack(expected).mean())
     losses = model.losses(ids[:, :7], ids[:, 1:8])  # one whole chunk: no horizon beyond the first
     assert losses.jepa_prediction > 0
+
+
+def test_no_latent_loss_teaches_a_document_to_foresee_the_next_one() -> None:
+    options = {"horizons": 3, "next_bytes_weight": 0.5}
+    model = small_model(jepa=options, model={"document_masking": True})
+    ids = random_ids(1, 24)
+    ids[0, 10] = BOS  # within the third chunk
+    other = ids.clone()
+    other[0, 11:12] = 4 + (ids[0, 11:12] + 7) % 256  # the rest of that chunk
+    assert not torch.equal(ids, other)
+    losses = []
+    for given in (ids, other):
+        latents = model.hidden(given)[1]
+        starts = given == BOS
+        before = Latents(latents.target[:, :3], latents.predicted[:, :3], latents.context[:, :3])
+        losses.append((
+            model.jepa.prediction_loss(before, starts[:, :12]),
+            model.jepa.next_bytes_loss(before.predicted, given[:, :12], starts[:, :12]),
+        ))  # fmt: skip
+    for ours, theirs in zip(*losses, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+        assert ours > 0
+
+
+def test_a_mean_over_documents_does_not_depend_on_how_a_batch_is_divided() -> None:
+    model = small_model(jepa={"horizons": 3, "next_bytes_weight": 0.5}, model={"document_masking": True})
+    ids = random_ids(4, 24)
+    ids[1, 13] = ids[3, 5] = ids[3, 20] = BOS
+    whole, first, second = (model.losses(part, part) for part in (ids, ids[:2], ids[2:]))
+    for name in ("jepa_prediction", "next_bytes"):
+        halves = (getattr(first, name) + getattr(second, name)) / 2
+        torch.testing.assert_close(getattr(whole, name), halves, rtol=0, atol=1e-6)
 
 
 def test_further_horizons_shape_the_backbone_and_train_their_predictors() -> None:

@@ -81,7 +81,7 @@ class ModelConfig(Section):
     attention_windows: tuple[int, ...] | None = None
     """Bytes each block can look back, its own included: one number a block, or one for all; 0: no bound; None: all unbounded."""
     document_masking: bool = False
-    """Attention, smear, bigram and JEPA do not look across a BOS."""
+    """Attention, smear, bigrams, n-grams, chunk blocks and JEPA, its losses too, do not look across a BOS."""
     chunk_blocks: tuple[int, int] | None = None
     """First and last block, counted from 0, of a run of blocks that run once a chunk instead of at every byte
     (docs/techniques.md); None: no such run. Their attention_windows reach over window // chunk_stride_bytes chunks."""

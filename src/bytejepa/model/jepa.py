@@ -126,28 +126,44 @@ class Jepa(nn.Module):
     def prediction_loss(self, latents: Latents, document_start: Bool[Tensor, "B T"] | None = None) -> Tensor:
         """Return mean (p - stopgrad(z))^2, a float32 scalar, averaged over the horizons.
 
-        With `document_start`, chunks further ahead than the next one count where no document starts on the way.
+        With `document_start`, a chunk in or before which a document starts on the way counts as zero. The mean is over all
+        chunks nevertheless: divided by the number of those that count, it would depend on how a batch is divided over ranks.
         """
         target = latents.target.detach().float()
-        losses = [F.mse_loss(latents.predicted.float(), target)]
         num_chunks = target.size(1)
+        predicted = {1: latents.predicted}
         for ahead, predictor in enumerate(self.further_predictors[: max(0, num_chunks - 2)], start=2):
-            error = (predictor(latents.context[:, :-ahead]).float() - target[:, ahead:]).square().mean(-1)
-            reached = torch.ones_like(error)
-            if document_start is not None:
-                starts = document_start[:, : num_chunks * self.config.chunk_bytes].unflatten(1, (num_chunks, -1))
-                documents = starts.any(-1).cumsum(1)
-                reached = (documents[:, ahead:] == documents[:, :-ahead]).float()
-            losses.append((error * reached).sum() / reached.sum().clamp_min(1))
-        return torch.stack(losses).mean()
+            predicted[ahead] = predictor(latents.context[:, :-ahead])
+        pairs = {ahead: (p.float(), target[:, num_chunks - p.size(1) :]) for ahead, p in predicted.items()}
+        if document_start is None:
+            return torch.stack([F.mse_loss(*pair) for pair in pairs.values()]).mean()
+        starts = document_start[:, : num_chunks * self.config.chunk_bytes].unflatten(1, (num_chunks, -1))
+        documents = starts.any(-1).cumsum(1)
+        # a chunk that begins with a document is predicted from the start token, and counts
+        counts = {1: ~starts[:, :, 1:].any(-1)}
+        counts |= {ahead: documents[:, ahead:] == documents[:, :-ahead] for ahead in pairs if ahead > 1}
+        errors = [((p - z).square().mean(-1) * counts[ahead]).mean() for ahead, (p, z) in pairs.items()]
+        return torch.stack(errors).mean()
 
-    def next_bytes_loss(self, predicted: Float[Tensor, "B C Z"], inputs: Int[Tensor, "B T"]) -> Tensor:
-        """Return the mean cross-entropy in nats of the ids of every chunk, each given the chunk's predicted latent."""
+    def next_bytes_loss(
+        self,
+        predicted: Float[Tensor, "B C Z"],
+        inputs: Int[Tensor, "B T"],
+        document_start: Bool[Tensor, "B T"] | None = None,
+    ) -> Tensor:
+        """Return the mean cross-entropy in nats of the ids of every chunk, each given the chunk's predicted latent.
+
+        With `document_start`, ids from a document's start within their chunk on count as zero, for the reason given above.
+        """
         if self.byte_head is None or not predicted.size(1):
             return predicted.new_zeros((), dtype=torch.float32)
         logits = self.byte_head(predicted).unflatten(-1, (self.config.chunk_bytes, -1)).float()
-        ids = inputs[:, : logits.size(1) * logits.size(2)]
-        return F.cross_entropy(logits.flatten(0, 2), ids.flatten().long())
+        num_ids = logits.size(1) * logits.size(2)
+        losses = F.cross_entropy(logits.flatten(0, 2), inputs[:, :num_ids].flatten().long(), reduction="none")
+        if document_start is not None:
+            starts = document_start[:, :num_ids].unflatten(1, logits.shape[1:3])
+            losses = losses * (F.pad(starts[:, :, 1:].cumsum(-1), (1, 0)) == 0).flatten()
+        return losses.mean()
 
     def sigreg(self, target: Float[Tensor, "B C Z"]) -> Tensor:
         """Return SIGReg of the latents, averaged over groups of `sigreg_group_sequences` sequences.

@@ -330,11 +330,11 @@ class ByteLM(nn.Module):
         )
         zero = ce.new_zeros(())
         prediction = regularizer = next_bytes = zero
+        starts = document_starts(inputs) if self.config.model.document_masking else None
         if jepa and self.jepa is not None and latents is not None and latents.target.size(1):
-            starts = document_starts(inputs) if self.config.model.document_masking else None
             prediction, regularizer = self.jepa.prediction_loss(latents, starts), self.jepa.sigreg(latents.target)
         if self.jepa is not None and latents is not None:
-            next_bytes = self.jepa.next_bytes_loss(latents.predicted, inputs)
+            next_bytes = self.jepa.next_bytes_loss(latents.predicted, inputs, starts)
         detached = None if latents is None else Latents(*(part.detach() for part in latents))
         return Losses(ce, prediction, next_bytes, regularizer, self._multi_token_loss(x, targets), detached)
 
