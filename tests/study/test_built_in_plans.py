@@ -20,7 +20,15 @@ VARIANTS = [
     (plan.name, variant.name)
     for plan in map(
         load_plan,
-        ("golf-techniques", "golf-candidates", "golf-chunks", "golf-settings", "golf-structure", "quantization-aware"),
+        (
+            "golf-techniques",
+            "golf-candidates",
+            "golf-chunks",
+            "golf-settings",
+            "golf-structure",
+            "golf-further",
+            "quantization-aware",
+        ),
     )
     for variant in plan.variants
 ]
