@@ -174,8 +174,9 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
     weights = weights_of(model)
     for name in ("blocks.1.mlp.up.weight", "smear.gate"):
         broken = {**weights, name: torch.full_like(weights[name], value)}
-        with pytest.raises(ArtifactError, match=name):
-            write_artifact(out, broken, model.config)
+        for config in (model.config, presets.compact(model.config)):  # the latter runs the model first
+            with pytest.raises(ArtifactError, match=name):
+                write_artifact(out, broken, config, sequences=random_ids(2, 24).numpy())
     assert list(tmp_path.iterdir()) == []
 
 

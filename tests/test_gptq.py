@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bytejepa.artifact.calibration import InputMoments, calibrate
+from bytejepa.artifact.calibration import Calibration, InputMoments, calibrate
 from bytejepa.artifact.fit import fit
 from bytejepa.artifact.load import build, run_weights
 from bytejepa.artifact.packing import restore
@@ -243,6 +243,29 @@ def test_what_needs_a_calibration_says_so() -> None:
     for settings in ({"rounding": "gptq"}, {"clip": "sensitivity"}):
         with pytest.raises(ArtifactError, match="need training text to calibrate on"):
             store_weights(weights, replace(model.config, artifact=settings))
+
+
+def test_a_model_that_predicts_nothing_finite_is_refused() -> None:
+    model = small_model()
+    with torch.no_grad():
+        model.blocks[1].mlp.up.weight.fill_(1e30)  # finite, unlike what it makes of its input
+    with pytest.raises(ArtifactError, match="the model's predictions are not finite"):
+        calibrate(model, random_ids(1, 24))
+
+
+@pytest.mark.parametrize("gradient", [1e-6, 1e-30, 1e-44])
+def test_a_matrix_that_costs_next_to_nothing_gets_coarse_steps_and_is_stored(gradient: float) -> None:
+    """1e-44: less than ten times the smallest float32, so that a tenth of it is zero."""
+    model = small_model()
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    name, other = "blocks.1.mlp.up.weight", "blocks.0.mlp.up.weight"
+    found = calibrate(model, random_ids(2, 24))
+    squares = {**found.sensitivity, name: torch.full_like(found.sensitivity[name], gradient)}
+    calibration = Calibration(spreads=found.spreads, sensitivity=squares)
+    config = compact(replace(model.config, artifact={"small_tensor_elements": 256}))
+    stored = store_weights(weights, config, calibration)
+    assert float(stored[name].scales.min()) > float(stored[other].scales.max())
+    assert bool(torch.isfinite(restore(stored[name])).all())
 
 
 def test_moments_of_blocks_that_run_once_a_chunk_are_of_chunks() -> None:

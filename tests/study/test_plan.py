@@ -157,7 +157,13 @@ def test_built_in_plans_change_one_thing_at_a_time(name: str) -> None:
         assert variant.tests.endswith((".", "?"))
         config = to_dict(plan.config(variant, 1))
         changed = [s for s in config if config[s] != baseline[s]]
-        together = ("all-mended", "pr832-like", "quantisation-aware", "aware-gptq", "larger-and-decayed")  # several at once, on purpose
+        together = (
+            "all-mended",
+            "pr832-like",
+            "quantisation-aware",
+            "aware-gptq",
+            "larger-and-decayed",
+        )  # several at once, on purpose
         if variant.name not in (plan.baseline, *together):
             assert len(changed) == 1, (variant.name, changed)
     fingerprints = {json.dumps(to_dict(plan.config(variant, 1))) for variant in plan.variants}

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from bytejepa.errors import ArtifactError
 from bytejepa.model.gptq import ErrorSpread, error_spread
 from bytejepa.model.transformer import ByteLM
 
@@ -126,6 +127,7 @@ def calibrate(
 
     The gradients are those of bytes drawn from the model's own predictions: their mean square is the Fisher information,
     which approximates the curvature of the loss and needs no targets.
+    Raises: ArtifactError if predictions or gradients are not finite.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 2}
     moments = InputMoments(model)
@@ -136,6 +138,7 @@ def calibrate(
         moments.begin_pass()
         with moments:
             logits = model.logits(sequence[None])[0]
+        _require_finite(logits, "the model's predictions")
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=random).squeeze(1)
         F.cross_entropy(logits, drawn, reduction="sum").backward()
         for name, parameter in parameters.items():
@@ -143,6 +146,8 @@ def calibrate(
                 squares[name] += parameter.grad.float().square().mean(1)
         if on_progress is not None:
             on_progress(number + 1, len(ids))
+    for name, value in squares.items():
+        _require_finite(value, f"the gradients of tensor {name!r}")
     model.zero_grad()
     moments.begin_pass()
     made: dict[int, ErrorSpread] = {}
@@ -154,3 +159,8 @@ def calibrate(
     return Calibration(
         spreads=spreads, sensitivity={name: (value / ids.numel()).cpu() for name, value in squares.items()}
     )
+
+
+def _require_finite(values: Tensor, what: str) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise ArtifactError(f"{what} are not finite", hint="do not export a diverged model")

@@ -27,6 +27,9 @@ from bytejepa.model.quantization import (
 LEAST_SENSITIVITY = 0.1
 """Of a row, relative to its matrix's mean: gradients of few bytes know no better, and rare rows may matter one day."""
 
+COARSEST_SCALE = 2.0**15
+"""Of a row that hardly costs anything: a number that float16 holds in whatever binary digits scales keep."""
+
 
 def quantize_matrices(
     matrices: Mapping[str, Tensor], config: ArtifactConfig, calibration: Calibration | None
@@ -73,6 +76,7 @@ def sensitive_scales(
         mean = sensitivity.mean()
         spread = calibration.spreads.get(name) if config.rounding == "gptq" else None
         cost = sensitivity.clamp_min(LEAST_SENSITIVITY * mean) * (spread.gain if spread else 1.0)
+        cost = cost.clamp_min(torch.finfo(cost.dtype).tiny)  # a mean of a few denormal numbers may have no tenth
         costs[name] = cost if float(mean) > 0 else torch.ones_like(cost)  # no gradient at all: nothing is known
     reference = [name for name in matrices if is_block_matrix(name)] or list(matrices)
     log_ratio, count = 0.0, 0
@@ -89,7 +93,7 @@ def sensitive_scales(
         bits = stored_bits(name, weight, config)
         assert bits is not None
         largest = weight.abs().amax(1) / code_limit(bits)
-        scale = torch.maximum(level.to(weight.device) * costs[name].rsqrt(), largest)
+        scale = (level.to(weight.device) * costs[name].rsqrt()).clamp_max(COARSEST_SCALE).maximum(largest)
         scales[name] = torch.where(largest > 0, round_scales(scale, config.scale_digits), torch.zeros_like(scale))
     return scales
 

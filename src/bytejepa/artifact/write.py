@@ -109,6 +109,11 @@ def _calibrate(
     on_stage: OnStage | None,
 ) -> Calibration:
     model = build(config, weights, source="the weights to pack").to(device)
+    for name, value in model.named_parameters():  # the passes would only say that something is not finite
+        if not bool(torch.isfinite(value).all()):
+            raise ArtifactError(
+                f"tensor {name!r} has values that are not finite", hint="do not export a diverged model"
+            )
     ids = torch.from_numpy(sequences).to(device)
     return calibrate(model, ids, damping=config.artifact.gptq_damping, on_progress=_of("calibrate", on_stage))
 
