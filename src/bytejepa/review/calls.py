@@ -12,6 +12,7 @@ from bytejepa.review.library import Library
 from bytejepa.review.library_names import REDUCTIONS, TEXT_METHODS
 from bytejepa.review.machine import MAX_CALL_DEPTH
 from bytejepa.review.values import (
+    CHOSEN,
     FORWARD,
     FRESH,
     HASHED,
@@ -173,6 +174,8 @@ class Calls(Library):
             return Value(models=owner.models)
         if name in REDUCTIONS:
             result.labels -= {PREDICTED}
+        if name in ("argmin", "argmax", "min"):
+            result.labels |= self.note_selection([owner], {}, node)
         if name in MIXING_METHODS:
             result = self.note_mixture(owner, combine(*everything), result, node)
         if name in ("integers", "randint", "randrange"):  # of a generator
@@ -291,7 +294,8 @@ class Calls(Library):
     def _method_load_state_dict(
         self, owner: Value, arguments: list[Value], options: dict[str, Value], node: ast.AST
     ) -> Value:
-        self.emit("restore", node, Value(models=owner.models))
+        chosen = combine(*arguments).labels & {CHOSEN}
+        self.emit("restore", node, Value(models=owner.models, labels=chosen))
         return Value()
 
     def _method_register_forward_hook(self, owner: Value, *_: Any) -> Value:
@@ -352,12 +356,13 @@ class Calls(Library):
             return combine(*arguments, *options.values())
         assert not isinstance(function.node, ast.ClassDef)
         scope = Scope({}, function.scope, function.scope.file)
-        before, hooks = self.calls, self.hooks
+        before, hooks, chosen = self.calls, self.hooks, self.chosen_arguments
+        self.chosen_arguments = chosen or any(CHOSEN in value.labels for value in (*arguments, *options.values()))
         self.calls = (*self.calls, id(node))
         enabled = self.gradient and not function.no_grad
         with self.gradients(enabled):
             result = self.run_body(function, scope, ([owner] if owner is not None else []) + arguments, options)
-        self.calls, self.hooks = before, min(hooks, self.hooks)
+        self.calls, self.hooks, self.chosen_arguments = before, min(hooks, self.hooks), chosen
         return result
 
     def run_body(self, function: Function, scope: Scope, arguments: list[Value], options: dict[str, Value]) -> Value:

@@ -14,6 +14,7 @@ from bytejepa.review.machine import Machine
 from bytejepa.review.values import (
     AHEAD,
     BEHIND,
+    CHOSEN,
     FORWARD,
     GRADIENT,
     HASHED,
@@ -174,6 +175,7 @@ class Expressions(Machine):
                 return constant(False)
             outcome = part if outcome is True else outcome
         result.constant = outcome if isinstance(outcome, bool) else UNKNOWN
+        result.labels |= self.note_comparison(node, values)
         return result
 
     @staticmethod
@@ -264,7 +266,8 @@ class Expressions(Machine):
         test = self.evaluate(node.test)
         if test.is_known:
             return self.evaluate(node.body if test.constant else node.orelse)
-        return merge(self.evaluate(node.body), self.evaluate(node.orelse))
+        result = combine(test, with_models=False) if CHOSEN in test.labels else None
+        return merge(result, merge(self.evaluate(node.body), self.evaluate(node.orelse)))
 
     def _tuple(self, node: ast.Tuple | ast.List | ast.Set) -> Value:
         parts = [self.evaluate(item.value if isinstance(item, ast.Starred) else item) for item in node.elts]
@@ -416,4 +419,4 @@ class Expressions(Machine):
         raise NotImplementedError
 
 
-DATA = frozenset((VALIDATION, TRAINING, TARGET, HASHED, FORWARD, SUBSET, STORED, MATCHED, GRADIENT))
+DATA = frozenset((CHOSEN, VALIDATION, TRAINING, TARGET, HASHED, FORWARD, SUBSET, STORED, MATCHED, GRADIENT))

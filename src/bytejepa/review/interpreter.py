@@ -18,6 +18,7 @@ from bytejepa.review.binding import Binding
 from bytejepa.review.machine import MAX_STATEMENTS, Frame, OutOfSteps
 from bytejepa.review.program import Module, Program
 from bytejepa.review.values import (
+    CHOSEN,
     FORWARD,
     GRADIENT,
     HASHED,
@@ -190,6 +191,9 @@ class Interpreter(Binding):
         before = dict(self.frame.scope.names)
         with self.branch(node, 0):
             first = self.execute(node.body)
+        if CHOSEN in test.labels:
+            self.decided.add(id(node))
+            self.keep_chosen(node.body, before)
         after_first = self.frame.scope.names
         self.frame.scope.names = dict(before)
         with self.branch(node, 1):

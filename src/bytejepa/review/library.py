@@ -7,8 +7,9 @@ import ast
 import math
 from typing import Any
 
+from bytejepa.review.choices import CALLABLE, Choices
 from bytejepa.review.expressions import DATA
-from bytejepa.review.free_tensors import MIXING_FUNCTIONS, FreeTensors
+from bytejepa.review.free_tensors import MIXING_FUNCTIONS
 from bytejepa.review.library_names import (
     COMPRESSORS,
     CONTAINERS,
@@ -47,7 +48,7 @@ from bytejepa.review.values import (
 )
 
 
-class Library(FreeTensors):
+class Library(Choices):
     """Calls of functions that are not the script's own."""
 
     def call_library(self, name: str, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> Value:
@@ -56,7 +57,9 @@ class Library(FreeTensors):
         short = name.removeprefix("builtins.")
         everything = [*arguments, *options.values()]
         if short in PLAIN and name.startswith("builtins."):
-            return self._plain(short, arguments, options)
+            result = self._plain(short, arguments, options)
+            result.labels |= self.note_selection(arguments, options, node) if short in ("min", "max") else set()
+            return result
         if name in ("os.environ.get", "os.getenv", "os.environ.setdefault", "os.environ.pop"):
             return self._environment(arguments)
         special = getattr(self, f"_library_{short.replace('.', '_')}", None)
@@ -126,6 +129,10 @@ class Library(FreeTensors):
             result = self.note_mixture(arguments[0], combine(*arguments[1:]), result, node)
         if name.rpartition(".")[2] in REDUCTIONS:
             result.labels -= {PREDICTED}
+        if name.startswith("scipy.optimize.") and arguments and arguments[0].kind in CALLABLE:
+            result.labels |= self.note_trials(arguments[0], Value(), node)
+        if name.endswith((".argmin", ".argmax")):
+            result.labels |= self.note_selection(arguments, options, node)
         if name in ("torch.randperm", "numpy.random.permutation", "random.sample", "random.shuffle"):
             result.loops = frozenset()
         if name in (

@@ -43,6 +43,8 @@ class Machine:
         self.frames: list[Frame] = []
         self.events: list[Event] = []
         self.loops: tuple[int, ...] = ()
+        self.comprehensions: tuple[int, ...] = ()
+        """Loops of comprehensions around the current place, which are no loops of an event."""
         self.branches: tuple[tuple[int, int], ...] = ()
         self.calls: tuple[int, ...] = ()
         self.gradient = True
@@ -70,6 +72,10 @@ class Machine:
         """Modules that the script imports and the folder does not have, libraries among them."""
         self.library_models: frozenset[int] = frozenset()
         """Models that are single modules of a library, such as a linear probe."""
+        self.decided: set[int] = set()
+        """Conditions that compare the losses of candidates on validation data."""
+        self.chosen_arguments = False
+        """Whether what was chosen by validation loss went into a call around here."""
         self.compiled = False
         self.statements = 0
 
@@ -105,14 +111,14 @@ class Machine:
 
     def forward(self, node: ast.AST, value: Value, detail: str) -> Value:
         """Mark `value` as the result of a forward pass or loss computed at `node`."""
-        from bytejepa.review.values import FORWARD
+        from bytejepa.review.values import CHOSEN, FORWARD
 
         number = self.place(node, "forward")
-        value.labels |= {FORWARD}
+        value.labels |= {FORWARD, CHOSEN} if self.chosen_arguments else {FORWARD}
         value.forwards |= {number}
         self.emit("forward", node, value, detail)
         self.events[-1].node = number
-        self.passes[number] = (self.loops, value.loops)
+        self.passes[number] = ((*self.loops, *self.comprehensions), value.loops)
         return value
 
     def accumulate(self, node: ast.AST, value: Value) -> None:
@@ -178,6 +184,10 @@ class Machine:
         self, callee: Value, arguments: list[Value], options: dict[str, Value], node: ast.Call | ast.expr
     ) -> Value:
         """Return what is known of the result of calling any value."""
+        raise NotImplementedError
+
+    def note_comparison(self, node: ast.Compare, values: list[Value]) -> frozenset[str]:
+        """Note that the losses of candidates may have been compared; return the label of what is kept for it."""
         raise NotImplementedError
 
     def note_mixture(self, one: Value, other: Value, result: Value, node: ast.AST) -> Value:

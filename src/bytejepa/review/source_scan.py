@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bytejepa.review.choice_rules import choice_findings
 from bytejepa.review.findings import Evidence, Finding, Status, Weight
 from bytejepa.review.interpreter import interpret
 from bytejepa.review.network_state import state_findings
@@ -60,6 +61,7 @@ def scan_source(
         *training_findings(facts),
         *table_findings(facts),
         *calibration_findings(facts),
+        *choice_findings(facts),
         *coverage_findings(facts),
         *network_findings(facts, {path.name for path in root.rglob("*") if path.is_file()}),
         *native_findings(facts),
