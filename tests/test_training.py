@@ -195,9 +195,21 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(
 def test_an_existing_run_is_refused_and_replaced_only_by_force(minimal_config, embedded_shards, tmp_path) -> None:
     config = quiet(minimal_config, schedule={"steps": 2})
     train(config, embedded_shards, tmp_path / "run")
-    with pytest.raises(CheckpointError, match="not empty"):
+    with pytest.raises(CheckpointError, match=r"holds a run already .*--resume .*--force"):
         train(config, embedded_shards, tmp_path / "run")
     train(config, embedded_shards, tmp_path / "run", force=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_of_something_else_is_refused_even_by_force(minimal_config, embedded_shards, tmp_path, force) -> None:
+    """Above all a folder of shards: a run has a manifest.json too."""
+    (tmp_path / "manifest.json").write_text("precious")
+    config = quiet(minimal_config, schedule={"steps": 2})
+    with pytest.raises(CheckpointError, match=r"is not empty and holds no run: manifest.json \(name an empty or a new"):
+        train(config, embedded_shards, tmp_path, force=force)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir() if path.name != ".lock"] == [
+        ("manifest.json", "precious")
+    ]
 
 
 def test_bfloat16_on_a_cpu_is_refused(minimal_config, embedded_shards, tmp_path) -> None:

@@ -111,7 +111,7 @@ def cases(embedded_shards, minimal_run, minimal_artifact, seed_runs, tmp_path_fa
     submission = ["submission", *seed_runs, "-o", place / "folder", *author]
     return {
         "shards that the second node lacks": Case(begin, [*train, missing, "--out", place / "run"], 3, "rank 1: "),
-        "a run that exists": Case(again, again, 4, f"{minimal_run} is not empty"),
+        "a run that exists": Case(again, again, 4, f"{minimal_run} holds a run already"),
         "a run that the second node lacks": Case(
             ["train", "--resume", minimal_run], ["train", "--resume", missing], 4, f"rank 1: {missing}"
         ),

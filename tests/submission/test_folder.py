@@ -127,11 +127,21 @@ def test_an_existing_folder_is_replaced_only_by_force(seed_runs, tmp_path) -> No
     (out / "precious").write_text("kept")
     with pytest.raises(DataError, match="exists already"):
         make_submission(seed_runs[:1], out, AUTHOR)
+    for foreign in (out, out / "precious"):  # also by force no other folder is deleted, and no file
+        with pytest.raises(DataError, match=r"is no submission, it has no submission\.json"):
+            make_submission(seed_runs[:1], foreign, AUTHOR, force=True)
     assert (out / "precious").read_text() == "kept"
+    (out / "submission.json").write_text("{}")
     make_submission(seed_runs[:1], out, AUTHOR, force=True, score_bytes=500)
     assert not (out / "precious").exists()
     assert (out / "train_gpt.py").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    link = tmp_path / "link"
+    link.symlink_to(out)
+    make_submission(seed_runs[:1], link, AUTHOR, force=True, score_bytes=500)
+    assert (link / "train_gpt.py").is_file()
+    assert not link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
 
 
 def test_a_study_becomes_a_table(seed_runs, tmp_path) -> None:

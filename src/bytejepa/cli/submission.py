@@ -39,7 +39,7 @@ class Submission:
     packed: bool = False
     """Ship train_gpt.py packed by LZMA and base85, with the readable script beside it."""
     force: bool = False
-    """Replace an existing folder."""
+    """Replace an earlier submission in that folder."""
     json: bool = False
     """Print the result as one JSON object."""
 

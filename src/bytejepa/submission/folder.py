@@ -33,7 +33,7 @@ from bytejepa.submission.seeds import (
 )
 from bytejepa.training.distributed import Ranks
 
-SCRIPT, READABLE_SCRIPT = "train_gpt.py", "train_gpt_readable.py"
+SCRIPT, READABLE_SCRIPT, CLAIMS = "train_gpt.py", "train_gpt_readable.py", "submission.json"
 FINEWEB_BYTES, FINEWEB_DOCUMENTS = 151_080_891, 50_000
 """The challenge's validation split (spec section 7, item 8)."""
 
@@ -96,13 +96,12 @@ def make_submission(
     `data`: where the shards are if they moved; `score_bytes`: leading ids of the validation split that are scored (None:
     all, as the challenge demands); `packed`: ship the script packed, the readable one beside it. With several ranks a
     collective call, in which rank 0 writes.
-    Raises: DataError if `out` exists and not `force`; CheckpointError for runs that are unfinished or no seeds of one
-    configuration; ArtifactError over the budget. Nothing is then left behind.
+    Raises: DataError if `out` exists and not `force`, or holds anything but a submission; CheckpointError for runs that
+    are unfinished or no seeds of one configuration; ArtifactError over the budget. Nothing is then left behind.
     """
     ranks = ranks or Ranks()
     with ranks.agree():
-        if out.exists() and not force:
-            raise DataError(f"{out} exists already", hint="choose another folder, or --force")
+        _require_replaceable(out, force=force)
         finished = read_runs(runs)
         ids = validation_ids(finished[0], data, score_bytes)
         readable = readable_script(finished[0].config)
@@ -126,6 +125,18 @@ def make_submission(
                 _fill(folder, scripts, result, author, study, documents_in(ids))
                 _put_in_place(folder, out)
     return result
+
+
+def _require_replaceable(out: Path, *, force: bool) -> None:
+    """Raise a DataError if `out` exists, unless `force` is given and it is an earlier submission or an empty folder."""
+    if not out.exists():
+        return
+    if not force:
+        raise DataError(f"{out} exists already", hint="choose another folder, or --force")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / CLAIMS).is_file()):
+        raise DataError(
+            f"{out} is no submission, it has no {CLAIMS}: --force does not replace it", hint="choose another folder"
+        )
 
 
 @contextlib.contextmanager
@@ -152,7 +163,7 @@ def _fill(
     texts = {
         **scripts,
         "README.md": readme(result, author, study, is_packed=READABLE_SCRIPT in scripts),
-        "submission.json": json.dumps(claims(result, author), indent=2, ensure_ascii=False) + "\n",
+        CLAIMS: json.dumps(claims(result, author), indent=2, ensure_ascii=False) + "\n",
         "requirements.txt": "".join(f"{name}\n" for name in _requirements(result.seeds[0].run.config)),
     }
     for seed in result.seeds:
@@ -171,7 +182,7 @@ def _put_in_place(folder: Path, out: Path) -> None:
         except OSError:
             old.rename(out)
             raise
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
+        old.unlink() if old.is_symlink() else shutil.rmtree(old)
     else:
         folder.rename(out)
     out.chmod(0o755)

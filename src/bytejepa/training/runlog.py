@@ -56,13 +56,18 @@ class RunFolder:
     def create(self, config: RunConfig, manifest: dict[str, Any], *, force: bool = False) -> None:
         """Write the resolved configuration and the manifest into a new folder.
 
-        Raises: CheckpointError if the folder already holds a run (or anything else) and `force` is not given.
+        Raises: CheckpointError if the folder already holds a run and `force` is not given, or anything but a run.
         """
         with file_errors_as(CheckpointError, "create run folder", self.path):
             left = [entry.name for entry in self.path.iterdir() if entry.name != ".lock"] if self.path.is_dir() else []
+            # made before any other file, so that a run which was killed at once is known by it
+            if left and not self.checkpoints_path.is_dir():
+                raise CheckpointError(
+                    f"{self.path} is not empty and holds no run: {min(left)}", hint="name an empty or a new folder"
+                )
             if left and not force:
                 raise CheckpointError(
-                    f"{self.path} is not empty",
+                    f"{self.path} holds a run already",
                     hint=f"continue it with --resume {self.path}, or start over with --force",
                 )
             self.path.mkdir(parents=True, exist_ok=True)
