@@ -206,6 +206,18 @@ def test_a_row_that_matters_more_gets_a_finer_scale() -> None:
     assert torch.equal(again.scales.float(), scales)
 
 
+@pytest.mark.parametrize("digits", [1, 3, 10])
+def test_scales_by_sensitivity_keep_as_many_digits_as_they_are_told(digits: int) -> None:
+    model = small_model()
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    config = compact(replace(model.config, artifact={"small_tensor_elements": 256}))
+    config = replace(config, artifact={"scale_digits": digits})
+    stored = store_weights(weights, config, calibrate(model, random_ids(2, 24)))
+    fractions = stored["blocks.1.mlp.up.weight"].scales.view(torch.int16) & 0x3FF  # ten binary digits of a float16
+    assert not bool((fractions & ((1 << (10 - digits)) - 1)).any())
+    assert bool((fractions & (1 << (10 - digits))).any())
+
+
 def test_sensitivity_is_the_mean_squared_gradient_of_drawn_bytes() -> None:
     """Against the Fisher information of the last product, which has a closed form: (p - p^2) x^2 before the softcap."""
     model = small_model()

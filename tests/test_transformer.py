@@ -59,6 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         }
     },
     "input smear": {"model": {"smear_gate": "input"}},
+    "input smear of documents that are not masked": {"model": {"smear_gate": "input"}},
     "gated skips": {"model": {"skip_gates": True, "num_layers": 4}},
     "parallel": {"model": {"parallel_last_layers": 2}},
     "gated heads": {"model": {"attention_gate_dims": 5}},
