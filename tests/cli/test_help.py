@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bytejepa.cli import VERBS
+from bytejepa.presets import PRESETS
 
 READY = ("config", "prepare", "train", "export", "eval", "import-pr832")
 
@@ -102,12 +103,20 @@ def test_an_unknown_option_is_answered_with_the_nearest(
     [
         (
             ("config", "tiny", "--model.num-layers", "many"),
-            "error parsing --model.num-layers: invalid literal for int()",
+            "--model.num-layers: expected a whole number, got 'many' (--model.num-layers INT Transformer blocks.",
         ),
+        (("config", "tiny", "--schedule.steps", "1e3"), "--schedule.steps: expected a whole number or None, got '1e3'"),
+        (("train", "tiny", "--max-wallclock", "5m"), "--max-wallclock: expected a number or None, got '5m'"),
+        (("generate", "x.bjm", "-n", "1k"), "-n/--num-bytes: expected a whole number, got '1k'"),
         (("config", "tiny", "--jepa.gradient", "detachd"), "invalid choice 'detachd' for argument '--jepa.gradient'"),
-        (("config", "tiny", "--model.attention-windows", "x"), "error parsing --model.attention-windows: no type"),
+        (
+            ("config", "tiny", "--model.attention-windows", "x"),
+            "--model.attention-windows: expected whole numbers or None, got 'x' (",
+        ),
+        (("config", "tiny", "--data.sequence-growth", "3"), "error parsing --data.sequence-growth: no type matching"),
         (("config", "tiny", "--model.num-layers"), "missing value for argument '--model.num-layers'"),
-        (("eval", "model.bjm"), "missing from bytejepa eval: --data PATH"),
+        (("eval", "model.bjm"), "missing --data PATH A folder of shards"),
+        (("surprise", "x.bjm"), "missing FILE Any file"),
         (("eval", "model.bjm", "more", "--data", "x"), "unrecognized options: more (see bytejepa eval --help)"),
     ],
 )
@@ -132,6 +141,20 @@ def test_a_value_behind_a_switch_is_answered_with_both_its_names(
     refuses: Callable[..., str], words: tuple[str, ...], switches: str
 ) -> None:
     assert f"(a switch takes no value: {switches} for the contrary)" in refuses(2, *words)
+
+
+@pytest.mark.parametrize(
+    ("verb", "usage"),
+    [("surprise", "MODEL FILE"), ("export", "RUN"), ("prepare", "SOURCE"), ("ablate", "PLAN"), ("review", "TARGET")],
+)
+def test_help_calls_what_a_verb_takes_by_name(command: Callable[..., Any], verb: str, usage: str) -> None:
+    assert f"usage: bytejepa {verb} [-h] [OPTIONS] {usage}\n" in command(verb, "--help").out.replace("...\n", "\n")
+
+
+def test_help_of_a_verb_with_a_preset_names_all(command: Callable[..., Any]) -> None:
+    shown = " ".join(command("train", "tiny", "--help").out.split())
+    assert "Shown here: tiny; other presets:" in shown
+    assert [name for name in PRESETS if name not in shown] == []
 
 
 def test_an_error_reads_the_same_where_boxes_cannot_be_drawn(process: Callable[..., Any]) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Ablate:
     """Run an ablation study: `bytejepa ablate PLAN --out STUDY`. The same command goes on with a study that was stopped."""
 
-    plan: tyro.conf.Positional[str | None] = None
+    plan: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="PLAN")] = None
     """A built-in plan (see --list), or a plan file (.toml or .json)."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Folder of the study; finished runs in it are kept."""

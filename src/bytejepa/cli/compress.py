@@ -22,7 +22,7 @@ SUFFIX = ".bjc"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Common:
-    file: tyro.conf.Positional[Path]
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """Any file; `-`: standard input, and the result goes to standard output."""
     model: Path | None = None
     """An artifact (.bjm) or a run folder; default: the model that comes with bytejepa."""

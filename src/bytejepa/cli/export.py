@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Export:
     """Pack a run's averaged weights into an artifact: `bytejepa export RUN -o FILE.bjm`, `--fit 16000000` to fill a budget."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The artifact to write."""

@@ -27,7 +27,7 @@ costs; on a busy machine one thread is faster by far below it."""
 class Generate:
     """Write text with a model: `bytejepa generate MODEL --prompt "Once upon a time"`."""
 
-    model: tyro.conf.Positional[Path]
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """An artifact (.bjm) or a run folder (its averaged weights)."""
     prompt: str = ""
     """What the text begins with; `-`: read it from standard input."""

@@ -13,7 +13,7 @@ import tyro
 class ImportPr832:
     """Read the reference's `final_model.pt` or `final_model.int6.ptz` (no code in it is run) and write an artifact."""
 
-    model: tyro.conf.Positional[Path]
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """The reference's file."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The artifact to write."""

@@ -29,6 +29,9 @@ class Command(Protocol):
 _ORNAMENTS = re.compile(r"\x1b\[[\d;]*m|[│╭╮╰╯]")
 """Colours and the sides of a box."""
 
+_KINDS = {"INT": "a whole number", "FLOAT": "a number", "[INT": "whole numbers"}
+"""What an option's placeholder asks for, in words."""
+
 _SETTINGS = tuple(f"--{field.name}." for field in dataclasses.fields(RunConfig))
 """How a word begins that sets one of a configuration."""
 
@@ -55,18 +58,36 @@ def parse(verb_class: type[Verb], verb: str, words: list[str]) -> Verb:
             kept_unparsed["configured_by"] = (*chosen, *(word for word in rest if word.startswith(_SETTINGS)))
         words = rest
     program = f"bytejepa {verb}" + (f" {kept_unparsed['preset']}" if kept_unparsed else "")
+    if kept_unparsed:
+        others = ", ".join(name for name in PRESETS if name != kept_unparsed["preset"])
+        described = f"{verb_class.__doc__} Shown here: {kept_unparsed['preset']}; other presets: {others}."
+    else:
+        described = None
     defaults = _with_defaults(verb_class, kept_unparsed) if kept_unparsed else tyro.MISSING_NONPROP
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            command = tyro.cli(verb_class, args=words, prog=program, default=defaults)
+            command = tyro.cli(verb_class, args=words, prog=program, description=described, default=defaults)
         _require_ranges(command)
         return command
     except SystemExit as left:
         if not left.code:  # help was asked for
             raise
     message, hint = _in_one_line(said.getvalue(), program)
-    raise ConfigError(message, hint=_switch_with_value(words, message) or hint)
+    raise ConfigError(_in_words(message, hint), hint=_switch_with_value(words, message) or hint)
+
+
+def _in_words(message: str, hint: str) -> str:
+    """Return what tyro says of a number that cannot be read, or of what is missing, without its and Python's terms."""
+    unread = re.fullmatch(r"error parsing (\S+): .*?('.*')\]?\.?\s*", message)
+    placeholder = re.search(r"--[\w.-]+ (\{None\}\|)?\{?(INT|FLOAT|\[INT)\b(?! INT)", hint)
+    if unread and placeholder:
+        kind = _KINDS[placeholder[2]] + (" or None" if placeholder[1] else "")
+        return f"{unread[1]}: expected {kind}, got {unread[2]}"
+    if message.startswith("missing from "):
+        _, _, listed = message.partition(": ")
+        return f"missing {listed.replace(' (required)', '')}"
+    return message
 
 
 def _switch_with_value(words: list[str], message: str) -> str:

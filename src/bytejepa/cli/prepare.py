@@ -15,7 +15,7 @@ from bytejepa.errors import ConfigError, DataError
 class Prepare:
     """Turn sources into byte260 shards: `bytejepa prepare SOURCE... --out DIR`, or check some: `--verify DIR`."""
 
-    sources: tyro.conf.Positional[tuple[Path, ...]] = ()
+    sources: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="SOURCE...")] = ()
     """Files, or folders of files: text, JSONL (.gz, .xz, .zst too), Parquet, or sp1024 shards."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Folder of the shards."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Report:
     """Make a page of runs or a study: `bytejepa report RUN_OR_STUDY... -o report.html`."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN_OR_STUDY...")]
     """Run folders (those that differ in the seed alone become one curve with a band), or one study's folder."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The page to write, a name that ends in .html; PNG and CSV of each plot go into a folder beside it."""

@@ -16,7 +16,7 @@ from bytejepa.errors import ConfigError, DataError, ReviewFailed, file_errors_as
 class Review:
     """Check a submission, run or artifact: `bytejepa review TARGET`. Exit code 10 unless it LOOKS CLEAN."""
 
-    target: tyro.conf.Positional[Path]
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
     """A submission folder (README.md, submission.json, train_gpt.py, logs), a run folder, or an artifact (.bjm)."""
     run: bool = False
     """Also run the submission's script on the CPU, in a subprocess without network and with bounds. Off: nothing runs."""

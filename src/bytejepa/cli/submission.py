@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Submission:
     """Make a submission of finished runs that differ in the seed: `bytejepa submission RUN... -o FOLDER`."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")]
     """Run folders; the first one's seed is the submitted one."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The folder to write."""

@@ -25,9 +25,9 @@ Format = Literal["terminal", "csv", "html"]
 class Surprise:
     """Show what every byte of a file costs: `bytejepa surprise MODEL FILE -o page.html`."""
 
-    model: tyro.conf.Positional[Path]
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """An artifact (.bjm) or a run folder (its averaged weights)."""
-    file: tyro.conf.Positional[Path]
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """Any file; `-`: standard input."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Write to this file: a page if it ends in .html, a table if it ends in .csv; default: the terminal, in colour."""
@@ -59,7 +59,8 @@ class Surprise:
         data, whole = self._data(chosen)
         surprised = self._priced(data, device)
         if len(data) < whole:
-            note(f"the first {len(data):,} of {whole:,} bytes; --max-bytes or -o FILE.html for more")
+            more = "" if self.max_bytes is not None else "; --max-bytes or -o FILE.html for more"
+            note(f"the first {len(data):,} of {whole:,} bytes{more}")
         if self.output is not None:
             content = self._written(surprised, chosen)
             with file_errors_as(DataError, "write", self.output):
