@@ -73,6 +73,7 @@ def test_explain_gives_every_setting_a_meaning_and_every_number_a_range() -> Non
 
 def test_explain_is_a_table(command: Callable[..., Any]) -> None:
     outcome = command("config", "tiny", "--explain")
+    assert "│ Transformer blocks. " in outcome.out, "prose begins at the left"
     assert outcome.code == 0
     assert "Transformer blocks." in outcome.out
 

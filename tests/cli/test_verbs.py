@@ -31,7 +31,17 @@ def test_prepare_then_verify(command: Callable[..., Any], tmp_path: Path) -> Non
     assert json.loads(checked.out)["problems"] == []
     table = command("prepare", "--verify", out)
     assert "problems" in table.out
+    assert "┃" not in table.out, "a table without names of columns has no empty row for them"
     assert table.err == ""
+
+
+def test_a_document_separator_may_be_escaped_as_shells_leave_it(command: Callable[..., Any], tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "shards"
+    text.write_text("one\n\ntwo\n\nthree")
+    words = ("prepare", text, "--out", out, "--val-documents", 1, "--workers", 1, "--json")
+    done = command(*words, "--document-separator", r"\n\n")
+    assert done.code == 0, done
+    assert json.loads(done.out)["manifest"]["splits"]["train"]["num_documents"] == 2
 
 
 def test_train_leaves_a_run(command: Callable[..., Any], tmp_path: Path, embedded_shards: Path) -> None:

@@ -73,7 +73,7 @@ def _print_plans(*, as_json: bool) -> None:
         [plan.name, plan.base, str(len(plan.variants)), str(len(plan.variants) * len(plan.seeds)), plan.question]
         for plan in plans
     ]
-    print_table("built-in plans", ["plan", "base", "variants", "runs", "question"], rows)
+    print_table("built-in plans", ["plan", "base", "variants", "runs", "question"], rows, prose=["question"])
 
 
 def _print_variants(plan: object, *, as_json: bool) -> None:
@@ -85,7 +85,7 @@ def _print_variants(plan: object, *, as_json: bool) -> None:
         print_json(plan)
         return
     rows = [[variant.name, variant.tests] for variant in plan.variants]
-    print_table(f"{plan.name}: {plan.question}", ["variant", "tests"], rows)
+    print_table(f"{plan.name}: {plan.question}", ["variant", "tests"], rows, prose=["tests"])
 
 
 @contextlib.contextmanager

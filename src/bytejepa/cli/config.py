@@ -32,7 +32,8 @@ class Config:
             return 0
         description = (PRESETS[self.preset].__doc__ or "").split("\n")[0]
         columns = ["setting", "value", "range", "meaning"] if self.explain else ["setting", "value"]
-        print_table(f"{self.preset}: {description}", columns, list(_rows(self.config, explain=self.explain)))
+        rows = list(_rows(self.config, explain=self.explain))
+        print_table(f"{self.preset}: {description}", columns, rows, prose=("range", "meaning"))
         print(f"fingerprint {fingerprint(self.config)}")
         return 0
 

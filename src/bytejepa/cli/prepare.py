@@ -30,7 +30,7 @@ class Prepare:
     workers: int | None = None
     """Worker processes; default: one a CPU."""
     document_separator: str | None = None
-    """Text between two documents of a text file; without it a file is one document."""
+    r"""Text between two documents of a text file, `\n` for the end of a line; without it a file is one document."""
     verify: Path | None = None
     """Check this folder against its manifest instead."""
     force: bool = False
@@ -56,7 +56,7 @@ class Prepare:
                 val_documents=self.val_documents,
                 shard_bytes=self.shard_bytes,
                 workers=self.workers,
-                document_separator=self.document_separator,
+                document_separator=self._separator(),
                 force=self.force,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
@@ -76,6 +76,15 @@ class Prepare:
         state = "" if result.is_new else " (was finished already)"
         print_table(f"{self.out}{state}", ["split", "documents", "bytes", "ids", "shards"], rows)
         return 0
+
+    def _separator(self) -> str | None:
+        r"""Return the separator with `\n`, `\r` and `\t`, which a shell leaves as they are, in characters."""
+        separator = self.document_separator
+        if separator is None:
+            return None
+        for escaped, character in ((r"\n", "\n"), (r"\r", "\r"), (r"\t", "\t")):
+            separator = separator.replace(escaped, character)
+        return separator
 
     def _verify(self, folder: Path) -> int:
         from bytejepa.cli.terminal import note, print_json, print_table

@@ -31,11 +31,16 @@ def note(text: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout: the first column to the left, numbers to the right."""
-    table = Table(title=title or None, title_justify="left", title_style="bold")
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, prose: Sequence[str] = ()
+) -> None:
+    """Print a table on stdout: the first column and those of `prose` to the left, numbers to the right.
+
+    Columns without any name have no row for names.
+    """
+    table = Table(title=title or None, title_justify="left", title_style="bold", show_header=any(columns))
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if index == 0 or column in prose else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console = Console(highlight=False)

@@ -214,7 +214,7 @@ def verify(directory: Path) -> VerifyResult:
         try:
             num_ids += _verify_shard(directory / name, promised.get(name))
         except DataError as problem:
-            problems.append(str(problem))
+            problems.append(problem.message)
     return VerifyResult(
         directory=directory,
         has_manifest=has_manifest,

@@ -89,7 +89,7 @@ def find_shards(directory: Path, split: Split) -> list[Path]:
     if not found:
         raise DataError(
             f"no shard of the {split} split in {directory}: expected files fineweb_{split}_*.bin",
-            hint="if `bytejepa prepare` was interrupted there, run the same command again",
+            hint="`bytejepa prepare` makes shards of text; if it was interrupted there, run the same command again",
         )
     return found
 

@@ -11,6 +11,7 @@ many each job made; until then the output folder holds none, so that nobody trai
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -246,7 +247,13 @@ class Staging:
                 files[job.split].append(replace(record, name=final))
         for split in SPLITS:
             if sum(file.num_text_bytes for file in files[split]) == 0:
-                raise DataError(f"the {split} split would hold no text", hint="check the sources and --val-documents")
+                # nothing can go on from here, so nothing that asks for it is left
+                shutil.rmtree(self.folder, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    self.out.rmdir()
+                raise DataError(
+                    f"the {split} split would hold no text", hint="check the first documents and --val-documents"
+                )
         manifest = Manifest(
             kind=self.identity.kind,
             sources=self.identity.sources,
