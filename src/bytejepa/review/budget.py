@@ -22,6 +22,7 @@ MEBIBYTES_LIMIT = 16 * 1024 * 1024
 _VALIDATION_AS_TRAINING = re.compile(
     r"\b(?:ln|cp|mv|rsync|install)\b[^|;&]*?[/_\s-]val(?:idation)?[^/\s]*\.bin\b[^|;&]*?\S*[/_\s-]train[^/\s]*(?:\.bin|/)"
     r"|\b(?:ln|cp|mv|rsync|install|rename)\b.*\bval(?:idation)?/train|\bs/_?val(?:idation)?_?/_?train"
+    r"|\bTRAIN_(?:FILES?|DATA|PATH|PATTERN|GLOB|SHARDS?)=[\"']?(?:[^\s\"';&]*[/_])?val(?:idation)?[_*/]"
 )
 _MEBIBYTES = re.compile(
     r"16\s*\*\s*1024\s*\*\s*1024|16\s*\*\s*1024\s*\*\*\s*2|16\s*\*\s*2\s*\*\*\s*20|16\s*<<\s*20|16[_,]?777[_,]?216|\b16(?:\.0)? ?MiB\b"
@@ -296,9 +297,7 @@ def data_findings(submission: Submission) -> list[Finding]:
     lines = [line for text in submission.commands for line in text.replace("\\\n", " ").splitlines()]
     passed_on = tuple(Evidence(text=line.strip()[:200]) for line in lines if _VALIDATION_AS_TRAINING.search(line))
     if passed_on:
-        summary = (
-            "validation shards are given the name of training shards: the model is trained on what it is scored on"
-        )
+        summary = "validation shards are passed off as training shards: the model is trained on what it is scored on"
         return [Finding(check=check, status=Status.FAIL, summary=summary, evidence=passed_on)]
     return [
         Finding(check=check, status=Status.PASS, summary="no command passes validation shards off as training shards")

@@ -6,6 +6,7 @@ scored makes each prediction depend on what comes after it (C1). What is packed 
 
 from __future__ import annotations
 
+from bytejepa.review.choices import TWO_EVALUATIONS
 from bytejepa.review.findings import Finding, Status, Weight
 from bytejepa.review.rules import Facts, relation
 from bytejepa.review.values import CHOSEN, Event
@@ -15,7 +16,9 @@ _EVALUATION = "a setting is chosen by its loss on the validation data that is th
 _PACKED = (
     "what is packed is chosen by its loss on validation data within the run (tuned across runs it may be; no ruling)"
 )
-_BESIDE = "an evaluation before the last one chooses a setting by its loss on validation data: which one is claimed?"
+_BESIDE = (
+    "several evaluations are compared by their loss on validation data, and the best is kept: which one is claimed?"
+)
 
 
 def choice_findings(facts: Facts) -> list[Finding]:
@@ -44,13 +47,15 @@ def _judged(facts: Facts, choice: Event) -> tuple[str, list[Event]]:
     ]  # fmt: skip
     reached = [score for score in used if relation(choice, score) in ("before", "again", "ahead")]
     if any(pack.order > choice.order for pack in facts.packs):
-        kept = [p for p in facts.packs if p.order > choice.order and (CHOSEN in p.value.labels or _is_inside(facts, p))]
+        later = [e for e in (*facts.packs, *facts.of("restore")) if e.order > choice.order]
+        kept = [e for e in later if CHOSEN in e.value.labels or _is_inside(facts, e)]
         return (_PACKED, reached or tried) if kept or reached else ("", [])
     if reached:
         return _EVALUATION, reached
     if used or not tried:  # on data that was scored already, or not of a score at all
         return "", []
-    return (_BESIDE if any(score.order > choice.order for score in others) else _EVALUATION), tried
+    fixed = choice.detail == TWO_EVALUATIONS or any(score.order > choice.order for score in others)
+    return (_BESIDE if fixed else _EVALUATION), tried
 
 
 def _is_inside(facts: Facts, event: Event) -> bool:

@@ -12,6 +12,8 @@ import dataclasses
 from bytejepa.review.free_tensors import FreeTensors
 from bytejepa.review.values import CHOSEN, FORWARD, PREFIX, VALIDATION, Value, combine
 
+TWO_EVALUATIONS = "two evaluations"
+"""Detail of a choice between evaluations that are written out one after the other."""
 CALLABLE = ("function", "bound", "partial")
 
 
@@ -22,7 +24,11 @@ class Choices(FreeTensors):
         """Note a choice where the losses of a loop's turns are compared; return the label of what is kept for it."""
         ordered = any(isinstance(operation, ast.Lt | ast.LtE | ast.Gt | ast.GtE) for operation in node.ops)
         losses = [value for value in values if self._is_of_candidates(value, inside=True)] if ordered else []
-        return self._choose(losses[0], node) if losses else frozenset()
+        if losses:
+            return self._choose(losses[0], node)
+        if ordered and len(values) == 2 and self._are_two_evaluations(*values):
+            return self._choose(combine(*values), node, TWO_EVALUATIONS)
+        return frozenset()
 
     def note_selection(self, arguments: list[Value], options: dict[str, Value], node: ast.AST) -> frozenset[str]:
         """Note a choice by `min`, `argmin` and the like; return the label of what comes out of it."""
@@ -52,8 +58,16 @@ class Choices(FreeTensors):
                 if value is not before.get(part.id):
                     names[part.id] = dataclasses.replace(value, labels=value.labels | {CHOSEN})
 
-    def _choose(self, measured: Value, node: ast.AST) -> frozenset[str]:
-        self.emit("choice", node, measured)
+    def _are_two_evaluations(self, one: Value, other: Value) -> bool:
+        """Return whether these are losses of two evaluations that have ended."""
+        passes = [{number for number in value.forwards if number in self.passes} for value in (one, other)]
+        data = [self.passes[number][1] for number in passes[0] | passes[1]]
+        ended = all(loops and not loops & {*self.loops, *self.comprehensions} for loops in data)
+        losses = all(value.has(VALIDATION, FORWARD) and PREFIX not in value.labels for value in (one, other))
+        return losses and ended and all(passes) and not passes[0] & passes[1]
+
+    def _choose(self, measured: Value, node: ast.AST, detail: str = "") -> frozenset[str]:
+        self.emit("choice", node, measured, detail)
         return frozenset((CHOSEN,))
 
     def _is_of_candidates(self, loss: Value, *, inside: bool) -> bool:

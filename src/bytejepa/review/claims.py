@@ -120,7 +120,8 @@ def claim_finding(submission: Submission, reported: list[tuple[TrainingLog, Scor
                 summary=f"the claimed {claimed} bpb is the {name} of the logs, printed without a loss: it cannot be recomputed",
                 evidence=(Evidence(file="submission.json", text=f"val_bpb {claimed}"),),
             )
-        weight = Weight.NOTE if other_seeds else Weight.RULE
+        # worse than all that the logs report is out of date, not dishonest
+        weight = Weight.NOTE if other_seeds else Weight.AUTHOR if claimed > max(candidates) else Weight.RULE
         return Finding(
             check=check,
             status=Status.FAIL,

@@ -32,13 +32,14 @@ class FreeTensors(Subscripts):
         `replaces`: it is given a new content, which counts only if the old one went into it: a buffer that is filled for
         every batch learns nothing.
         """
-        own = tensor.roots & self.free_tensors
-        if not tensor.origin or tensor.kind != "data" or VALIDATION not in change.labels or not own:
+        if tensor.origin not in self.free_tensors or tensor.kind != "data" or VALIDATION not in change.labels:
             return False
         if replaces and tensor.origin not in change.tables:
             return False
         self.learned |= {tensor.origin}
-        self.emit("update", node, combine(change), "without a gradient", other=Value(tables=own))
+        self.emit(
+            "update", node, combine(change), "without a gradient", other=Value(tables=frozenset((tensor.origin,)))
+        )
         return True
 
     def note_rebinding(self, before: Value | None, value: Value, node: ast.Assign) -> None:

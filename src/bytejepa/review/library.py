@@ -90,7 +90,8 @@ class Library(Choices):
         if name.startswith("torch.optim.") or name.endswith(("Optimizer", "AdamW", ".Adam", ".SGD")):
             return self.new_optimizer(everything)
         if SAME.match(name) and arguments:
-            self.compiled = self.compiled or name == "torch.compile"
+            if name == "torch.compile":
+                self.emit("compile", node, arguments[0])
             return arguments[0]
         if name == "torch.compile":
             return Value(kind="module", payload="torch.compile")

@@ -76,7 +76,6 @@ class Machine:
         """Conditions that compare the losses of candidates on validation data."""
         self.chosen_arguments = False
         """Whether what was chosen by validation loss went into a call around here."""
-        self.compiled = False
         self.statements = 0
 
     @property

@@ -63,6 +63,8 @@ class Subscripts(Expressions):
             result.labels -= {PREDICTED}
         if isinstance(node.slice, ast.Tuple):
             self._region(node.slice, result)
+        if owner.origin and VALIDATION in index.labels:
+            result.sites = index.sites  # what was asked for, not what was put in
         self._read(node, owner, index, result)
         if owner.kind == "data" and owner.payload == TABLE and owner.origin:
             result.origin, result.payload = owner.origin, TABLE

@@ -179,7 +179,8 @@ def switch_findings(facts: Facts) -> list[Finding]:
     found = []
     for event in facts.of("switch"):
         attribute = event.detail.partition(" = ")[0].rpartition(".")[2]
-        if len(event.stack) > 1 and facts.interpreter.compiled and _read_in_network(facts, attribute):
+        compiled = any(e.order < event.order and e.value.models for e in facts.of("compile"))
+        if len(event.stack) > 1 and compiled and _read_in_network(facts, attribute):
             found.append(event)
     if found:
         return [
