@@ -7,7 +7,7 @@ Rows: `reference`, the rules of PR #832 (one global step, zstd); `int6`, `defaul
 steps that fit with rounding to nearest at equal steps in root mean squares, and with `presets.compact`. The loss is that of
 the reloaded artifact less that of the unquantised average, on the same leading ids of the validation split in windows that
 do not overlap. Columns compare the packed codes with zstd level 22 of one code a byte and with the codes' entropy given
-their rows' frequency tables.
+their rows' frequency tables; and the joint stream, tables included, with the entropy of the codes that it holds.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +29,7 @@ from rich.table import Table
 from bytejepa.artifact.codecs import CODECS
 from bytejepa.artifact.container import read_container
 from bytejepa.artifact.export import data_of
-from bytejepa.artifact.joint_codes import choose_tables, row_histograms
+from bytejepa.artifact.joint_codes import row_histograms, tables_of_matrices
 from bytejepa.artifact.load import build, run_weights
 from bytejepa.artifact.packing import pack
 from bytejepa.artifact.write import calibration_sequences, write_artifact
@@ -54,7 +55,13 @@ class Row:
     """Of the matrices' codes, tables included."""
     zstd_bytes: int
     entropy_bytes: int
-    """Of the codes given their rows' tables, which are not counted."""
+    """Of the codes given which rows share a table; the tables themselves are not counted."""
+    joint_bytes: int
+    """Of the joint stream, its tables included; 0 if there is none."""
+    joint_entropy_bytes: int
+    """Of the codes in the joint stream, as entropy_bytes."""
+    joint_row_entropy_bytes: int
+    """The same given every row's own histogram: less than any code can reach, for the histograms would have to be told."""
     seconds: float
     """To calibrate, quantise, search, pack and write."""
 
@@ -96,14 +103,7 @@ def measure(
     quantized = {name: value for name, value in container.stored.items() if isinstance(value, QuantizedMatrix)}
     packed = pack(quantized, codecs=(*config.artifact.codecs, "raw"))
     matrices = [value.codes.numpy() for value in quantized.values()]
-    lowest = min(int(codes.min()) for codes in matrices)
-    width = max(int(codes.max()) for codes in matrices) - lowest + 1
-    histograms = row_histograms(matrices, lowest, width)
-    tables = choose_tables(histograms)
-    shares = tables.frequencies / tables.frequencies.sum(1, keepdims=True)
-    bits = -np.log2(np.maximum(shares, 1e-9))
-    counted = np.zeros_like(shares)
-    np.add.at(counted, tables.table_of_row, histograms)
+    joint = [quantized[record.name].codes.numpy() for record in packed.records if record.is_joint]
     alone = sum(record.streams[0].num_bytes for record in packed.records)
     num_parameters = sum(value.numel() for value in container.tensors.values())
     return Row(
@@ -113,9 +113,32 @@ def measure(
         loss_bpb=score(config, container.tensors, ids) - exact_bpb,
         codes_bytes=alone + (packed.joint.num_bytes if packed.joint else 0),
         zstd_bytes=sum(len(CODECS["zstd"].compress(codes.tobytes())) for codes in matrices),
-        entropy_bytes=int((counted * bits).sum() / 8),
+        entropy_bytes=entropy_bytes(matrices)[0],
+        joint_bytes=packed.joint.num_bytes if packed.joint else 0,
+        joint_entropy_bytes=entropy_bytes(joint)[0],
+        joint_row_entropy_bytes=entropy_bytes(joint)[1],
         seconds=seconds,
     )
+
+
+def entropy_bytes(matrices: list[npt.NDArray[np.int8]]) -> tuple[int, int]:
+    """Return the entropy of all codes given which rows share a table, and given every row's own histogram."""
+    if not matrices:
+        return 0, 0
+    lowest = min(int(codes.min()) for codes in matrices)
+    width = max(int(codes.max()) for codes in matrices) - lowest + 1
+    histograms = row_histograms(matrices, lowest, width)
+    tables = tables_of_matrices(matrices)
+    counts = np.zeros((len(tables.frequencies), width), np.int64)
+    np.add.at(counts, tables.table_of_row, histograms)
+    return bits_of(counts) // 8, bits_of(histograms) // 8
+
+
+def bits_of(histograms: npt.NDArray[Any]) -> int:
+    """Return the bits that symbols of these histograms, one a row, take at least, each with the frequencies of its own."""
+    totals = histograms.sum(1, keepdims=True)
+    shares = histograms / np.maximum(1, totals)
+    return int(-(histograms * np.log2(np.where(histograms > 0, shares, 1.0))).sum())
 
 
 def score(config: RunConfig, weights: dict[str, torch.Tensor], ids: np.ndarray[Any, Any]) -> float:
