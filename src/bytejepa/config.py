@@ -76,7 +76,7 @@ class DataConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig(Section):
-    """Muon on the matrices, AdamW on the rest (spec section 4)."""
+    """Muon on the matrices, AdamW on the rest (docs/training.md)."""
 
     matrix_lr: NonNegative = 0.025
     """Muon's learning rate, in units of spectral norm an update."""
@@ -124,11 +124,11 @@ class ScheduleConfig(Section):
     """Seconds of training, without compilation, warm-up, validation and checkpoints; None: no bound."""
     warmdown: Literal["progress", "mean_step_time"] = "progress"
     """`progress`: linear to warmdown_to, reached exactly where training ends; `mean_step_time`: the reference's rule, linear
-    once the remaining wallclock is under warmdown_steps mean step times (spec section 7, item 4)."""
+    once the remaining wallclock is under warmdown_steps mean step times."""
     warmdown_fraction: Fraction = 0.4
     """For `progress`: last share of the run over which the learning rate falls to warmdown_to."""
     warmdown_to: Fraction = 0.0
-    """For `progress`: learning-rate scale at which the run ends (the reference's ended at 0.167: spec section 7, item 4)."""
+    """For `progress`: learning-rate scale at which the run ends (the reference's ended at 0.167)."""
     warmdown_steps: PositiveInt = 3000
     """For `mean_step_time`: length of the fall."""
     warmup_fraction: Fraction = 0.0
@@ -213,14 +213,14 @@ class EvaluationConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ArtifactConfig(Section):
-    """How weights become a file (spec section 5)."""
+    """How weights become a file (docs/artifact.md)."""
 
     matrix_bits: Annotated[int, Range(2, 8)] = 6
     """Bits of a weight of the attention and MLP matrices."""
     other_bits: Annotated[int, Range(2, 8)] = 8
     """Bits of a weight of the embeddings and JEPA matrices."""
     scales: Literal["per_row", "reference_floor"] = "per_row"
-    """`per_row`: each row its own step; `reference_floor`: never under 1/31 (int6) or 1/127 (int8), item 6."""
+    """`per_row`: each row its own step; `reference_floor`: never under 1/31 (int6) or 1/127 (int8)."""
     clip: Literal["max", "mean_squared_error", "standard_deviations", "sensitivity"] = "mean_squared_error"
     """What a row's range covers: its largest weight; the range with the least squared error; a multiple of its root mean
     square (SDClip); or a range inverse to how much the row matters, its root mean square gradient, times that of its inputs."""

@@ -14,7 +14,7 @@ EXACT_BIGRAM_ROWS = 256 * 256 + 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig(Section):
-    """The backbone (spec section 2)."""
+    """The backbone."""
 
     num_layers: Annotated[int, Range(1, 256)] = 13
     """Transformer blocks."""
@@ -66,7 +66,7 @@ class ModelConfig(Section):
     bigram_dim: PositiveInt = 32
     """Width of a row of the bigram table, before its projection to model_dim."""
     bigram_projection_init: Literal["zero", "orthogonal"] = "orthogonal"
-    """`zero`, with a table that starts at zero too, never gets a gradient (spec section 7, item 1)."""
+    """`zero`, with a table that starts at zero too, never gets a gradient."""
     ngram_orders: tuple[int, ...] | None = None
     """Lengths n of the runs of last ids that have hashed tables besides the pairs' (NgramHash), 3 to 16 and rising;
     None: none."""
@@ -75,7 +75,7 @@ class ModelConfig(Section):
     ngram_dim: PositiveInt = 32
     """Width of a row of these tables; the rows of all orders are projected to model_dim together."""
     output_projection_init: Literal["zero", "scaled"] = "scaled"
-    """Projections that end a branch: zero, or orthogonal with gain 1/sqrt(2 num_layers) (item 5)."""
+    """Projections that end a branch: zero, or orthogonal with gain 1/sqrt(2 num_layers)."""
     embedding_std: NonNegative = 0.005
     """Standard deviation of the token embedding's normal initialisation."""
     attention_windows: tuple[int, ...] | None = None
@@ -240,7 +240,7 @@ class ModelConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class JepaConfig(Section):
-    """The latent side path and its two losses (spec section 3)."""
+    """The latent side path and its two losses."""
 
     enabled: bool = True
     """Whether the module exists at all; the other settings only matter if so."""
@@ -265,7 +265,7 @@ class JepaConfig(Section):
     head is in no artifact."""
     gradient: Literal["detached", "backbone"] = "backbone"
     """`detached`: the path reads a detached residual and its latent is detached before injection, as in the
-    reference; `backbone`: both gradients flow, so the latent losses shape the backbone (spec section 7, item 2)."""
+    reference; `backbone`: both gradients flow, so the latent losses shape the backbone."""
     lambda_max: NonNegative = 0.001
     """Largest weight of the latent losses in the sum."""
     lambda_zero_until: Fraction = 0.3
@@ -282,7 +282,7 @@ class JepaConfig(Section):
     """Frequencies K at which SIGReg compares characteristic functions."""
     sigreg_standardize: bool = False
     """Centre and scale every latent dimension first, as the reference does: SIGReg is then blind to mean and scale
-    and cannot object to a collapse (spec section 7, item 12)."""
+    and cannot object to a collapse."""
     sigreg_group_sequences: PositiveInt | None = None
     """Sequences whose latents form one SIGReg sample: fixed, the loss does not depend on ranks or micro-batches;
     None: all of a micro-batch."""

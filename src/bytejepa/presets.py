@@ -11,7 +11,7 @@ from bytejepa.errors import ConfigError
 
 
 def default() -> RunConfig:
-    """The reference with every defect of spec section 7 mended; full size, 600 s on 8 GPUs.
+    """The reference with every known defect mended; full size, 600 s on 8 GPUs.
 
     BigramHash learns, branch outputs start at 1/sqrt(2L), JEPA reaches the backbone, SIGReg sees mean and scale, the
     learning rate reaches zero where training ends, each row has its own quantisation step.
@@ -30,7 +30,7 @@ def default() -> RunConfig:
 
 
 def pr832() -> RunConfig:
-    """The reference to the letter (spec sections 2-5), inert parts included."""
+    """The reference to the letter, inert parts included."""
     return replace(
         RunConfig(),
         model={"bigram_projection_init": "zero", "output_projection_init": "zero"},

@@ -151,6 +151,11 @@ def test_help_calls_what_a_verb_takes_by_name(command: Callable[..., Any], verb:
     assert f"usage: bytejepa {verb} [-h] [OPTIONS] {usage}\n" in command(verb, "--help").out.replace("...\n", "\n")
 
 
+def test_help_refers_to_nothing_that_users_do_not_have(command: Callable[..., Any]) -> None:
+    for words in (("train", "--help"), ("config", "pr832"), ("config", "--explain")):
+        assert "spec section" not in " ".join(command(*words).out.split())
+
+
 def test_help_of_a_verb_with_a_preset_names_all(command: Callable[..., Any]) -> None:
     shown = " ".join(command("train", "tiny", "--help").out.split())
     assert "Shown here: tiny; other presets:" in shown
