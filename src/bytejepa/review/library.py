@@ -217,21 +217,6 @@ class Library(Choices):
         if len(scored) >= 2 and scored[0].forwards != scored[1].forwards:
             self.emit("minimum", node, scored[0], other=scored[1])
 
-    def note_lookup(self, owner: Value, index: Value, node: ast.AST) -> None:
-        """Note a read of a table by ids."""
-        if VALIDATION in index.labels and FORWARD not in owner.labels and owner.origin and not owner.models:
-            self.emit("lookup", node, index, other=owner)
-
-    def update_table(self, table: Value, key: Value, node: ast.AST) -> None:
-        """Note that counts were filled from ids."""
-        if (
-            VALIDATION in key.labels
-            and FORWARD not in key.labels
-            and table.origin
-            and (key.sites or HASHED in key.labels)
-        ):
-            self.emit("fill", node, key, other=table)
-
     @staticmethod
     def _plain(name: str, arguments: list[Value], options: dict[str, Value]) -> Value:
         result = combine(*arguments)

@@ -153,3 +153,18 @@ class Subscripts(Expressions):
         if isinstance(lower, ast.BinOp) and isinstance(lower.op, ast.Add):
             return any(isinstance(side, ast.Constant) and side.value == 1 for side in (lower.left, lower.right))
         return isinstance(lower, ast.Constant) and lower.value == 1
+
+    def note_lookup(self, owner: Value, index: Value, node: ast.AST) -> None:
+        """Note a read of a table by ids."""
+        if VALIDATION in index.labels and FORWARD not in owner.labels and owner.origin and not owner.models:
+            self.emit("lookup", node, index, other=owner)
+
+    def update_table(self, table: Value, key: Value, node: ast.AST) -> None:
+        """Note that counts were filled from ids."""
+        if (
+            VALIDATION in key.labels
+            and FORWARD not in key.labels
+            and table.origin
+            and (key.sites or HASHED in key.labels)
+        ):
+            self.emit("fill", node, key, other=table)
