@@ -68,9 +68,9 @@ def write_artifact(
             )
         except SizeError as problem:
             raise ArtifactError(
-                f"the model cannot be packed into {settings.limit_bytes} bytes: the smallest possible are"
+                f"the model cannot be packed into {settings.limit_bytes} bytes: the smallest possible are about"
                 f" {problem.smallest_bytes + code_bytes}, {code_bytes} of them code",
-                hint="train a smaller model",
+                hint="train a smaller model; or allow a few bytes more than that, since the file also holds the budget",
             ) from problem
         tensors, config = found.tensors, found.config
     return write_container(
