@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from bytejepa.data.shards import write_shard
 from bytejepa.training import checkpoint
 from bytejepa.training.runlog import RunFolder
 from conftest import MINIMAL
@@ -101,7 +103,12 @@ class Case:
 @pytest.fixture(scope="module")
 def cases(embedded_shards, minimal_run, minimal_artifact, seed_runs, tmp_path_factory) -> dict[str, Case]:
     place: Path = tmp_path_factory.mktemp("failing")
-    missing = place / "missing"
+    missing, spoiled = place / "missing", place / "spoiled"
+    spoiled.mkdir()
+    ids = np.random.default_rng(0).integers(4, 260, 9000, dtype=np.uint16)
+    write_shard(spoiled / "fineweb_val_000000.bin", ids)
+    ids[1850] = 7000  # in the second half of the fourth batch
+    write_shard(spoiled / "fineweb_train_000000.bin", ids)
     train = ["train", *MINIMAL, "--data.batch-bytes=512", "--jepa.sigreg-group-sequences=2", "--data"]
     begin = [*train, embedded_shards, "--out", place / "run"]
     again = [*train, embedded_shards, "--out", minimal_run]
@@ -111,6 +118,11 @@ def cases(embedded_shards, minimal_run, minimal_artifact, seed_runs, tmp_path_fa
     submission = ["submission", *seed_runs, "-o", place / "folder", *author]
     return {
         "shards that the second node lacks": Case(begin, [*train, missing, "--out", place / "run"], 3, "rank 1: "),
+        "an id that is none": Case(
+            *([*train, spoiled, "--out", place / "unread", "--data.order=sequential"],) * 2,
+            3,
+            "rank 1: the training split holds id 7000",
+        ),
         "a run that exists": Case(again, again, 4, f"{minimal_run} holds a run already"),
         "a run that the second node lacks": Case(
             ["train", "--resume", minimal_run], ["train", "--resume", missing], 4, f"rank 1: {missing}"
@@ -143,6 +155,7 @@ def outcomes(cases) -> dict[str, list[tuple[int, str]]]:
     "name",
     [
         "shards that the second node lacks",
+        "an id that is none",
         "a run that exists",
         "a run that the second node lacks",
         "an artifact that exists",

@@ -74,8 +74,12 @@ class TrainingLoop:
         self.val_bpb: float | None = None
         self.last_checkpoint_s = 0.0
         self.interrupted = threading.Event()
-        self.failure: BytejepaError | None = None
-        """What went wrong on this rank and is not yet known to the others."""
+        self._kept_failure: BytejepaError | None = None
+
+    @property
+    def failure(self) -> BytejepaError | None:
+        """Return what went wrong on this rank and is not yet known to the others."""
+        return self._kept_failure or self.trainer.failure
 
     def go(self) -> TrainResult:
         """Train until the schedule ends and return how it did.
@@ -125,13 +129,15 @@ class TrainingLoop:
         try:
             yield
         except BytejepaError as problem:
-            self.failure = self.failure or problem
+            self._kept_failure = self.failure or problem
 
     def _log(self, metrics: dict[str, float]) -> None:
         with self._keeping_failure():
             self.run.append_metrics(metrics)
 
     def _read_back(self, *, keep: int) -> None:
+        if self.failure is not None:
+            self.pending.clear()  # the run ends here, and is gone on with from a checkpoint before
         while len(self.pending) > keep:
             done = self.pending.popleft()
             if done.arrived is not None:

@@ -97,6 +97,8 @@ class Trainer:
         self.validation_ids = self._validation_ids(data) if validate else None
         self.scorer = Scorer(self.model, compile=self.compiled)
         self.position = Position(step=0, stage=0, stage_index=0, num_bytes=0, num_swa_samples=0)
+        self.failure: DataError | None = None
+        """Why a batch could not be read on this rank; steps from there on must not count."""
 
     def _check_division(self) -> None:
         world = self.ranks.world_size
@@ -163,7 +165,7 @@ class Trainer:
         kinds = self.step_kinds()
         for number in range(max(steps, len(kinds))):
             kind = kinds[number % len(kinds)]
-            inputs, targets = self.loader.batch(kind.stage, number)
+            inputs, targets = self._batch(kind.stage, number)
             self.optimizers.zero_grad()
             self.gradient_step(
                 inputs, targets, jepa_lambda=1.0, latent_losses=kind.latent_losses, quantized=kind.quantized
@@ -195,7 +197,7 @@ class Trainer:
         latent_progress = self._latent_progress(progress)
         kind = self._kind(progress, latent_progress)
         index = at.stage_index if kind.stage == at.stage else 0
-        inputs, targets = self.loader.batch(kind.stage, index)
+        inputs, targets = self._batch(kind.stage, index)
         lr_scale = schedule.learning_rate_scale(config.schedule, progress=progress, step=at.step, elapsed_s=elapsed_s)
         momentum = schedule.muon_momentum(config.optimizer, at.step)
         jepa_lambda = schedule.jepa_lambda(config.jepa, latent_progress)
@@ -222,6 +224,17 @@ class Trainer:
                 **self._latent_metrics(losses, jepa_lambda),
             }
         return self._launched(torch.stack((losses.ce.float(), norm.float())), progress, elapsed_s, log)
+
+    def _batch(self, stage: int, index: int) -> tuple[Tensor, Tensor]:
+        """Return this rank's rows; ids of no text where they cannot be read, because the other ranks wait for a gradient."""
+        try:
+            return self.loader.batch(stage, index)
+        except DataError as problem:
+            self.failure = self.failure or problem
+            length = self.config.data.stages[stage][1]
+            rows = self.config.data.batch_bytes // length // self.ranks.world_size
+            nothing = torch.zeros((rows, length), dtype=torch.int64, device=self.ranks.device)
+            return nothing, nothing
 
     def _latent_progress(self, progress: float) -> float:
         """Return the progress that lambda follows: the reference counts steps, not seconds."""
