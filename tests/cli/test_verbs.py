@@ -165,3 +165,13 @@ def test_import_pr832_writes_an_artifact(command: Callable[..., Any], tmp_path: 
 
 def test_a_run_remembers_its_configuration(minimal_run: Path, minimal_config: RunConfig) -> None:
     assert json.loads((minimal_run / "config.json").read_text()) == to_dict(minimal_config)
+
+
+def test_surprise_does_not_advise_what_was_done(
+    command: Callable[..., Any], minimal_artifact: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A short text, priced in part.")
+    done = command("surprise", minimal_artifact, text, "--max-bytes", 9, "-o", tmp_path / "page.html")
+    assert done.code == 0, done
+    assert "the first 9 of 29 bytes\n" in done.err
