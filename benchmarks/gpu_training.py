@@ -284,6 +284,7 @@ def check_agreement(steps: int = 200, devices: Sequence[str] = ("cpu", "cuda")) 
     from bytejepa.training.runs import train
 
     results: dict[str, object] = {}
+    last: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_embedded_shards(Path(folder) / "data")
         for device in devices:
@@ -292,7 +293,16 @@ def check_agreement(steps: int = 200, devices: Sequence[str] = ("cpu", "cuda")) 
             losses = [line["train_loss_nats"] for line in RunFolder(run).read_metrics() if "train_loss_nats" in line]
             results[device] = {"last_losses_nats": losses[-5:], "val_bpb": result.val_bpb}
             results[device] |= {"val_bpb_average": result.val_bpb_average}
+            last[device] = statistics.mean(losses[-5:])
+    if len(last) == 2:
+        results |= compared(*last.values())
     return results
+
+
+def compared(expected_nats: float, got_nats: float) -> dict[str, object]:
+    """Return how far apart two losses are, and whether within the rounding of a bfloat16 number (8 bits)."""
+    difference = abs(got_nats / expected_nats - 1)
+    return {"relative_difference": difference, "target": f"{'met' if difference <= 2**-8 else 'missed'}: at most 2^-8"}
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -165,6 +165,17 @@ def test_an_impossible_kernel_is_refused_with_the_reason_and_what_is_possible(ke
         choose_backend(kernel, "cpu")
 
 
+@pytest.mark.parametrize(("capability", "possible"), [((8, 9), False), ((9, 0), True), ((10, 0), False)])
+def test_flash_attention_3_is_for_hopper_alone(
+    capability: tuple[int, int], possible: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name)
+    why = attention._find_backends("cuda")["flash3"]
+    assert why == (None if possible else f"needs compute capability 9.x, this GPU has {capability[0]}.{capability[1]}")
+
+
 @pytest.fixture
 def flash_attention_3(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the package, with its meaning of windows."""

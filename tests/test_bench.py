@@ -6,11 +6,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from torch import Tensor
 
 from bytejepa.benchmark import bench, speed
 from bytejepa.benchmark.memory import peak_bytes, restart_peak
 from bytejepa.cli import bench as verb
-from bytejepa.config import RunConfig
+from bytejepa.config import RunConfig, replace
+from bytejepa.model.attention import causal_attention
 
 CPU = torch.device("cpu")
 
@@ -50,6 +52,26 @@ def test_training_reports_speed_memory_and_parts_beside_the_plain_way(
     shown = capsys.readouterr().out
     assert shown.count(" GB") == 2
     assert all(part in shown for part in parts)
+
+
+def test_attention_is_timed_by_the_models_own_kernel_and_masks(
+    minimal_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int, bool]] = []
+
+    def noticed(q: Tensor, k: Tensor, v: Tensor, *, backend: str, mask: Tensor | None) -> Tensor:
+        seen.append((backend, q.size(1), mask is not None))
+        return causal_attention(q, k, v, backend=backend, mask=mask)
+
+    monkeypatch.setattr(speed, "causal_attention", noticed)
+    layers = minimal_config.model.num_layers
+    windows = (8,) + (0,) * (layers - 1)
+    config = replace(minimal_config, model={"attention_windows": windows}, data={"sequence_growth": None})
+    step = speed.TrainingStep(config, CPU, compile=False)
+    assert speed.attention_ms(step, steps=1) > 0
+    step.loader.close()
+    T = config.data.sequence_bytes
+    assert set(seen) == {("flash", T, True), ("flash", T, False)}
 
 
 def test_what_the_jepa_losses_cost_is_not_hidden_by_a_machine_that_slows_down(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,13 @@ def test_every_section_runs_and_reports(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(report["agreement"]["cpu"]["last_losses_nats"]) >= 1
 
 
+def test_agreement_is_judged_by_bfloat16s_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    compared = runpy.run_path(str(SCRIPT))["compared"]
+    assert compared(2.0, 1.995) == {"relative_difference": pytest.approx(0.0025), "target": "met: at most 2^-8"}
+    assert compared(2.0, 2.01)["target"].startswith("missed")
+
+
 @pytest.mark.parametrize("name", ["batches made ahead", "foreach average", "fused AdamW", "batched Muon"])
 def test_what_is_taken_away_costs_time_not_arithmetic_and_comes_back(
     name: str, monkeypatch: pytest.MonkeyPatch

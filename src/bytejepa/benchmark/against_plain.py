@@ -139,8 +139,9 @@ def measure_against_plain(config: RunConfig, fast: TrainingStep, *, peak: float,
         step = plain_step(config, fast.device, fast.read)
 
         def timed_plain() -> PlainStep:
-            milliseconds = time_step(step, fast.device, steps=1, warmup=0)[0]
-            return milliseconds, float("nan"), peak_bytes(fast.device)
+            losses: list[Tensor] = []
+            milliseconds = time_step(lambda: losses.append(step()), fast.device, steps=1, warmup=0)[0]
+            return milliseconds, float(losses[-1]), peak_bytes(fast.device)
 
         return _in_turn(config, fast, timed_plain, peak=peak, steps=steps)
     plain_config(config)  # what it cannot do is refused here, not in the other process

@@ -22,7 +22,10 @@ from bytejepa.benchmark.memory import peak_bytes, restart_peak
 from bytejepa.config import DataConfig, RunConfig
 from bytejepa.data.loader import IdStream, Loader
 from bytejepa.data.vocabulary import BYTE_OFFSET, VOCABULARY_SIZE
+from bytejepa.model.attention import causal_attention
+from bytejepa.model.chunk_stride import at_chunk_ends
 from bytejepa.model.initialization import initialize
+from bytejepa.model.layers import document_starts
 from bytejepa.model.transformer import ByteLM
 from bytejepa.training.allocator import keep_freed_memory
 from bytejepa.training.averaging import WeightAverage
@@ -124,7 +127,7 @@ class TrainingStep:
         compile: bool,  # noqa: A002 - torch's word
         ranks: Ranks | None = None,
     ) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.compiled = config, device, compile
         ranks = ranks or Ranks(device=device)
         on_gpu = device.type == "cuda"
         if not on_gpu:
@@ -273,30 +276,31 @@ def jepa_losses_ms(step: Callable[..., object], device: torch.device, *, pairs: 
 
 
 def attention_ms(step: TrainingStep, *, steps: int) -> float:
-    """Return the median milliseconds of forward and backward of all layers' attention kernels alone."""
+    """Return the median milliseconds of forward and backward of all layers' attention kernels alone, masks included."""
     model = step.config.model
-    counts = collections.Counter(model.stride_of_place)
-    return sum(count * _kernel_ms(step, stride, steps=steps) for stride, count in counts.items())
+    counts = collections.Counter(zip(model.window_of_place, model.stride_of_place, strict=True))
+    ids, _ = step.read()
+    return sum(count * _kernel_ms(step, ids, *kind, steps=steps) for kind, count in counts.items())
 
 
-def _kernel_ms(step: TrainingStep, stride: int, *, steps: int) -> float:
-    """Return the median milliseconds of the attention kernel of one layer that runs every `stride` bytes."""
-    from bytejepa.model.attention import causal_attention, choose_backend
-
-    config, device = step.config, step.device
-    model, T = config.model, config.data.sequence_bytes
-    rows = config.data.batch_bytes // T
+def _kernel_ms(step: TrainingStep, ids: Tensor, window: int | None, stride: int, *, steps: int) -> float:
+    """Return the median milliseconds of the kernel that the model takes for a layer with this window and stride."""
+    model, device, dtype = step.config.model, step.device, step.model.compute_dtype
+    document_ids = document_starts(ids).cumsum(1, dtype=torch.int32) if model.document_masking else None
+    if document_ids is not None and stride > 1:
+        document_ids = at_chunk_ends(document_ids, stride)
+    rows, length = ids.size(0), ids.size(1) // stride
+    backend, masks = step.model.attention_masks(stride, length, document_ids, device, compiled=step.compiled)
+    # FlexAttention that is not compiled writes all scores, as the compiled step does not
+    attention = torch.compile(causal_attention) if backend == "flex" and step.compiled else causal_attention
     shapes = [
-        (rows, T // stride, heads, model.head_dim)
-        for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads)
+        (rows, length, heads, model.head_dim) for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads)
     ]
-    dtype = step.model.compute_dtype
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
-    backend = choose_backend(config.training.attention, device.type, dtype=dtype)
     gradient = torch.randn(shapes[0], device=device, dtype=dtype)
 
     def once() -> None:
-        causal_attention(q, k, v, backend=backend).backward(gradient)
+        attention(q, k, v, backend=backend, mask=masks[window]).backward(gradient)
         synchronize(device)
 
     return statistics.median(time_step(once, device, steps=steps, warmup=2))

@@ -46,16 +46,17 @@ def _find_backends(device_type: str) -> dict[Kernel, str | None]:
     capability = torch.cuda.get_device_capability() if cuda else (0, 0)
     no_cuda = None if cuda else "needs a CUDA device"
 
-    def needs(module: str, minimum: int) -> str | None:
-        if no_cuda or capability[0] < minimum:
-            return no_cuda or f"needs compute capability {minimum}.0, this GPU has {capability[0]}.{capability[1]}"
+    def needs(module: str, minimum: int, *, most: int | None = None) -> str | None:
+        if no_cuda or capability[0] < minimum or (most is not None and capability[0] > most):
+            wanted = f"{minimum}.0" if most is None else f"{minimum}.x"
+            return no_cuda or f"needs compute capability {wanted}, this GPU has {capability[0]}.{capability[1]}"
         return None if importlib.util.find_spec(module) else f"the module {module} is not installed"
 
     return {
         "flash4": needs("flash_attn.cute", 9)
         if importlib.util.find_spec("flash_attn")
         else no_cuda or "the module flash_attn.cute is not installed",
-        "flash3": needs("flash_attn_interface", 9),
+        "flash3": needs("flash_attn_interface", 9, most=9),  # its kernels are made for Hopper alone
         "cudnn": no_cuda
         or (
             None

@@ -185,7 +185,9 @@ class ByteLM(nn.Module):
     def _inputs(self, x0: Tensor, ids: Tensor, starts: Tensor | None) -> _BlockInputs:
         """Return what the blocks read that run at every byte."""
         document_ids = None if starts is None else starts.cumsum(1, dtype=torch.int32)
-        backend, masks = self._masks(1, ids.size(1), document_ids, x0.device)
+        backend, masks = self.attention_masks(
+            1, ids.size(1), document_ids, x0.device, compiled=torch.compiler.is_compiling()
+        )
         cosines, sines = self.rotary(ids.size(1))
         return _BlockInputs(x0, ids, cosines, sines, document_ids, backend, masks)
 
@@ -195,7 +197,9 @@ class ByteLM(nn.Module):
         x0, ids = (at_chunk_ends(given, stride).contiguous() for given in (bytewise.x0, bytewise.ids))
         cosines, sines = bytewise.cosines[stride - 1 :: stride], bytewise.sines[stride - 1 :: stride]
         document_ids = None if bytewise.document_ids is None else at_chunk_ends(bytewise.document_ids, stride)
-        backend, masks = self._masks(stride, ids.size(1), document_ids, x0.device)
+        backend, masks = self.attention_masks(
+            stride, ids.size(1), document_ids, x0.device, compiled=torch.compiler.is_compiling()
+        )
         return _BlockInputs(x0, ids, cosines, sines, document_ids, backend, masks)
 
     def _skipped(self, x: Tensor, skips: list[Tensor], place: int) -> Tensor:
@@ -211,12 +215,22 @@ class ByteLM(nn.Module):
             return torch.addcmul(x, weight, skip)
         return torch.lerp(weight * skip, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype).expand_as(x))
 
-    def _masks(
-        self, stride: int, length: int, document_ids: Tensor | None, device: torch.device
+    def attention_masks(
+        self,
+        stride: int,
+        length: int,
+        document_ids: Int[Tensor, "B T"] | None,
+        device: torch.device,
+        *,
+        compiled: bool,
     ) -> tuple[Kernel, dict[int | None, Mask]]:
-        """Return the kernel of the blocks that run every `stride` bytes, and one mask for each of their windows in its form."""
+        """Return the kernel of the blocks that run every `stride` bytes, and one mask for each of their windows in its form.
+
+        `length`: of those positions; `document_ids`: a number at each of them that rises where a document starts, None
+        without document masking. Raises: ConfigError as `attention_kernel` does.
+        """
         windows = self._windows(stride)
-        backend = self.attention_kernel(stride, length, device, compiled=torch.compiler.is_compiling())
+        backend = self.attention_kernel(stride, length, device, compiled=compiled)
         if backend == "flex":
             from bytejepa.model.flex_masks import block_mask
 
