@@ -49,7 +49,7 @@ def test_train_leaves_a_run(command: Callable[..., Any], tmp_path: Path, embedde
     done = command("train", *MINIMAL, "--data", embedded_shards, "--out", run, "--json")
     assert done.code == 0, done
     result = json.loads(done.out)
-    assert (result["steps"], result["num_bytes"]) == (6, 6 * 256)
+    assert (result["steps"], result["num_bytes"], result["is_new"]) == (6, 6 * 256, True)
     assert 3 < result["train_bpb"] < 9
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics if "train_bpb" in line] == [1, 2, 3, 4, 5, 6]
@@ -90,7 +90,9 @@ def test_a_finished_run_resumes_to_the_same_end(command: Callable[..., Any], tmp
     shutil.copytree(minimal_run, run)
     done = command("train", "--resume", run, "--json")
     assert done.code == 0, done
-    assert json.loads(done.out)["steps"] == 6
+    record = json.loads(done.out)
+    assert (record["steps"], record["is_new"]) == (6, False)
+    assert f"{run.name} (was finished already)" in command("train", "--resume", run).out.replace("\n", "")
 
 
 def test_export_prints_every_stage(command: Callable[..., Any], tmp_path: Path, minimal_run: Path) -> None:

@@ -339,6 +339,21 @@ def test_the_command_replaces_a_page_only_when_told(
     assert "Nothing was measured beyond the log." in out.read_text()
 
 
+@pytest.mark.parametrize("foreign", ["thesis.tex", "figures"])
+def test_a_folder_that_no_report_left_is_not_replaced(
+    refuses: Callable[..., str], tmp_path: Path, minimal_run: Path, foreign: str
+) -> None:
+    kept = tmp_path / "r_files" / foreign
+    kept.parent.mkdir()
+    if "." in foreign:
+        kept.write_text("mine")
+    else:
+        kept.mkdir()
+    said = refuses(2, "report", minimal_run, "-o", tmp_path / "r.html", "--force")
+    assert f"r_files is not of a report: it holds {foreign} (give the page another name)" in said
+    assert kept.exists()
+
+
 PROBE = """<script>
 addEventListener("load", () => {
   const seen = (name) => [...document.querySelectorAll("svg." + name)].filter((e) => e.getBoundingClientRect().height > 40).length;

@@ -284,8 +284,9 @@ def test_folders_that_are_not_this_study_are_refused(
         run_study(small_plan(name="other"), copied, data=embedded_shards)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("dear")
-    with pytest.raises(CheckpointError, match="not empty and holds no study"):
-        run_study(PLAN, tmp_path / "full", data=embedded_shards)
+    for force in (False, True):
+        with pytest.raises(CheckpointError, match="not empty and holds no study"):
+            run_study(PLAN, tmp_path / "full", data=embedded_shards, force=force)
     assert started == []
 
 

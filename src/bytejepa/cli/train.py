@@ -123,4 +123,5 @@ def _print_result(result: TrainResult, *, as_json: bool) -> None:
         rows.append(["validation, live weights", f"{result.val_bpb:.4f} bpb"])
     if result.val_bpb_average is not None:
         rows.append(["validation, averaged weights", f"{result.val_bpb_average:.4f} bpb"])
-    print_table(f"run {result.run}", ["", ""], rows)
+    state = "" if result.is_new else " (was finished already)"
+    print_table(f"run {result.run}{state}", ["", ""], rows)

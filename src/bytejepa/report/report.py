@@ -54,13 +54,15 @@ def report(
 
     `data`: the runs' shards if they moved; `score_bytes`: leading ids of the validation split that are priced;
     `which`: what is measured, by default all runs, of a study the first of each variant.
-    Raises: ConfigError if `out` exists and `force` is off, CheckpointError and DataError for what cannot be read.
+    Raises: ConfigError if `out` exists and `force` is off, or if the folder beside it is no report's; CheckpointError and
+    DataError for what cannot be read.
     """
     tell = on_progress or _ignore
     folder = out.with_name(f"{out.stem}_files")
     for path in (out, folder):
         if path.exists() and not force:
             raise ConfigError(f"{path} exists", hint="use --force to replace it")
+    _refuse_foreign_folder(folder)
     with file_errors_as(DataError, "write", out):
         require_writable(out)
     inputs = read_inputs(paths)
@@ -179,6 +181,17 @@ def _title(inputs: ReportInputs) -> str:
         return inputs.study.plan.name
     labels = [configuration.label for configuration in inputs.configurations]
     return " against ".join(labels) if len(labels) < 4 else f"{labels[0]} and {len(labels) - 1} other configurations"
+
+
+def _refuse_foreign_folder(folder: Path) -> None:
+    """Refuse to replace a folder that no report can have left. Raises: ConfigError."""
+    entries = list(folder.iterdir()) if folder.is_dir() else [folder] if folder.exists() else []
+    foreign = [entry.name for entry in entries if entry.is_dir() or entry.suffix not in (".png", ".csv")]
+    if foreign:
+        raise ConfigError(
+            f"{folder} is not of a report: it holds {foreign[0]}" if folder.is_dir() else f"{folder} is a file",
+            hint="give the page another name",
+        )
 
 
 def _replace_folder(folder: Path, drawn: list[DrawnPlot]) -> list[Path]:

@@ -85,8 +85,7 @@ def run_study(
             f"ablate runs in one process, and here are {ranks}: a study of several ranks is not supported",
             hint="start it without torchrun",
         )
-    if not force:
-        _refuse_other_study(plan, out)
+    _refuse_other_study(plan, out, force=force)
     with file_errors_as(CheckpointError, "create the study folder", out):
         out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
@@ -95,8 +94,11 @@ def run_study(
             return study.go()
 
 
-def _refuse_other_study(plan: Plan, out: Path) -> None:
+def _refuse_other_study(plan: Plan, out: Path, *, force: bool) -> None:
+    """Refuse a folder of another study unless `force` is on, and of anything else. Raises: CheckpointError."""
     if (out / FILE_NAME).is_file():
+        if force:
+            return
         found = read_study(out).plan.name
         if found != plan.name:
             raise CheckpointError(

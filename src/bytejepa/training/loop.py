@@ -49,6 +49,8 @@ class TrainResult:
     """How a run ended."""
 
     run: Path
+    is_new: bool
+    """False when the run was over when it was resumed: no step was taken then."""
     steps: int
     num_bytes: int
     elapsed_s: float
@@ -72,6 +74,7 @@ class TrainingLoop:
         self.pending: collections.deque[PendingStep] = collections.deque()
         self.last_bpb = math.nan
         self.val_bpb: float | None = None
+        self.first_step = trainer.position.step
         self.last_checkpoint_s = 0.0
         self.interrupted = threading.Event()
         self._kept_failure: BytejepaError | None = None
@@ -290,6 +293,7 @@ class TrainingLoop:
         last = self._logged("val_bpb")
         return TrainResult(
             run=self.run.path,
+            is_new=at.step > self.first_step,
             steps=at.step,
             num_bytes=at.num_bytes,
             elapsed_s=elapsed_s,
