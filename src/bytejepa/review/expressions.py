@@ -5,12 +5,11 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
-import operator
 import re
-from collections.abc import Callable
 from typing import Any
 
 from bytejepa.review.machine import Machine
+from bytejepa.review.operations import compute, operate, path_labels
 from bytejepa.review.values import (
     AHEAD,
     BEHIND,
@@ -19,7 +18,6 @@ from bytejepa.review.values import (
     GRADIENT,
     HASHED,
     MATCHED,
-    PREFIX,
     STORED,
     SUBSET,
     TABLE,
@@ -28,6 +26,7 @@ from bytejepa.review.values import (
     UNKNOWN,
     VALIDATION,
     Function,
+    Scope,
     Value,
     absorb,
     combine,
@@ -37,44 +36,8 @@ from bytejepa.review.values import (
 
 MAX_CONSTANT_LENGTH = 1_000_000
 
-OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.BitAnd: operator.and_, ast.BitOr: operator.or_,
-    ast.BitXor: operator.xor, ast.LShift: operator.lshift, ast.RShift: operator.rshift, ast.Pow: operator.pow,
-    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
-    ast.GtE: operator.ge, ast.Is: lambda a, b: a is b if None in (a, b) else a == b,
-    ast.IsNot: lambda a, b: a is not b if None in (a, b) else a != b,
-    ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b,
-}  # fmt: skip
-_VALIDATION_PATH = re.compile(r"(?:^|[^a-z])val(?:id|idation)?(?:[^a-z]|$)")
-_TRAINING_PATH = re.compile(r"(?:^|[^a-z])train(?:ing)?(?:[^a-z]|$)")
 _TARGET_NAME = re.compile(r"(?:^|_)(?:tgt|target|targets|tgts|label|labels|y|yb|next)(?:_|$)")
 _VALIDATION_NAME = re.compile(r"^(?:val|valid|validation)_(?:tokens?|ids|data|bytes|stream|np|toks)(?:_.*)?$")
-
-
-def path_labels(text: str) -> frozenset[str]:
-    """Return which split a file pattern or split name stands for."""
-    lowered = text.lower()
-    looks_like_path = any(mark in text for mark in ("*", "/", ".bin", ".npy", ".pt", ".jsonl")) and "\n" not in text
-    if lowered in ("val", "valid", "validation") or (looks_like_path and _VALIDATION_PATH.search(lowered)):
-        return frozenset((VALIDATION,))
-    if lowered == "train" or (looks_like_path and _TRAINING_PATH.search(lowered) and "train_gpt" not in lowered):
-        return frozenset((TRAINING,))
-    return frozenset()
-
-
-def compute(operation: type[ast.AST], left: Any, right: Any) -> Any:
-    """Return the constant result of an operator, UNKNOWN where there is none or it would be huge."""
-    if operation in (ast.Pow, ast.LShift) and not (isinstance(right, int | float) and abs(right) <= 64):
-        return UNKNOWN
-    if operation is ast.Mult and isinstance(left, str | bytes | list | tuple) | isinstance(
-        right, str | bytes | list | tuple
-    ):
-        return UNKNOWN
-    try:
-        return OPERATORS[operation](left, right)
-    except Exception:  # whatever the script's own operands provoke
-        return UNKNOWN
 
 
 def within(item: Value, loops: frozenset[int]) -> Value:
@@ -138,7 +101,7 @@ class Expressions(Machine):
             parts.append(value)
         if all(part.is_known for part in parts):
             return constant(parts[-1].constant)
-        return merge(parts[0], combine(*parts)) if len(parts) == 1 else combine(*parts)
+        return combine(*parts)
 
     def _unaryop(self, node: ast.UnaryOp) -> Value:
         operand = self.evaluate(node.operand)
@@ -192,7 +155,7 @@ class Expressions(Machine):
 
     def _binop(self, node: ast.BinOp) -> Value:
         left, right = self.evaluate(node.left), self.evaluate(node.right)
-        result = self.operate(node.op, left, right)
+        result = operate(node.op, left, right)
         if isinstance(node.op, ast.Div) and right.is_known and isinstance(right.constant, float):
             self.note_conversion(node, left, abs(right.constant - math.log(2)) < 1e-6)
         if isinstance(node.op, ast.Mult):
@@ -235,33 +198,6 @@ class Expressions(Machine):
             ):
                 result.labels |= {AHEAD if isinstance(side.op, ast.Add) else BEHIND}
 
-    @staticmethod
-    def operate(operation: ast.operator, left: Value, right: Value) -> Value:
-        """Return what is known of `left operation right`."""
-        result = combine(left, right)
-        if left.is_known and right.is_known:
-            result.constant = compute(type(operation), left.constant, right.constant)
-            if isinstance(result.constant, str):
-                result.labels |= path_labels(result.constant)
-        elif isinstance(operation, ast.Div | ast.Add) and (left.is_known or right.is_known):
-            text = next(str(part.constant) for part in (left, right) if part.is_known)
-            result.labels |= path_labels(text) if len(text) < 400 else frozenset()
-        if isinstance(operation, ast.Sub):
-            result.labels -= {AHEAD, BEHIND}  # a difference of bounds is a length, not a place
-        if isinstance(operation, ast.Mult):
-            result.at_most = next(
-                (a.at_most * b.constant for a, b in ((left, right), (right, left))
-                 if a.at_most is not None and type(b.constant) is int and b.constant > 0), None,
-            )  # fmt: skip
-        has_ids = VALIDATION in result.labels and FORWARD not in result.labels
-        if isinstance(operation, ast.BitXor | ast.Mod) and has_ids and result.sites:
-            result.labels |= {HASHED}
-        predictions = [part for part in (left, right) if FORWARD in part.labels]
-        same_prefix = all(part.has(PREFIX) for part in predictions) and len({p.bound_text for p in predictions}) == 1
-        if PREFIX in result.labels and not same_prefix and not isinstance(operation, ast.Mult | ast.Div):
-            result.labels -= {PREFIX}  # with a loss of other positions in the sum it is no prefix any more
-        return result
-
     def _ifexp(self, node: ast.IfExp) -> Value:
         test = self.evaluate(node.test)
         if test.is_known:
@@ -300,8 +236,6 @@ class Expressions(Machine):
         return Value(kind="function", payload=Function(node, self.frame.scope, "lambda", no_grad=False))
 
     def _listcomp(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp) -> Value:
-        from bytejepa.review.values import Scope
-
         outer = self.frame.scope
         self.frame.scope = Scope({}, outer, outer.file)
         for generator in node.generators:
@@ -320,8 +254,7 @@ class Expressions(Machine):
 
     def _dictcomp(self, node: ast.DictComp) -> Value:
         pair = ast.ListComp(elt=node.value, generators=node.generators, lineno=node.lineno, col_offset=0)
-        self._kept_nodes = getattr(self, "_kept_nodes", {})
-        return self._listcomp(self._kept_nodes.setdefault(id(node), pair))
+        return self._listcomp(self.kept_nodes.setdefault(id(node), pair))
 
     def _namedexpr(self, node: ast.NamedExpr) -> Value:
         value = self.evaluate(node.value)

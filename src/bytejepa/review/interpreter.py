@@ -16,6 +16,7 @@ from typing import Any
 
 from bytejepa.review.binding import Binding
 from bytejepa.review.machine import MAX_STATEMENTS, Frame, OutOfSteps
+from bytejepa.review.operations import operate
 from bytejepa.review.program import Module, Program
 from bytejepa.review.values import (
     CHOSEN,
@@ -128,7 +129,7 @@ class Interpreter(Binding):
         before = self.evaluate(ast.Name(id=node.target.id) if isinstance(node.target, ast.Name) else node.target)
         if self.note_counted_update(before, value, node):
             return
-        result = self.operate(node.op, before, value)
+        result = operate(node.op, before, value)
         if not self.note_tensor_update(before, value, node):
             result = self.note_use(before, value, result, node)
         if isinstance(node.target, ast.Attribute) and self.loops:

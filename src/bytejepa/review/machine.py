@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bytejepa.review.program import Module, Program
-from bytejepa.review.values import Event, Function, Scope, Value
+from bytejepa.review.values import CHOSEN, FORWARD, VALIDATION, Event, Function, Scope, Value
 
 MAX_STATEMENTS = 250_000
 """Statements walked before the interpreter gives up; a real script of 2,500 lines takes about a tenth."""
@@ -74,6 +74,8 @@ class Machine:
         """Models that are single modules of a library, such as a linear probe."""
         self.decided: set[int] = set()
         """Conditions that compare the losses of candidates on validation data."""
+        self.kept_nodes: dict[int, ast.ListComp] = {}
+        """By dictionary comprehension: what stands for it; kept, because places are numbered by a node's identity."""
         self.chosen_arguments = False
         """Whether what was chosen by validation loss went into a call around here."""
         self.statements = 0
@@ -110,8 +112,6 @@ class Machine:
 
     def forward(self, node: ast.AST, value: Value, detail: str) -> Value:
         """Mark `value` as the result of a forward pass or loss computed at `node`."""
-        from bytejepa.review.values import CHOSEN, FORWARD
-
         number = self.place(node, "forward")
         value.labels |= {FORWARD, CHOSEN} if self.chosen_arguments else {FORWARD}
         value.forwards |= {number}
@@ -122,8 +122,6 @@ class Machine:
 
     def accumulate(self, node: ast.AST, value: Value) -> None:
         """Note that a loss was summed up: without gradients that is scoring, whatever comes of it."""
-        from bytejepa.review.values import FORWARD, VALIDATION
-
         if value.has(VALIDATION, FORWARD) and not self.gradient:
             self.scored |= value.forwards
             self.emit("score", node, value)

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from bytejepa.review.expressions import OPERATORS
 from bytejepa.review.findings import Evidence, Finding, Status, Weight
+from bytejepa.review.operations import OPERATORS
 from bytejepa.review.program import Module
 from bytejepa.review.rules import Facts
 from bytejepa.review.values import TRAINING, VALIDATION, Event, Function
