@@ -61,13 +61,21 @@ def _gzip(data: bytes) -> bytes:
 def _zstd(data: bytes) -> bytes:
     import zstandard
 
-    return zstandard.ZstdDecompressor().decompressobj().decompress(data)[:MAX_UNPACKED_BYTES]
+    with zstandard.ZstdDecompressor().stream_reader(data) as reader:
+        return reader.read(MAX_UNPACKED_BYTES)
 
 
 def _brotli(data: bytes) -> bytes:
     import brotli
 
-    return brotli.decompress(data)[:MAX_UNPACKED_BYTES]
+    decompressor, unpacked = brotli.Decompressor(), bytearray()
+    while not decompressor.is_finished() and len(unpacked) < MAX_UNPACKED_BYTES:
+        piece = decompressor.process(data, output_buffer_limit=MAX_UNPACKED_BYTES - len(unpacked))
+        if not piece and not decompressor.is_finished():
+            raise Closed("the packed data ends too early")
+        unpacked += piece
+        data = b""
+    return bytes(unpacked[:MAX_UNPACKED_BYTES])  # the limit of a piece is rounded up to a buffer
 
 
 DECODERS: Mapping[str, Callable[..., Any]] = {
