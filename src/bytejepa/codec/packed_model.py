@@ -186,7 +186,7 @@ def _latent_widths(latents: IntegerLatents | None) -> npt.NDArray[np.int64]:
 
 
 def new_state(model: PackedModel, num_lanes: int) -> LaneState:
-    """Return zeroed buffers for `num_lanes` lanes; `forward.reset` makes them a window's beginning."""
+    """Return zeroed buffers for `num_lanes` lanes; `forward.feed` at position 0 makes them a window's beginning."""
     layers, window = len(model.score_shift), len(model.cosines)
     L, G, E = num_lanes, model.num_kv_heads, model.head_dim
     positions, outputs = -(-window // 32) * 32, -(-E // 32) * 32

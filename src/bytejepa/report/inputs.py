@@ -13,6 +13,7 @@ from bytejepa.config_json import to_dict
 from bytejepa.errors import CheckpointError, ConfigError
 from bytejepa.study.results import FILE_NAME as STUDY_FILE_NAME
 from bytejepa.study.results import StudyResult, read_study
+from bytejepa.training.clock import read_log
 from bytejepa.training.runlog import RunFolder
 
 
@@ -105,19 +106,10 @@ def read_run(path: Path) -> LoggedRun:
         raise CheckpointError(f"{path} is no folder", hint="name a run's or a study's folder")
     folder = RunFolder(path)
     config = folder.read_config()
-    try:
-        metrics = folder.read_metrics()
-        starts = [float(line) for line in _lines(folder.clock_path)]
-    except (ValueError, UnicodeDecodeError) as problem:
-        raise CheckpointError(f"{path}: its log is damaged: {problem}") from None
+    metrics, starts = folder.read_metrics(), read_log(folder.clock_path)
     if not metrics:
         raise CheckpointError(f"{path} has logged nothing yet", hint="wait for its first steps")
     return LoggedRun(path=path, config=config, manifest=folder.read_manifest(), metrics=metrics, step_starts_s=starts)
-
-
-def _lines(path: Path) -> list[str]:
-    """Return the whole lines of a log; one cut off by a kill is left out."""
-    return path.read_text(encoding="ascii").split("\n")[:-1] if path.is_file() else []
 
 
 def _grouped(runs: list[LoggedRun]) -> tuple[Configuration, ...]:

@@ -72,7 +72,7 @@ def score_findings(submission: Submission) -> list[Finding]:
         _coverage(submission, reported),
         claim_finding(submission, reported),
         _configurations(submission),
-        _seeds(submission, reported),
+        _seeds(reported),
         _significance(submission, reported),
     ]
 
@@ -251,7 +251,7 @@ def _configurations(submission: Submission) -> Finding:
     )
 
 
-def _seeds(submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]]) -> Finding:
+def _seeds(reported: list[tuple[TrainingLog, ScoreLine]]) -> Finding:
     check = "scores.seeds"
     bpbs = [final.bpb for _, final in reported]
     seeds = [log.seed for log, _ in reported]
@@ -276,7 +276,6 @@ def _seeds(submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]]
             summary=f"{summary}; a claim needs 3",
             figures=figures,
         )
-    del submission
     return Finding(check=check, status=Status.PASS, summary=summary, figures=figures)
 
 
