@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from bytejepa.config import RunConfig, replace
 from bytejepa.model.initialization import initialize
 from bytejepa.model.transformer import ByteLM
 from bytejepa.presets import preset
+from bytejepa.processors import num_usable_processors
 from bytejepa.training.distributed import Ranks, join, leave
 from bytejepa.training.gradient_buckets import GradientBuckets, backward_order
 from bytejepa.training.gradient_step import GradientStep
@@ -112,7 +112,7 @@ def main(words: Sequence[str] | None = None) -> None:
     config = replace(preset(options.preset), data={"sequence_growth": None}, jepa={"sigreg_group_sequences": None})
     if options.width is not None:
         config = replace(config, model={"model_dim": options.width})
-    threads = max(1, len(os.sched_getaffinity(0)) // options.ranks)
+    threads = max(1, num_usable_processors() // options.ranks)
     launch = elastic_launch(
         LaunchConfig(
             min_nodes=1,

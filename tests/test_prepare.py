@@ -232,6 +232,18 @@ def _child() -> int:
     return int(multiprocessing.active_children()[0].pid or 0)
 
 
+def test_force_leaves_a_folder_whose_manifest_is_another_programs(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    manifest = tmp_path / "run" / "manifest.json"
+    manifest.parent.mkdir()
+    manifest.write_text('{"fingerprint": "a run has one", "data": {}}')
+    with pytest.raises(DataError, match="--force does not replace it"):
+        prepare([source], manifest.parent, val_documents=5, workers=1, force=True)
+    assert "a run has one" in manifest.read_text()
+    manifest.write_text('{"format": "bytejepa-da')  # damaged, and it may have been of shards
+    assert prepare([source], manifest.parent, val_documents=5, workers=1, force=True).is_new
+
+
 def test_two_processes_do_not_prepare_the_same_folder(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import lzma
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from bytejepa.errors import ConfigError
 from bytejepa.inference.engine import Engine
 from bytejepa.model.initialization import initialize
 from bytejepa.model.transformer import ByteLM
+from bytejepa.processors import num_usable_processors
 
 
 def bench_codec(
@@ -36,7 +36,7 @@ def bench_codec(
     For every window, with its default hop: encoding one block a thread, decoding so many lanes a thread, and what
     float32 stepping reaches with as many lanes in all (without an entropy coder, at 3/4 of the window).
     """
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or num_usable_processors()
     model = initialize(ByteLM(config), 0).eval()
     integers = integer_model(store_weights(dict(model.named_parameters()), config), config)
     block = np.random.default_rng(0).bytes(num_bytes)

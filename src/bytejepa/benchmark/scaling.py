@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from bytejepa.benchmark.speed import (
 from bytejepa.config import RunConfig, replace
 from bytejepa.errors import ConfigError, file_errors_as
 from bytejepa.files import write_atomically
+from bytejepa.processors import num_usable_processors
 from bytejepa.training.distributed import join, leave
 
 FACTORS = (0.25, 0.5, 1, 2)
@@ -78,7 +78,7 @@ def _at(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 
 def rank_counts(config: RunConfig, device: torch.device) -> list[int]:
     """Return 1, 2, 4 ... as far as GPUs or cores go and the batch's sequences can be divided."""
-    most = torch.cuda.device_count() if device.type == "cuda" else len(os.sched_getaffinity(0))
+    most = torch.cuda.device_count() if device.type == "cuda" else num_usable_processors()
     sequences = config.data.batch_bytes // config.data.sequence_bytes
     return [count for count in (1, 2, 4, 8) if count <= most and sequences % count == 0]
 
@@ -121,12 +121,10 @@ def plot_scaling(rows: list[dict[str, Any]], path: Path) -> None:
 
     `path` ends in .png, .svg or .pdf. Raises: ConfigError if it cannot be written.
     """
-    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for axis in dict.fromkeys(row["axis"] for row in rows):
         line = sorted((row["gflop_per_step"], row["step_ms"], row["value"]) for row in rows if row["axis"] == axis)
         axes.plot([x for x, _, _ in line], [y for _, y, _ in line], "o-", label=axis)
@@ -141,6 +139,5 @@ def plot_scaling(rows: list[dict[str, Any]], path: Path) -> None:
     axes.legend(frameon=False)
     image = io.BytesIO()
     figure.savefig(image, dpi=130, format=path.suffix[1:].lower())
-    pyplot.close(figure)
     with file_errors_as(ConfigError, "write the plot", path):
         write_atomically(path, image.getvalue())

@@ -8,7 +8,6 @@ decoded in several lanes a thread; neither changes a bit of the result.
 from __future__ import annotations
 
 import dataclasses
-import os
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from bytejepa.codec.shipped import shipped_model_path
 from bytejepa.codec.zstd_frame import compress_frame
 from bytejepa.errors import CodecError, ConfigError
 from bytejepa.model.transformer import ByteLM
+from bytejepa.processors import num_usable_processors
 
 BLOCK_BYTES = 32_768
 """Content of a block: damage costs no more than this, and larger files decode in lanes. Each block begins without context."""
@@ -74,7 +74,7 @@ class Settings:
             return self.threads
         if self.device != "cpu":
             return 1
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return num_usable_processors()
 
     @property
     def num_lanes(self) -> int:

@@ -155,6 +155,15 @@ def load_manifest(directory: Path) -> Manifest:
         raise DataError(f"{path} is not complete: {problem!r}", hint="prepare the data again") from problem
 
 
+def has_foreign_manifest(directory: Path) -> bool:
+    """Return whether a folder's `manifest.json` is an object that says nothing of shards; a damaged one may be ours."""
+    try:
+        content = json.loads((directory / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("format") != MANIFEST_FORMAT
+
+
 def _manifest_from_json(content: dict[str, Any]) -> Manifest:
     return Manifest(
         kind=content["kind"],

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bytejepa.data.manifest import MANIFEST_NAME, Manifest, Settings, list_sources, load_manifest
+from bytejepa.data.manifest import MANIFEST_NAME, Manifest, Settings, has_foreign_manifest, list_sources, load_manifest
 from bytejepa.data.plan import PLAN_VERSION, Job, Source, find_sources, plan_jobs
 from bytejepa.data.sentencepiece_table import load_table
 from bytejepa.data.shards import HEADER_BYTES, ID_BYTES, MAX_IDS_PER_SHARD, SPLITS, shards_in
@@ -21,6 +21,7 @@ from bytejepa.data.sources import KINDS, Kind, ReadSettings, guess_kind
 from bytejepa.data.staging import STAGING_NAME, Identity, Staging, staging_lock
 from bytejepa.data.workers import Report, Task, Workplace, do_jobs
 from bytejepa.errors import ConfigError, DataError, file_errors_as
+from bytejepa.processors import num_usable_processors
 
 SHARD_BYTES = 100_000_000
 """Ids in a full shard, as in the challenge's exporter (spec, shard format)."""
@@ -94,7 +95,7 @@ def prepare(
         num_workers = 0
         if not staging.is_finishing:
             place = Workplace(folder=staging.folder, settings=settings, shard_bytes=shard_bytes)
-            num_workers = min(workers or _num_cpus(), len(jobs))
+            num_workers = min(workers or num_usable_processors(), len(jobs))
             _do_what_is_left(jobs, staging, place, num_workers, progress)
             _check_unchanged(found)
             staging.finish(jobs)
@@ -168,9 +169,16 @@ def _refuse_output_inside_source(out: Path, sources: Sequence[str | Path]) -> No
 
 
 def _clear(out: Path) -> None:
-    """Remove the output of an earlier preparation, finished or not, and nothing else."""
+    """Remove the output of an earlier preparation, finished or not, and nothing else.
+
+    Raises: DataError if the folder's manifest is another program's, or that of a run.
+    """
     if not out.is_dir():
         return
+    if has_foreign_manifest(out):
+        raise DataError(
+            f"{out / MANIFEST_NAME} is no manifest of shards: --force does not replace it", hint="name another folder"
+        )
     with file_errors_as(DataError, "clear", out):
         if (out / STAGING_NAME).exists():
             with staging_lock(out):
@@ -262,8 +270,3 @@ def _check_unchanged(sources: Sequence[Source]) -> None:
             status = os.stat(source.path)  # noqa: PTH116 - a Path object for each of a million files is too much
         if (status.st_size, status.st_mtime_ns) != (source.file.num_bytes, source.file.modified_ns):
             raise DataError(f"source {source.path} was changed while it was read", hint="start anew with --force")
-
-
-def _num_cpus() -> int:
-    """Return the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
