@@ -96,7 +96,9 @@ def permissions(path: Path) -> int:
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename survives a power cut."""
+    """Flush a folder's entries, so that a rename survives a power cut. Windows cannot open a folder, and does it by itself."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

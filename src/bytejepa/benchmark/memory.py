@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -30,5 +30,9 @@ def peak_bytes(device: torch.device) -> int:
     high_water = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii")) if status.is_file() else None
     if high_water:
         return 1024 * int(high_water.group(1))
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # Windows has none
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
