@@ -1,6 +1,7 @@
 """What `bench` reports beside the speed: peak memory on a CPU too, every part's time, and both ways side by side."""
 
 import mmap
+import multiprocessing
 from typing import Any
 
 import psutil
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor
 
 from bytejepa.benchmark import bench, speed
+from bytejepa.benchmark.against_plain import _plain_in_its_own_process
+from bytejepa.benchmark.generation import bench_generate
 from bytejepa.benchmark.memory import peak_bytes, restart_peak
 from bytejepa.cli import bench as verb
 from bytejepa.config import RunConfig, replace
+from bytejepa.errors import BytejepaError, ConfigError
 from bytejepa.model.attention import causal_attention
 
 CPU = torch.device("cpu")
@@ -103,3 +107,23 @@ def test_the_other_measurements_report_what_they_are_asked_for(name: str, minima
         report = bench.bench_load(minimal_config, CPU, steps=2)
         assert 0 < report["make_ms"] < 1000
     assert report["threads"] == torch.get_num_threads()
+
+
+def test_a_plain_process_that_is_killed_is_an_error_and_no_broken_pipe(minimal_config: RunConfig) -> None:
+    """The command line takes a broken pipe for the end of who reads it, and ends well."""
+    with _plain_in_its_own_process(minimal_config) as step:
+        step()
+        (process,) = multiprocessing.active_children()
+        process.kill()
+        process.join()
+        with pytest.raises(BytejepaError, match=r"plain baseline ended \(exit code -9\)"):
+            step()
+
+
+def test_more_context_than_the_engine_has_is_refused(minimal_config: RunConfig) -> None:
+    def timed(context: int) -> dict[str, Any]:
+        return bench_generate(minimal_config, CPU, lanes=(1,), contexts=(context,), runs=1, at_least_s=0.0)
+
+    assert timed(64)["generate"][0]["context"] == 64
+    with pytest.raises(ConfigError, match="window of 64 ids, got 65"):
+        timed(65)

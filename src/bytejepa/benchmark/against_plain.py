@@ -23,7 +23,7 @@ from bytejepa.benchmark.plain import (
 )
 from bytejepa.benchmark.speed import Speed, TrainingStep, random_loader, speed_of, synchronize, time_step
 from bytejepa.config import RunConfig
-from bytejepa.errors import ConfigError
+from bytejepa.errors import BytejepaError, ConfigError
 
 PlainStep = tuple[float, float, int]
 """Milliseconds, loss in nats and peak memory in bytes of a plain step."""
@@ -122,15 +122,24 @@ def _plain_in_its_own_process(config: RunConfig) -> Iterator[Callable[[], PlainS
     theirs.close()
 
     def step() -> PlainStep:
-        ours.send("step")
-        milliseconds, loss, memory = ours.recv()
+        try:
+            ours.send("step")
+            milliseconds, loss, memory = ours.recv()
+        except (EOFError, ConnectionError):
+            process.join()
+            raise BytejepaError(
+                f"the process of the plain baseline ended (exit code {process.exitcode})", hint="out of memory?"
+            ) from None
         return milliseconds, loss, memory
 
     try:
         yield step
     finally:
-        ours.send(None)
+        # a broken pipe would be taken for that of our output, and for a good end
+        with contextlib.suppress(ConnectionError):
+            ours.send(None)
         process.join()
+        ours.close()
 
 
 def measure_against_plain(config: RunConfig, fast: TrainingStep, *, peak: float, steps: int) -> tuple[Speed, Speed]:

@@ -16,6 +16,7 @@ import torch
 
 from bytejepa.benchmark.bench import surroundings
 from bytejepa.config import RunConfig
+from bytejepa.errors import ConfigError
 from bytejepa.inference.engine import Engine
 from bytejepa.model.initialization import initialize
 from bytejepa.model.transformer import ByteLM
@@ -60,8 +61,13 @@ def cost_of(call: Callable[[], object], device: torch.device, *, at_least_s: flo
 
 
 def measure(model: ByteLM, lanes: int, context: int, *, runs: int, at_least_s: float) -> dict[str, float]:
-    """Return bytes a second of stepping, naive stepping and prefill with `context` ids before the byte."""
+    """Return bytes a second of stepping, naive stepping and prefill with `context` ids before the byte.
+
+    Raises: ConfigError for more context than the engine's window holds.
+    """
     engine = Engine(model)
+    if context > engine.window:
+        raise ConfigError(f"--contexts: expected 1 to the engine's window of {engine.window} ids, got {context}")
     ids = torch.randint(4, 260, (lanes, context), device=engine.device)
     following = ids[:, 0].clone()
     state = engine.start(num_lanes=lanes)
