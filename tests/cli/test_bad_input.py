@@ -78,6 +78,13 @@ def test_sizes_out_of_range_are_refused(refuses: Refuses, tmp_path: Path, minima
     option = f"--score-bytes={size}"
     assert wrong in refuses(CONFIG, "submission", minimal_run, "-o", tmp_path / "folder", *author, option)
     assert wrong in refuses(CONFIG, "report", minimal_run, "-o", tmp_path / "page.html", option)
+    assert wrong in refuses(CONFIG, "export", minimal_run, "-o", tmp_path / "m.bjm", option)
+
+
+def test_the_length_of_the_demos_sample_is_checked_before_it_trains(refuses: Refuses, tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    assert "--sample-bytes: expected 0 or more, got -1" in refuses(CONFIG, "demo", "-o", folder, "--sample-bytes=-1")
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("verb", ["report", "eval"])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import tyro
 
 from bytejepa.cli.parsing import ConfigField, PresetField
+from bytejepa.config_fields import NonNegativeInt
 
 if TYPE_CHECKING:
     from bytejepa.demo import DemoResult
@@ -24,7 +25,7 @@ class Demo:
     preset: PresetField = "tiny"
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("demo")
     """Folder for everything that is made."""
-    sample_bytes: int = 400
+    sample_bytes: NonNegativeInt = 400
     """Length of the sample of generated text."""
     force: bool = False
     """Replace an earlier demo in the same folder."""

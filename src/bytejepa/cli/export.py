@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from bytejepa.config_fields import Range
+
 if TYPE_CHECKING:
     from bytejepa.artifact.export import ExportResult
 
@@ -22,7 +24,7 @@ class Export:
     """The artifact to write."""
     data: Path | None = None
     """Folder of the shards, if they moved since training."""
-    score_bytes: int | None = None
+    score_bytes: Annotated[int, Range(2)] | None = None
     """Leading ids of the validation split that are scored; default: as while training."""
     stride: int | None = None
     """Ids scored a window; default: the window, non-overlapping."""
