@@ -10,11 +10,12 @@ from pathlib import Path
 
 from bytejepa.artifact.export import ExportResult, export
 from bytejepa.artifact.load import load
-from bytejepa.bits import bits_per_byte
+from bytejepa.bits import NATS_PER_BIT, bits_per_byte
 from bytejepa.config import RunConfig
 from bytejepa.data.corpus import embedded_text, write_embedded_shards
 from bytejepa.data.loader import IdStream
 from bytejepa.errors import CheckpointError, file_errors_as
+from bytejepa.files import write_atomically
 from bytejepa.inference.generate import generate
 from bytejepa.model.transformer import ByteLM
 from bytejepa.scoring.evaluate import Score, Scorer, score_ids
@@ -122,7 +123,9 @@ def demo(
         sample=(PROMPT + continuation).decode("utf-8", errors="replace"),
         seconds=time.perf_counter() - begin,
     )
-    (folder / "result.json").write_text(json.dumps(result.as_record(), indent=1) + "\n")
+    record = folder / "result.json"
+    with file_errors_as(CheckpointError, "write", record):
+        write_atomically(record, json.dumps(result.as_record(), indent=1).encode() + b"\n")
     return result
 
 
@@ -148,25 +151,20 @@ def score_sliding(model: ByteLM, data: Path, report: Report) -> Score:
 def xz_bpb(text: bytes) -> float:
     """Return the bits per byte of `xz -9e` on `text`."""
     import lzma
-    import math
 
     packed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
-    return bits_per_byte(8 * len(packed) * math.log(2), len(text))
+    return bits_per_byte(8 * len(packed) * NATS_PER_BIT, len(text))
 
 
 def plot_learning_curve(run: RunFolder, path: Path, *, title: str) -> Path:
     """Draw train and validation bits per byte over bytes read, and the learning rate under them; return `path`."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")  # no display is needed to write a file
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # without pyplot, which looks for a display and keeps figures alive
 
     metrics = run.read_metrics()
     trained = [line for line in metrics if "train_bpb" in line]
     validated = [line for line in metrics if "val_bpb" in line]
-    figure, (loss, rate) = pyplot.subplots(
-        2, 1, figsize=(8, 6), sharex=True, height_ratios=(4, 1), layout="constrained"
-    )
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     megabytes = [line["num_bytes"] / 1e6 for line in trained]
     loss.plot(
         megabytes, [line["train_bpb"] for line in trained], color="#9aa7b8", linewidth=1, label="train, one batch"
@@ -189,5 +187,4 @@ def plot_learning_curve(run: RunFolder, path: Path, *, title: str) -> Path:
     rate.grid(alpha=0.3)
     with file_errors_as(CheckpointError, "write", path):
         figure.savefig(path, dpi=130)
-    pyplot.close(figure)
     return path

@@ -24,6 +24,7 @@ from bytejepa.config import DataConfig
 from bytejepa.data.augmentation import substitute_character
 from bytejepa.data.manifest import check_split
 from bytejepa.data.shards import Split, check_ids, find_shards, open_shard
+from bytejepa.data.vocabulary import VOCABULARY_SIZE
 from bytejepa.errors import DataError
 
 
@@ -149,10 +150,11 @@ class Loader:
         if self.config.character_substitution:
             rows = [self._augmented(row, stage, index, number) for number, row in enumerate(rows, self.rank * per_rank)]
         ids = np.stack(rows).astype(np.int64)
-        if ids.max(initial=0) >= 260:
-            row, column = np.argwhere(ids >= 260)[0]
+        if ids.max(initial=0) >= VOCABULARY_SIZE:
+            row, column = np.argwhere(ids >= VOCABULARY_SIZE)[0]
             raise DataError(
-                f"the training split holds id {ids[row, column]} at position {mine[row] + column}; byte260 ids are under 260",
+                f"the training split holds id {ids[row, column]} at position {mine[row] + column}; "
+                f"byte260 ids are under {VOCABULARY_SIZE}",
                 hint="sp1024 shards are converted by `bytejepa prepare --kind sp1024`",
             )
         sequences = torch.from_numpy(ids)
