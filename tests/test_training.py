@@ -20,7 +20,6 @@ from bytejepa.training.averaging import WeightAverage
 from bytejepa.training.clock import Clock
 from bytejepa.training.distributed import Ranks
 from bytejepa.training.gradient_step import GradientStep, averaged_weights
-from bytejepa.training.muon import Muon, newton_schulz_iteration, orthogonalize
 from bytejepa.training.runlog import METRICS, RunFolder
 from bytejepa.training.runs import resume, train
 from bytejepa.training.trainer import Trainer
@@ -348,64 +347,6 @@ def test_late_quantization_begins_where_it_says(minimal_config, embedded_shards,
     )
     assert never[:3] == late[:3]
     assert never[3] != late[3]
-
-
-def test_orthogonalize_brings_singular_values_near_one_whatever_the_shape() -> None:
-    random = torch.Generator().manual_seed(0)
-    for shape in ((5, 32, 32), (3, 16, 48), (3, 48, 16), (24, 8)):
-        result = orthogonalize(torch.randn(shape, generator=random))
-        singular = torch.linalg.svdvals(result)
-        assert singular.min() > 0.3
-        assert singular.max() < 1.4
-
-
-def test_polar_express_comes_closer_to_orthogonal_than_the_quintic() -> None:
-    random = torch.Generator().manual_seed(0)
-    matrix = torch.randn(40, 30, generator=random)
-    iteration = newton_schulz_iteration("polar_express", 5)
-    singular = torch.linalg.svdvals(orthogonalize(matrix, iteration))
-    assert (singular - 1).abs().max() < 0.15
-    assert (torch.linalg.svdvals(orthogonalize(matrix)) - 1).abs().max() > 0.2
-    exact = torch.linalg.svdvals(orthogonalize(matrix, newton_schulz_iteration("polar_express", 10)))
-    torch.testing.assert_close(exact, torch.ones(30), rtol=0, atol=1e-4)
-
-
-def test_row_normalization_forgets_the_length_of_every_row_of_the_gradient() -> None:
-    random = torch.Generator().manual_seed(0)
-    for shape in ((24, 8), (8, 24), (16, 16)):
-        gradient = torch.randn(shape, generator=random)
-        for normalizes, alike in ((True, True), (False, False)):
-            updated = []
-            for factor in (torch.ones(shape[0]), torch.linspace(0.1, 3, shape[0])):
-                parameter = torch.nn.Parameter(torch.zeros(shape))
-                muon = Muon(
-                    [("w", parameter)], learning_rate=1.0, weight_decay=0.0, ranks=Ranks(), normalizes_rows=normalizes
-                )
-                parameter.grad = gradient * factor[:, None]
-                muon.step(learning_rate_scale=1.0, momentum=0.0, clip=torch.tensor(1.0))
-                updated.append(parameter.detach())
-            assert torch.allclose(*updated, atol=1e-4) == alike, (shape, normalizes)
-
-
-@pytest.mark.parametrize("normalizes_rows", [False, True])
-def test_batched_muon_is_muon_matrix_by_matrix(normalizes_rows: bool) -> None:
-    random = torch.Generator().manual_seed(1)
-    shapes = [(16, 16), (16, 16), (32, 16), (16, 32), (8, 16)]
-    initial = [torch.randn(shape, generator=random) for shape in shapes]
-    settings = {"learning_rate": 0.1, "weight_decay": 0.1, "ranks": Ranks(), "normalizes_rows": normalizes_rows}
-    together = [torch.nn.Parameter(w.clone()) for w in initial]
-    apart = [torch.nn.Parameter(w.clone()) for w in initial]
-    batched = Muon([(str(i), p) for i, p in enumerate(together)], **settings)
-    single = [Muon([(str(i), p)], **settings) for i, p in enumerate(apart)]
-    for _ in range(3):
-        for p, q in zip(together, apart, strict=True):
-            p.grad = torch.randn(p.shape, generator=random)
-            q.grad = p.grad.clone()
-        batched.step(learning_rate_scale=1.0, momentum=0.9, clip=torch.tensor(1.0))
-        for muon in single:
-            muon.step(learning_rate_scale=1.0, momentum=0.9, clip=torch.tensor(1.0))
-    for p, q in zip(together, apart, strict=True):
-        torch.testing.assert_close(p, q)
 
 
 def test_the_clock_replays_its_log_and_drops_a_line_that_was_cut_off(tmp_path) -> None:
