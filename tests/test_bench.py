@@ -1,5 +1,6 @@
 """What `bench` reports beside the speed: peak memory on a CPU too, every part's time, and both ways side by side."""
 
+import math
 import mmap
 import multiprocessing
 from typing import Any
@@ -48,6 +49,7 @@ def test_training_reports_speed_memory_and_parts_beside_the_plain_way(
     report = bench.bench_train(minimal_config, CPU, against_plain=True, parts=True, compile=False, steps=1)
     ours, plain = report["speeds"]
     for way in (ours, plain):
+        assert way["last_loss_nats"] == pytest.approx(math.log(260), abs=0.5)
         assert way["peak_memory_bytes"] > 50_000_000
         assert 0 < way["utilization"] < 1
     parts = {"data", "forward", "backward", "optimizer", "average", "jepa losses", "attention"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
-import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 
@@ -105,10 +104,15 @@ def _serve_plain_steps(config: RunConfig, num_threads: int, connection: Connecti
     loader, batches = random_loader(config.data, cpu), itertools.count()
     step = plain_step(config, cpu, lambda: loader.batch(0, next(batches)))
     while connection.recv() is not None:
-        begin = time.perf_counter()
-        loss = float(step())
-        connection.send(((time.perf_counter() - begin) * 1e3, loss, peak_bytes(cpu)))
+        connection.send(_timed(step, cpu))
     loader.close()
+
+
+def _timed(step: Callable[[], Tensor], device: torch.device) -> PlainStep:
+    """Return what one step of `step` takes, and its loss."""
+    losses: list[Tensor] = []
+    (milliseconds,) = time_step(lambda: losses.append(step()), device, steps=1, warmup=0)
+    return milliseconds, float(losses[0]), peak_bytes(device)
 
 
 @contextlib.contextmanager
@@ -146,13 +150,7 @@ def measure_against_plain(config: RunConfig, fast: TrainingStep, *, peak: float,
     """Return (ours, plain), measured in turn: on a CPU in two processes, on a GPU in one."""
     if fast.device.type == "cuda":
         step = plain_step(config, fast.device, fast.read)
-
-        def timed_plain() -> PlainStep:
-            losses: list[Tensor] = []
-            milliseconds = time_step(lambda: losses.append(step()), fast.device, steps=1, warmup=0)[0]
-            return milliseconds, float(losses[-1]), peak_bytes(fast.device)
-
-        return _in_turn(config, fast, timed_plain, peak=peak, steps=steps)
+        return _in_turn(config, fast, lambda: _timed(step, fast.device), peak=peak, steps=steps)
     plain_config(config)  # what it cannot do is refused here, not in the other process
     with _plain_in_its_own_process(config) as timed_plain:
         return _in_turn(config, fast, timed_plain, peak=peak, steps=steps)
