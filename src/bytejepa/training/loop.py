@@ -49,8 +49,8 @@ class TrainResult:
     """How a run ended."""
 
     run: Path
-    is_new: bool
-    """False when the run was over when it was resumed: no step was taken then."""
+    is_new: bool = dataclasses.field(compare=False)
+    """False when the run was over when it was resumed: no step was taken then, and the result is that of before."""
     steps: int
     num_bytes: int
     elapsed_s: float
