@@ -10,9 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bytejepa import presets
+from bytejepa.config import replace
+from bytejepa.data.shards import write_shard
 from bytejepa.errors import ConfigError
 from bytejepa.review.log_parser import parse_log
 from bytejepa.submission.bundle import bundle
@@ -116,6 +119,19 @@ def test_what_goes_wrong_is_one_line_and_an_exit_code(tmp_path, monkeypatch, cap
     monkeypatch.setenv("DATA_PATH", "nowhere")
     assert main(seed_config(1), Path(__file__)) == 3
     assert re.fullmatch(r"test_script\.py: the data folder nowhere does not exist[^\n]*\n", capsys.readouterr().err)
+
+
+def test_a_batch_that_cannot_be_read_ends_the_run(tmp_path, monkeypatch, capsys) -> None:
+    ids = np.random.default_rng(0).integers(4, 260, 9000, dtype=np.uint16)
+    write_shard(tmp_path / "fineweb_val_000000.bin", ids)
+    ids[1500] = 7000  # in a later batch than the first
+    write_shard(tmp_path / "fineweb_train_000000.bin", ids)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    config = replace(seed_config(1), data={"order": "sequential", "num_streams": 1})
+    assert main(config, Path(__file__)) == 3
+    assert "the training split holds id 7000 at position 1500" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.bjm"))
 
 
 def test_every_name_is_defined_once(tmp_path) -> None:

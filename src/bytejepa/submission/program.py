@@ -100,7 +100,7 @@ def run(config: RunConfig, script: Path, environment: Mapping[str, str]) -> Scor
 
 
 def train(trainer: Trainer, log: Log) -> None:
-    """Train until the schedule ends."""
+    """Train until the schedule ends. Raises: DataError for a batch that some rank cannot read."""
     config, ranks, clock = trainer.config, trainer.ranks, Clock()
     trainer.warm_up()
     pending: collections.deque[PendingStep] = collections.deque()
@@ -108,7 +108,12 @@ def train(trainer: Trainer, log: Log) -> None:
     every = config.training.validate_every_steps
     while True:
         at = trainer.position
-        (elapsed_s,) = ranks.decide([clock.read(at.step) if ranks.is_main else 0.0])
+        now_s = clock.read(at.step) if ranks.is_main else 0.0
+        elapsed_s, failed = ranks.maximum([now_s, float(trainer.failure is not None)])
+        if failed:
+            with ranks.agree():
+                if trainer.failure is not None:
+                    raise trainer.failure
         progress = schedule.progress(config.schedule, step=at.step, num_bytes=at.num_bytes, elapsed_s=elapsed_s)
         validate = progress >= 1 or (every is not None and at.step > 0 and at.step % every == 0)
         if validate and trainer.validation_ids is not None:

@@ -106,14 +106,6 @@ class Ranks:
         dist.all_reduce(message, group=_GROUPS["decisions"])
         return message.tolist()
 
-    def decide(self, values: list[float]) -> list[float]:
-        """Return rank 0's `values` on every rank, float64, without waiting for a GPU."""
-        if self.world_size == 1:
-            return values
-        message = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(message, src=0, group=_GROUPS["decisions"])
-        return message.tolist()
-
     def maximum(self, values: list[float]) -> list[float]:
         """Return the elementwise maximum over ranks, float64, without waiting for a GPU: what one rank wants, all do."""
         return self._maximum(values, "decisions")
