@@ -291,19 +291,35 @@ def _decode_blocks(
 def _in_threads(work: Callable[[Item, Progress], Result], items: Sequence[Item], settings: Settings) -> list[Result]:
     """Return the results of `work` on every item; an interruption or failure ends all threads at their next report."""
     lock, stopped = threading.Lock(), threading.Event()
+    failures = list[BaseException]()
 
-    def report(num_bytes: int) -> None:
+    def check() -> None:
         if stopped.is_set():
             raise CodecError("stopped")
+
+    def report(num_bytes: int) -> None:
+        check()
         if settings.on_progress is not None:
             with lock:
                 settings.on_progress(num_bytes)
 
-    with ThreadPoolExecutor(settings.num_threads) as pool:
-        futures = [pool.submit(work, item, report) for item in items]
+    def attempt(item: Item) -> Result:
+        # the thread that fails stops the others itself: the waiting one may wake only after they took more items
+        check()
         try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            return [future.result() for future in futures if future in done]  # all, or raises what the first one raised
+            return work(item, report)
+        except BaseException as error:
+            failures.append(error)
+            stopped.set()
+            raise
+
+    with ThreadPoolExecutor(settings.num_threads) as pool:
+        futures = [pool.submit(attempt, item) for item in items]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+            if failures:
+                raise failures[0]  # those after it may be no more than stopped
+            return [future.result() for future in futures]
         except BaseException:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
