@@ -2,21 +2,26 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from bytejepa.config import RunConfig, replace
-from bytejepa.errors import CheckpointError
+from bytejepa.errors import CheckpointError, Interrupted
 from bytejepa.files import atomic_file
 from bytejepa.training import checkpoint
+from bytejepa.training.checkpoint import CheckpointWriter, Position
 from bytejepa.training.clock import Clock, read_log
+from bytejepa.training.loop import TrainProgress
 from bytejepa.training.runlog import RunFolder
 from bytejepa.training.runs import resume, train
 
@@ -58,6 +63,31 @@ def test_damaged_checkpoints_are_kept_under_names_of_their_own(run_with_checkpoi
         assert f"set aside as {name} and" in notes[0]
     assert {name: (folder / name).read_bytes() for name in spoiled} == spoiled
     assert checkpoint.steps_on_disk(folder)[0] == 6
+
+
+def test_a_resumed_run_does_not_write_the_checkpoint_again_that_it_begins_from(
+    minimal_config: RunConfig, embedded_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count(step=10.0)
+    monkeypatch.setattr("bytejepa.training.clock.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    saved, save = list[int](), CheckpointWriter.save
+
+    def noted(writer: CheckpointWriter, at: Position, *state: Any, **log: Any) -> None:
+        saved.append(at.step)
+        save(writer, at, *state, **log)
+
+    monkeypatch.setattr(CheckpointWriter, "save", noted)
+    settings = {"checkpoint_every_s": 25.0, "validate_every_steps": None}
+
+    def stop_at_four(at: TrainProgress) -> None:
+        if at.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(replace(minimal_config, training=settings), embedded_shards, tmp_path / "run", on_progress=stop_at_four)
+    assert saved == [3, 4]
+    resume(tmp_path / "run")
+    assert saved == [3, 4, 6]
 
 
 def test_half_a_checkpoint_is_damaged_and_the_one_before_it_is_used(run_with_checkpoints: Path, tmp_path: Path) -> None:
