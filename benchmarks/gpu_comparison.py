@@ -33,6 +33,7 @@ from bytejepa.artifact.write import calibration_sequences, write_artifact
 from bytejepa.benchmark.bench import surroundings
 from bytejepa.config import RunConfig, replace
 from bytejepa.data.loader import IdStream, leading_ids
+from bytejepa.model.precision import on_device
 from bytejepa.model.transformer import ByteLM
 from bytejepa.presets import preset
 from bytejepa.scoring.evaluate import Scorer, score_ids
@@ -141,7 +142,7 @@ def pack_and_score(name: str, seed: int, options: argparse.Namespace) -> None:
 
     def bpb(model: ByteLM, corpora: dict[str, Path]) -> dict[str, float]:
         model.attention_backend = "math" if options.rehearse else "efficient"  # need no compilation
-        scorer, scores = Scorer(model.to(device)), {}
+        scorer, scores = Scorer(on_device(model, device)), {}
         for corpus, data in corpora.items():
             ids = leading_ids(IdStream.open(data, "val"), options.score_bytes + 1, data)
             with torch.no_grad():

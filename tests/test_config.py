@@ -86,7 +86,7 @@ def test_contradictions_name_all_numbers(section: type, settings: dict[str, Any]
     [
         ({"evaluation": {"stride_bytes": 500}}, ["stride_bytes 500", "chunk_bytes 8"]),
         ({"evaluation": {"window_bytes": 4001, "stride_bytes": 8}}, ["window_bytes 4001", "chunk_bytes 8"]),
-        ({"jepa": {"sigreg_group_sequences": 7}}, ["sigreg_group_sequences 7", "96 sequences"]),
+        ({"jepa": {"sigreg_group_sequences": 7}}, ["sigreg_group_sequences 7", "96 sequences", "None for one sample"]),
         ({"data": {"sequence_bytes": 4}}, ["sequence_bytes 4", "chunk_bytes 8"]),
     ],
 )

@@ -80,9 +80,19 @@ def test_tiny_has_the_structure_of_default() -> None:
     small, full = to_dict(tiny()), to_dict(default())
     assert {k for k in full["model"] if small["model"][k] != full["model"][k]} == sizes
     assert {k for k in full["jepa"] if small["jepa"][k] != full["jepa"][k]} == {
-        "latent_dim", "hidden_dim", "sigreg_directions", "sigreg_group_sequences",
-    }  # fmt: skip
+        "latent_dim",
+        "hidden_dim",
+        "sigreg_directions",
+    }
     assert small["artifact"] == full["artifact"]
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("default", 8), ("pr832", 8), ("golf", 8), ("tiny", 2), ("golf-tiny", 2)])
+def test_sigreg_has_samples_of_one_size_on_any_number_of_ranks(name: str, ranks: int) -> None:
+    config = preset(name)
+    group = config.jepa.sigreg_group_sequences
+    assert group is not None
+    assert all(config.data.batch_bytes // length // ranks % group == 0 for _, length in config.data.stages)
 
 
 def test_presets_by_name() -> None:

@@ -311,7 +311,8 @@ class RunConfig:
             if self.jepa.losses and sequences % (self.jepa.sigreg_group_sequences or 1):
                 raise ConfigError(
                     f"jepa.sigreg_group_sequences {self.jepa.sigreg_group_sequences} does not divide the {sequences} sequences "
-                    f"of {length} bytes in a micro-batch"
+                    f"of {length} bytes in a micro-batch",
+                    hint="set it to a divisor, or to None for one sample of all of them",
                 )
 
 

@@ -21,6 +21,7 @@ from bytejepa.artifact.write import calibration_sequences, write_artifact
 from bytejepa.config import RunConfig, replace
 from bytejepa.data.loader import IdStream, leading_ids
 from bytejepa.errors import ArtifactError
+from bytejepa.model.precision import on_device
 from bytejepa.model.transformer import TRAINING_ONLY
 from bytejepa.presets import compact
 from bytejepa.scoring.evaluate import Score, Scorer
@@ -124,7 +125,7 @@ def export(
         }
         for stage, make in models.items():
             scores[stage] = score_on_ranks(
-                Scorer(make().to(ranks.device)),
+                Scorer(on_device(make(), ranks.device)),
                 ids,
                 ranks,
                 window=window,

@@ -15,23 +15,25 @@ from bytejepa.config import RunConfig
 from bytejepa.config_json import from_dict
 from bytejepa.errors import ArtifactError, CheckpointError, ConfigError
 from bytejepa.model.initialization import fill_sigreg_directions
+from bytejepa.model.precision import Precision, on_device
 from bytejepa.model.transformer import TRAINING_ONLY, ByteLM, prediction_config
 from bytejepa.training import checkpoint
 from bytejepa.training.runlog import RunFolder
 
 
-def load(path: Path | str, *, device: str = "cpu") -> ByteLM:
+def load(path: Path | str, *, device: str = "cpu", precision: Precision = "auto") -> ByteLM:
     """Return the model in `path`, ready to predict: an artifact (`.bjm`), or a run folder (its averaged weights).
 
-    Float32 weights; on CUDA it computes in bfloat16. Raises: ArtifactError or CheckpointError that says what is wrong.
+    Float32 weights. It computes in float32, but on CUDA in bfloat16 as in training, unless it was trained in float32 or
+    `precision` asks for that. Raises: ArtifactError or CheckpointError that says what is wrong.
     """
     path = Path(path)
     if path.is_dir():
         config, weights = run_weights(path)
-        return build(config, weights, source=str(path)).to(device)
+        return on_device(build(config, weights, source=str(path)), device, precision=precision)
     container = read_container(path)
     config = configuration_of(container.configuration, str(path))
-    model = build(config, container.tensors, source=str(path)).to(device)
+    model = on_device(build(config, container.tensors, source=str(path)), device, precision=precision)
     _stored_forms[model] = container.stored
     return model
 

@@ -29,6 +29,7 @@ from bytejepa.benchmark.speed import (
 from bytejepa.config import RunConfig, replace
 from bytejepa.data.vocabulary import BYTE_OFFSET, VOCABULARY_SIZE
 from bytejepa.model.initialization import initialize
+from bytejepa.model.precision import on_device
 from bytejepa.model.transformer import ByteLM
 from bytejepa.scoring.evaluate import Scorer, score_ids
 from bytejepa.scoring.windows import plan_windows
@@ -82,9 +83,7 @@ def bench_train(
 
 def bench_eval(config: RunConfig, device: torch.device, *, num_bytes: int, compile: bool) -> dict[str, Any]:  # noqa: A002
     """Return the speed of scoring random bytes: one pass, sliding as configured, and sliding without the pruned tail."""
-    model = initialize(ByteLM(config), 0).to(device).eval()
-    if device.type == "cuda":
-        model.compute_dtype = torch.bfloat16
+    model = on_device(initialize(ByteLM(config), 0), device).eval()
     random = np.random.default_rng(0)
     ids = random.integers(BYTE_OFFSET, VOCABULARY_SIZE, num_bytes + 1, dtype=np.uint16)
     window = min(config.evaluation.window_bytes, num_bytes)

@@ -19,6 +19,7 @@ from bytejepa.config import RunConfig
 from bytejepa.errors import ConfigError
 from bytejepa.inference.engine import Engine
 from bytejepa.model.initialization import initialize
+from bytejepa.model.precision import on_device
 from bytejepa.model.transformer import ByteLM
 
 
@@ -32,9 +33,7 @@ def bench_generate(
     at_least_s: float,
 ) -> dict[str, Any]:
     """Return one row for each number of lanes and context: see the module's docstring."""
-    model = initialize(ByteLM(config), 0).to(device).eval()
-    if device.type == "cuda":
-        model.compute_dtype = torch.bfloat16
+    model = on_device(initialize(ByteLM(config), 0), device).eval()
     rows = [measure(model, count, context, runs=runs, at_least_s=at_least_s) for count in lanes for context in contexts]
     return {**surroundings(device), "generate": rows}
 

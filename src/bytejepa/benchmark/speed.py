@@ -26,6 +26,7 @@ from bytejepa.model.attention import causal_attention
 from bytejepa.model.chunk_stride import at_chunk_ends
 from bytejepa.model.initialization import initialize
 from bytejepa.model.layers import document_starts
+from bytejepa.model.precision import on_device
 from bytejepa.model.transformer import ByteLM
 from bytejepa.training.allocator import keep_freed_memory
 from bytejepa.training.averaging import WeightAverage
@@ -133,12 +134,11 @@ class TrainingStep:
         if not on_gpu:
             keep_freed_memory()
         model = initialize(ByteLM(config), config.training.seed)
-        model.compute_dtype = torch.bfloat16 if on_gpu and config.training.precision != "float32" else torch.float32
         if on_gpu and config.training.bfloat16_embeddings:
             keep_in_bfloat16(model)
         if on_gpu and compile:
             avoid_known_regressions()
-        self.model = model.to(device)
+        self.model = on_device(model, device)
         self.optimizers = Optimizers(self.model, config.optimizer, ranks, compile_update=compile and on_gpu)
         self.gradient_step = GradientStep(self.model, config, compile=compile, buckets=self.optimizers.gradient_buckets)
         self.average = WeightAverage(self.model, config.training)

@@ -33,6 +33,8 @@ class Evaluate:
     """Score only this many leading ids."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where it is scored; auto: CUDA where there is one."""
+    precision: Literal["auto", "float32"] = "auto"
+    """Of activations and products; auto: on CUDA bfloat16 as in training, float32 elsewhere."""
     json: bool = False
     """Print the result as one JSON object."""
 
@@ -47,7 +49,7 @@ class Evaluate:
 
         ranks = join(chosen_device(self.device))
         with ranks.agree():
-            model = load(self.model, device=str(ranks.device))
+            model = load(self.model, device=str(ranks.device), precision=self.precision)
             ids, text = self._ids()
             evaluation = model.config.evaluation
             window = evaluation.window_bytes if self.window is None else self.window
@@ -59,7 +61,7 @@ class Evaluate:
             )
         strides = {"non-overlapping": window} | ({} if self.no_sliding or stride == window else {"sliding": stride})
         scorer = Scorer(model, compile=ranks.device.type == "cuda")
-        scores = {}
+        precision, scores = str(model.compute_dtype).removeprefix("torch."), {}
         for name, every in strides.items():
             scores[name] = self._score(scorer, ids, window, every, evaluation.batch_bytes, ranks, name)
         leave()
@@ -67,7 +69,7 @@ class Evaluate:
             return 0
         compressors = compressed_bytes(text) if text else {}
         if self.json:
-            print_json(self._record(scores, compressors, len(text or b"")))
+            print_json(self._record(scores, compressors, len(text or b""), precision))
             return 0
         rows = [
             [
@@ -117,7 +119,9 @@ class Evaluate:
                 on_progress=lambda done: bar.update(task, completed=done),
             )
 
-    def _record(self, scores: dict[str, Score], compressors: dict[str, int], num_bytes: int) -> dict[str, object]:
+    def _record(
+        self, scores: dict[str, Score], compressors: dict[str, int], num_bytes: int, precision: str
+    ) -> dict[str, object]:
         described = {
             name: {
                 "bpb": score.bpb,
@@ -131,7 +135,13 @@ class Evaluate:
             for name, score in scores.items()
         }
         others = {name: {"bytes": size, "bpb": 8 * size / num_bytes} for name, size in compressors.items()}
-        return {"model": str(self.model), "data": str(self.data), "scores": described, "compressors": others}
+        return {
+            "model": str(self.model),
+            "data": str(self.data),
+            "precision": precision,
+            "scores": described,
+            "compressors": others,
+        }
 
 
 def compressed_bytes(text: bytes) -> dict[str, int]:

@@ -23,6 +23,7 @@ from bytejepa.data.loader import IdStream, leading_ids
 from bytejepa.data.vocabulary import BYTE_OFFSET
 from bytejepa.errors import DataError
 from bytejepa.model.initialization import fill_sigreg_directions, initialize
+from bytejepa.model.precision import on_device
 from bytejepa.model.quantization import QuantizedMatrix
 from bytejepa.model.transformer import ByteLM
 from bytejepa.report.measurements import (
@@ -74,7 +75,7 @@ def measure(
     weights = {"raw": raw, "average": average, "artifact": container.tensors}
     scores, priced = {}, None
     for stage, tensors in weights.items():
-        model = build(config, tensors, source=str(run)).to(device)
+        model = on_device(build(config, tensors, source=str(run)), device)
         priced = _price(model, ids, is_whole, lambda done, stage=stage: tell(f"score {stage}", done))
         num_bytes = int((priced.targets >= BYTE_OFFSET).sum())
         nats = float(priced.bits.sum()) * NATS_PER_BIT

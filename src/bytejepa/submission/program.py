@@ -26,6 +26,7 @@ from bytejepa.config import RunConfig
 from bytejepa.data.loader import IdStream
 from bytejepa.data.vocabulary import BOS
 from bytejepa.errors import BytejepaError, CheckpointError
+from bytejepa.model.precision import on_device
 from bytejepa.scoring.evaluate import Score, Scorer
 from bytejepa.submission import log_lines
 from bytejepa.submission.environment import configured
@@ -166,7 +167,6 @@ def pack_and_score(trainer: Trainer, data: Path, log: Log, *, code_bytes: int) -
         peak_mib = torch.cuda.max_memory_allocated(ranks.device) / 2**20
         log.write(f"peak memory allocated: {peak_mib:.0f} MiB")
     scorer = packed_scorer(path, config, ranks, compiled=trainer.compiled)
-    scorer.model.compute_dtype = trainer.model.compute_dtype
     for kind, stride in (("roundtrip", None), ("sliding_window", config.evaluation.stride_bytes)):
         begin = time.perf_counter()
         result = score(scorer, ids, trainer, stride=stride)
@@ -178,7 +178,7 @@ def pack_and_score(trainer: Trainer, data: Path, log: Log, *, code_bytes: int) -
 def packed_scorer(path: Path, config: RunConfig, ranks: Ranks, *, compiled: bool = False) -> Scorer:
     """Return a scorer of the model in the artifact at `path`. Raises: ArtifactError if it is damaged."""
     model = build(config, read_container(path).tensors, source=str(path))
-    return Scorer(model.to(ranks.device), compile=compiled)
+    return Scorer(on_device(model, ranks.device), compile=compiled)
 
 
 def score(scorer: Scorer, ids: npt.NDArray[np.uint16], trainer: Trainer, *, stride: int | None) -> Score:

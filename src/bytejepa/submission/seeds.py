@@ -18,6 +18,7 @@ from bytejepa.config_json import to_dict
 from bytejepa.data.loader import IdStream, leading_ids
 from bytejepa.data.vocabulary import BOS
 from bytejepa.errors import ArtifactError, CheckpointError, DataError
+from bytejepa.model.precision import on_device
 from bytejepa.scoring.evaluate import Score, Scorer
 from bytejepa.submission import log_lines
 from bytejepa.submission.program import packed_scorer
@@ -159,7 +160,7 @@ def pack_and_score(
                 f"{run.folder}: weights of {weights_bytes:,} bytes and code of {code_bytes:,} are over the budget of {limit_bytes:,}",
                 hint="--packed makes the code smaller; a smaller model or fewer bits the weights",
             )
-        averaged = Scorer(build(config, average, source=str(run.folder)).to(ranks.device))
+        averaged = Scorer(on_device(build(config, average, source=str(run.folder)), ranks.device))
         packed = packed_scorer(artifact, config, ranks)
     seconds: dict[str, float] = {}
 

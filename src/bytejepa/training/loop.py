@@ -76,7 +76,9 @@ class TrainingLoop:
         self.val_bpb: float | None = None
         self.first_step = trainer.position.step
         readings_s = self.clock.readings[self.first_step :]
-        self.last_checkpoint_s = readings_s[0] if readings_s else 0.0  # of the checkpoint that a resumed run begins from
+        self.last_checkpoint_s = (
+            readings_s[0] if readings_s else 0.0
+        )  # of the checkpoint that a resumed run begins from
         self.interrupted = threading.Event()
         self._kept_failure: BytejepaError | None = None
 

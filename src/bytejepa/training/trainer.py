@@ -20,6 +20,7 @@ from bytejepa.data.loader import IdStream, Loader, leading_ids
 from bytejepa.errors import ConfigError, DataError
 from bytejepa.model.initialization import initialize
 from bytejepa.model.jepa import effective_rank, explained_variance, latent_std
+from bytejepa.model.precision import on_device
 from bytejepa.model.transformer import ByteLM
 from bytejepa.scoring.evaluate import Score, Scorer
 from bytejepa.training import schedule
@@ -70,10 +71,9 @@ class Trainer:
                 "training.precision bfloat16 needs a CUDA device: CPUs without bfloat16 units compute it far slower than float32",
                 hint="use --training.precision float32",
             )
-        model.compute_dtype = torch.bfloat16 if on_gpu and precision != "float32" else torch.float32
         if on_gpu and config.training.bfloat16_embeddings:
             keep_in_bfloat16(model)
-        self.model = model.to(ranks.device)
+        self.model = on_device(model, ranks.device)
         # a kernel that is asked for in vain is refused here, before there is a run folder
         lengths = {length for _, length in config.data.stages}
         self.compiled = config.training.compile == "on" or (config.training.compile == "auto" and on_gpu)
