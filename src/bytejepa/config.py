@@ -81,7 +81,7 @@ class OptimizerConfig(Section):
     matrix_lr: NonNegative = 0.025
     """Muon's learning rate, in units of spectral norm an update."""
     embedding_lr: NonNegative = 0.035
-    """AdamW's learning rate of the token and bigram embeddings."""
+    """AdamW's learning rate of the token, bigram, n-gram and value embeddings and of the extra heads."""
     scalar_lr: NonNegative = 0.025
     """AdamW's learning rate of vectors and scalars."""
     jepa_lr: NonNegative = 0.001

@@ -26,7 +26,7 @@ Verdict = Literal["better", "worse", "tie", "undecided"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Environment:
-    """What all runs of a study must share."""
+    """What all runs of a study must share; `attention` all runs of a variant."""
 
     processor: str
     device: str

@@ -118,7 +118,7 @@ def _update(
 
 
 class Muon:
-    """The optimiser of the 2-D block matrices and the bigram projection."""
+    """The optimiser of the 2-D block matrices and of the projections of the bigram and n-gram tables."""
 
     def __init__(
         self,
