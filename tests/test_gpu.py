@@ -1,17 +1,22 @@
 """What only a CUDA device can show: its kernels, its training and its scores agree with the CPU's."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+import bytejepa
 from bytejepa.config import replace
 from bytejepa.data.loader import IdStream
+from bytejepa.errors import Interrupted
 from bytejepa.model import fused, layers
 from bytejepa.model.attention import attention_mask, available_backends, causal_attention, masked_attention
 from bytejepa.scoring.evaluate import Scorer, score_ids
+from bytejepa.training.loop import TrainProgress
 from bytejepa.training.runlog import RunFolder
-from bytejepa.training.runs import train
+from bytejepa.training.runs import resume, train
 from small_models import random_ids, small_model
 
 pytestmark = [
@@ -80,6 +85,38 @@ def test_losses_in_float32_are_those_of_a_cpu(minimal_config, embedded_shards: P
             line["train_loss_nats"] for line in RunFolder(tmp_path / device).read_metrics() if "train_loss_nats" in line
         ]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
+
+
+@pytest.mark.parametrize("compile_", ["on", "off"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(minimal_config, embedded_shards: Path, tmp_path, compile_) -> None:
+    config = replace(minimal_config, training={"device": "cuda", "compile": compile_})
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+
+    def stop_at_three(at: TrainProgress) -> None:
+        if at.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(config, embedded_shards, stopped, on_progress=stop_at_three)
+    resume(stopped)
+    train(config, embedded_shards, whole)
+    lines = {run: [m for m in RunFolder(run).read_metrics() if "train_loss_nats" in m] for run in (stopped, whole)}
+    for field in ("step", "num_bytes", "learning_rate_scale"):
+        assert [m[field] for m in lines[stopped]] == [m[field] for m in lines[whole]]
+    losses = {run: [m["train_loss_nats"] for m in lines[run]] for run in lines}
+    assert losses[stopped] == pytest.approx(losses[whole], rel=1e-3)
+
+
+def test_what_is_loaded_scores_in_bfloat16_what_it_scores_in_float32(
+    minimal_artifact: Path, embedded_shards: Path
+) -> None:
+    ids = IdStream.open(embedded_shards, "val").read(0, 5000)
+    scores = {}
+    for precision in ("auto", "float32"):
+        model = bytejepa.load(minimal_artifact, device="cuda", precision=precision)
+        scores[precision] = score_ids(Scorer(model), ids, window=64, stride=16, batch_ids=4096).bpb
+    assert scores["auto"] != scores["float32"]
+    assert scores["auto"] == pytest.approx(scores["float32"], abs=5e-3)
 
 
 def test_a_score_is_that_of_a_cpu(embedded_shards: Path) -> None:
