@@ -19,6 +19,7 @@ from bytejepa.config import (
     EvaluationConfig,
     JepaConfig,
     ModelConfig,
+    OptimizerConfig,
     Range,
     RunConfig,
     ScheduleConfig,
@@ -44,6 +45,7 @@ def test_every_range_holds_on_both_sides(section: str, name: str, bounds: Range)
     step = 1 if bounds.low == int(bounds.low) else bounds.low
     outside = [bounds.low - step, math.nan, math.inf]
     outside += [bounds.high + step] if math.isfinite(bounds.high) else []
+    outside += [bounds.high] if bounds.excludes_high else []
     for value in outside:
         with pytest.raises(ConfigError, match=re.escape(f"{section}.{name}: expected {bounds}, got")) as refused:
             SECTIONS[section](**{name: value})
@@ -68,6 +70,17 @@ def test_every_range_holds_on_both_sides(section: str, name: str, bounds: Range)
         (DataConfig, {"order": "sequential", "num_streams": 7}, ["7", "96"]),
         (DataConfig, {"sequence_growth": ((1.0, 4096),)}, ["sequence_growth"]),
         (DataConfig, {"sequence_growth": ((0.5, 4096), (0.5, 2048))}, ["sequence_growth"]),
+        (JepaConfig, {"inject": False, "losses": False}, ["all off", "jepa.enabled false"]),
+        (JepaConfig, {"lambda_zero_until": 0.8}, ["lambda_ramp_until 0.8", "never have a weight"]),
+        (OptimizerConfig, {"matrix_lr": 1e300}, ["matrix_lr", "float32", "1e+300"]),
+        (ScheduleConfig, {"steps": 10**320}, ["steps", "float32"]),
+        (
+            ScheduleConfig,
+            {"warmup_fraction": 0.1, "warmdown": "mean_step_time"},
+            ["warmup_fraction 0.1", "mean_step_time"],
+        ),
+        (ScheduleConfig, {"warmup_fraction": 0.7}, ["warmup_fraction 0.7", "warmdown_fraction 0.4", "its peak"]),
+        (ScheduleConfig, {"warmdown_fraction": 0.0, "warmdown_to": 0.1}, ["warmdown_to 0.1", "warmdown_fraction 0"]),
         (ScheduleConfig, {"steps": None}, ["nothing ends the run"]),
         (ScheduleConfig, {"steps": None, "max_bytes": 9, "warmdown": "mean_step_time"}, ["mean_step_time", "steps"]),
         (EvaluationConfig, {"stride_bytes": 8192}, ["8192", "4096"]),
@@ -88,6 +101,11 @@ def test_contradictions_name_all_numbers(section: type, settings: dict[str, Any]
         ({"evaluation": {"window_bytes": 4001, "stride_bytes": 8}}, ["window_bytes 4001", "chunk_bytes 8"]),
         ({"jepa": {"sigreg_group_sequences": 7}}, ["sigreg_group_sequences 7", "96 sequences", "None for one sample"]),
         ({"data": {"sequence_bytes": 4}}, ["sequence_bytes 4", "chunk_bytes 8"]),
+        ({"data": {"sequence_bytes": 16}, "jepa": {"horizons": 2}}, ["horizons 2", "2 chunks", "16 bytes"]),
+        (
+            {"data": {"sequence_bytes": 8}, "jepa": {"sigreg_standardize": True, "sigreg_group_sequences": 1}},
+            ["sigreg_standardize", "two latents"],
+        ),
     ],
 )
 def test_contradictions_between_sections(sections: dict[str, Any], words: list[str]) -> None:
@@ -181,7 +199,7 @@ def test_stages_begin_at_zero() -> None:
 
 
 def test_training_settings_are_checked_too() -> None:
-    with pytest.raises(ConfigError, match=r"training\.ema_decay: expected 0 to 1, got 1\.5"):
+    with pytest.raises(ConfigError, match=r"training\.ema_decay: expected 0 to less than 1, got 1\.5"):
         TrainingConfig(ema_decay=1.5)
 
 

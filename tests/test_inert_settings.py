@@ -126,7 +126,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "warmdown_fraction": 0.9,
         "warmdown_to": 0.5,
         "warmdown_steps": 90,
-        "warmup_fraction": 0.5,
+        "warmup_fraction": 0.3,
     },
     "training": {
         "seed": 1,
@@ -154,6 +154,7 @@ NEEDS: dict[str, Changes] = {
     "schedule.warmdown": BY_MEAN_STEP_TIME,
     "schedule.warmdown_steps": BY_MEAN_STEP_TIME,
     "training.swa_every_steps": {"training": {"swa_start": 0.0}},
+    "training.swa_start": {"training": {"swa_every_steps": 2}},
     "training.qat_start": {"artifact": {"matrix_bits": 3, "small_tensor_elements": 256}},
 }
 """What both models need besides BASE."""

@@ -232,6 +232,16 @@ def _child() -> int:
     return int(multiprocessing.active_children()[0].pid or 0)
 
 
+def test_force_throws_nothing_away_for_a_call_that_cannot_be(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    prepare([source], tmp_path / "out", val_documents=7, workers=1)
+    before = files_of(tmp_path / "out")
+    with pytest.raises(DataError, match="--val-documents"):
+        prepare([source], tmp_path / "out", val_documents=len(TEXTS), workers=1, force=True)
+    assert files_of(tmp_path / "out") == before
+    assert prepare([source], tmp_path / "out", val_documents=9, workers=1, force=True).is_new
+
+
 def test_force_leaves_a_folder_whose_manifest_is_another_programs(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     manifest = tmp_path / "run" / "manifest.json"

@@ -1,6 +1,7 @@
 """Training: what stops it, what leaves no trace, and that each option of the recipe takes effect."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,14 +13,13 @@ from bytejepa.artifact.packing import restore
 from bytejepa.artifact.store import store_weights
 from bytejepa.bits import bits_from_nats
 from bytejepa.config import RunConfig, replace
-from bytejepa.errors import CheckpointError, ConfigError
+from bytejepa.errors import CheckpointError, ConfigError, DataError
 from bytejepa.model.initialization import initialize
 from bytejepa.model.transformer import ByteLM
 from bytejepa.training import checkpoint
-from bytejepa.training.averaging import WeightAverage
 from bytejepa.training.clock import Clock
 from bytejepa.training.distributed import Ranks
-from bytejepa.training.gradient_step import GradientStep, averaged_weights
+from bytejepa.training.gradient_step import GradientStep
 from bytejepa.training.runlog import METRICS, RunFolder
 from bytejepa.training.runs import resume, train
 from bytejepa.training.trainer import Trainer
@@ -211,6 +211,23 @@ def test_a_folder_of_something_else_is_refused_even_by_force(minimal_config, emb
     ]
 
 
+def test_only_a_validation_split_that_is_missing_altogether_is_done_without(
+    minimal_config, embedded_shards, tmp_path
+) -> None:
+    """And only where none is asked for on the way: of a damaged one the run's last score would silently be none."""
+    data = shutil.copytree(embedded_shards, tmp_path / "data")
+    (shard,) = data.glob("fineweb_val_*.bin")
+    shard.write_bytes(shard.read_bytes()[:-2])
+    config = quiet(minimal_config, schedule={"steps": 2}, training={"validate_every_steps": None})
+    with pytest.raises(DataError, match="fineweb_val"):
+        train(config, data, tmp_path / "run")
+    shard.unlink()
+    (data / "manifest.json").unlink()
+    assert train(config, data, tmp_path / "run").val_bpb_average is None
+    with pytest.raises(DataError, match="no shard of the val split"):
+        train(replace(config, training={"validate_every_steps": 1}), data, tmp_path / "other")
+
+
 def test_bfloat16_on_a_cpu_is_refused(minimal_config, embedded_shards, tmp_path) -> None:
     config = replace(minimal_config, training={"precision": "bfloat16", "device": "cpu"})
     with pytest.raises(ConfigError, match="bfloat16 needs a CUDA device"):
@@ -250,30 +267,6 @@ def test_checkpoints_keep_the_newest_few(minimal_config, embedded_shards, tmp_pa
     config = quiet(minimal_config, training={"checkpoint_every_s": 0.0, "keep_checkpoints": 2})
     train(config, embedded_shards, tmp_path / "run")
     assert checkpoint.steps_on_disk(RunFolder(tmp_path / "run").checkpoints_path) == [6, 5]
-
-
-def test_ema_and_swa_are_what_they_say() -> None:
-    model = torch.nn.Linear(3, 2, bias=False)
-    from bytejepa.config import TrainingConfig
-
-    ema = WeightAverage(model, TrainingConfig(ema_decay=0.9, ema_warmup=False))
-    swa = WeightAverage(model, TrainingConfig(ema_decay=None, swa_start=0.5, swa_every_steps=2))
-    expected, samples = model.weight.detach().clone(), []
-    for step in range(1, 11):
-        with torch.no_grad():
-            model.weight += step
-        expected = 0.9 * expected + 0.1 * model.weight.detach()
-        at = step / 10
-        if at >= 0.5 and step % 2 == 0:
-            samples.append(model.weight.detach().clone())
-        ema.update(step=step, progress=at)
-        swa.update(step=step, progress=at)
-    torch.testing.assert_close(ema.average[0], expected)
-    torch.testing.assert_close(swa.average[0], torch.stack(samples).mean(0))
-    before = model.weight.detach().clone()
-    with averaged_weights(model, swa.average):
-        torch.testing.assert_close(model.weight.detach(), swa.average[0])
-    assert torch.equal(model.weight, before)
 
 
 def quantized_loss(config: RunConfig, *, compile: bool) -> tuple[float, float, float]:  # noqa: A002 - torch's word

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from bytejepa.config_fields import Fraction, NonNegative, NonNegativeInt, PositiveInt, Range, Section
+from bytejepa.config_fields import Decay, Fraction, NonNegative, NonNegativeInt, PositiveInt, Range, Section
 from bytejepa.config_model import JepaConfig, ModelConfig
 from bytejepa.errors import ConfigError
 
@@ -102,12 +102,12 @@ class OptimizerConfig(Section):
     """`quintic`: Muon's own, the same in every iteration; `polar_express`: one set an iteration, closer to orthogonal."""
     muon_row_normalization: bool = False
     """Give every row of an update unit length before it is orthogonalised (MuonEq-R)."""
-    adam_beta1: Fraction = 0.9
+    adam_beta1: Decay = 0.9
     """Decay of AdamW's first moment."""
-    adam_beta2: Fraction = 0.95
+    adam_beta2: Decay = 0.95
     """Decay of AdamW's second moment."""
-    adam_epsilon: NonNegative = 1e-8
-    """AdamW's epsilon."""
+    adam_epsilon: Annotated[float, Range(1e-20)] = 1e-8
+    """AdamW's epsilon; zero would divide nothing by nothing in rows that have had no gradient."""
     gradient_clip: Annotated[float, Range(1e-6)] | None = 0.3
     """Largest global gradient norm; None: no clipping."""
 
@@ -141,8 +141,24 @@ class ScheduleConfig(Section):
                 "schedule: nothing ends the run",
                 hint="set one of schedule.steps, schedule.max_bytes, schedule.max_wallclock_s",
             )
-        if self.warmdown == "mean_step_time" and self.steps is None:
-            raise ConfigError("schedule.warmdown mean_step_time needs schedule.steps")
+        if self.warmdown == "mean_step_time":
+            if self.steps is None:
+                raise ConfigError("schedule.warmdown mean_step_time needs schedule.steps")
+            if self.warmup_fraction:
+                raise ConfigError(
+                    f"schedule.warmup_fraction {self.warmup_fraction:g} is for schedule.warmdown progress, not mean_step_time"
+                )
+        elif self.warmup_fraction + self.warmdown_fraction > 1:
+            raise ConfigError(
+                f"schedule.warmup_fraction {self.warmup_fraction:g} and schedule.warmdown_fraction {self.warmdown_fraction:g} "
+                "are more than 1 together",
+                hint="the learning rate would never reach its peak",
+            )
+        elif self.warmdown_to and not self.warmdown_fraction:
+            raise ConfigError(
+                f"schedule.warmdown_to {self.warmdown_to:g} is never reached with schedule.warmdown_fraction 0",
+                hint="without a fall the rate ends where it is; leave schedule.warmdown_to at 0",
+            )
 
 
 AttentionBackend = Literal["auto", "flash4", "flash3", "cudnn", "blocked", "flash", "flex", "efficient", "math"]
@@ -154,11 +170,11 @@ class TrainingConfig(Section):
 
     seed: NonNegativeInt = 1337
     """Seed of initialisation, data order and SIGReg directions."""
-    ema_decay: Fraction | None = 0.997
+    ema_decay: Decay | None = 0.997
     """Decay of the exponential moving average of all weights; None: export the last weights."""
     ema_warmup: bool = True
     """Begin with a smaller decay, (1 + step) / (10 + step), so that a short run's average forgets the initial weights."""
-    swa_start: Fraction | None = None
+    swa_start: Decay | None = None
     """Progress from which an equal-weight average (SWA) is kept instead of the EMA; None: off."""
     swa_every_steps: PositiveInt = 50
     """Steps between two weights that enter the SWA average."""
@@ -181,7 +197,7 @@ class TrainingConfig(Section):
     attention: AttentionBackend = "auto"
     """Attention kernel; auto: the fastest that this machine and the settings allow."""
     validate_every_steps: PositiveInt | None = 1000
-    """Steps between validations; None: only at the end."""
+    """Steps between validations; None: only at the end, where the data has a validation split."""
     validation_bytes: PositiveInt | None = None
     """Leading ids of the validation split used while training; None: all."""
     log_every_steps: PositiveInt = 10
@@ -307,7 +323,22 @@ class RunConfig:
         for _, length in self.data.stages:
             if length < self.jepa.chunk_bytes:
                 raise ConfigError(f"data.sequence_bytes {length} is less than jepa.chunk_bytes {self.jepa.chunk_bytes}")
+            chunks = length // self.jepa.chunk_bytes
+            if self.jepa.losses and self.jepa.horizons > 1 and chunks <= self.jepa.horizons:
+                raise ConfigError(
+                    f"jepa.horizons {self.jepa.horizons} looks past the {chunks} chunks of a sequence of {length} bytes",
+                    hint="the predictors beyond would never be trained; use longer sequences or fewer horizons",
+                )
             sequences = (self.data.micro_batch_bytes or self.data.batch_bytes) // length
+            if (
+                self.jepa.losses
+                and self.jepa.sigreg_standardize
+                and chunks * (self.jepa.sigreg_group_sequences or sequences) < 2
+            ):
+                raise ConfigError(
+                    "jepa.sigreg_standardize needs two latents a sample, and a sample is one sequence of one chunk",
+                    hint="use longer sequences or a larger jepa.sigreg_group_sequences",
+                )
             if self.jepa.losses and sequences % (self.jepa.sigreg_group_sequences or 1):
                 raise ConfigError(
                     f"jepa.sigreg_group_sequences {self.jepa.sigreg_group_sequences} does not divide the {sequences} sequences "

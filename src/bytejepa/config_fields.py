@@ -18,21 +18,35 @@ class Range:
 
     low: float
     high: float = float("inf")
+    excludes_high: bool = False
 
     def __str__(self) -> str:
         low, high = _in_full(self.low), _in_full(self.high)
+        if self.excludes_high:
+            return f"{low} to less than {high}"
         return f"{low} or more" if self.high == float("inf") else f"{low} to {high}"
+
+    def __contains__(self, value: float) -> bool:
+        """Whether a setting can have this value; NaN, and what no 64-bit integer or float32 can hold, it cannot."""
+        largest = min(self.high, _LARGEST_INTEGER if isinstance(value, int) else _LARGEST_FLOAT)
+        return self.low <= value <= largest and not (self.excludes_high and value == self.high)
+
+
+_LARGEST_INTEGER, _LARGEST_FLOAT = 2**63 - 1, 3e38
 
 
 def _in_full(value: float) -> str:
     """Return a number with all the digits of its whole part, which `g` would round."""
-    return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:g}"
+    is_whole = isinstance(value, int) or (abs(value) < _LARGEST_INTEGER and value == int(value))
+    return str(int(value)) if is_whole else f"{value:g}"
 
 
 PositiveInt = Annotated[int, Range(1)]
 NonNegativeInt = Annotated[int, Range(0)]
 NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
+Decay = Annotated[float, Range(0, 1, excludes_high=True)]
+"""A share of what was there before: at 1 nothing new would ever count."""
 
 
 class Section:
@@ -43,9 +57,10 @@ class Section:
     def __post_init__(self) -> None:
         for name, bounds in ranges_of(type(self)).items():  # type: ignore[arg-type]
             value = getattr(self, name)
-            if value is not None and not (bounds.low <= value <= bounds.high and math.isfinite(value)):
+            if value is not None and value not in bounds:
                 section = type(self).__name__.removesuffix("Config").lower()
-                raise ConfigError(f"{section}.{name}: expected {bounds}, got {_in_full(value)}")
+                largest = ", no more than float32 can hold" if _LARGEST_FLOAT < abs(value) < math.inf else ""
+                raise ConfigError(f"{section}.{name}: expected {bounds}{largest}, got {_in_full(value)}")
 
 
 @functools.cache

@@ -76,7 +76,7 @@ class ModelConfig(Section):
     """Width of a row of these tables; the rows of all orders are projected to model_dim together."""
     output_projection_init: Literal["zero", "scaled"] = "scaled"
     """Projections that end a branch: zero, or orthogonal with gain 1/sqrt(2 num_layers)."""
-    embedding_std: NonNegative = 0.005
+    embedding_std: Annotated[float, Range(1e-6)] = 0.005
     """Standard deviation of the token embedding's normal initialisation."""
     attention_windows: tuple[int, ...] | None = None
     """Bytes each block can look back, its own included: one number a block, or one for all; 0: no bound; None: all unbounded."""
@@ -297,4 +297,20 @@ class JepaConfig(Section):
             raise ConfigError(
                 f"jepa.context {self.context} and jepa.horizons {self.horizons} need jepa.losses",
                 hint="without them nothing trains the projector or the predictors of later chunks",
+            )
+        if self.enabled and not (self.losses or self.inject or self.next_bytes_weight):
+            raise ConfigError(
+                "jepa.inject, jepa.losses and jepa.next_bytes_weight are all off: the module would do nothing",
+                hint="switch it off as a whole: jepa.enabled false",
+            )
+        if (
+            self.losses
+            and self.lambda_max
+            and self.lambda_after == "zero"
+            and not self.lambda_zero_until < self.lambda_ramp_until
+        ):
+            raise ConfigError(
+                f"jepa.lambda_ramp_until {self.lambda_ramp_until:g} is not after jepa.lambda_zero_until, and jepa.lambda_after "
+                "is zero: the latent losses would never have a weight",
+                hint="for a run without them: jepa.losses false",
             )

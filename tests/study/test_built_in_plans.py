@@ -11,7 +11,13 @@ from bytejepa.training.runs import train
 
 SMALL = {
     "model": {"model_dim": 32, "num_heads": 2, "num_kv_heads": 1, "ngram_rows": 64, "ngram_dim": 4},
-    "jepa": {"latent_dim": 8, "hidden_dim": 8, "sigreg_directions": 4, "sigreg_group_sequences": None},
+    "jepa": {
+        "chunk_bytes": 4,
+        "latent_dim": 8,
+        "hidden_dim": 8,
+        "sigreg_directions": 4,
+        "sigreg_group_sequences": None,
+    },
     "data": {"sequence_bytes": 32, "batch_bytes": 64},
     "training": {"validate_every_steps": None, "validation_bytes": 64, "warmup_steps": 0, "checkpoint_every_s": None},
     "schedule": {"steps": 2, "max_bytes": None, "max_wallclock_s": None},

@@ -80,7 +80,9 @@ def prepare(
         settings=_identity_settings(settings, val_documents, shard_bytes),
         sources=list_sources([source.file for source in found]),
     )
+    jobs = None
     if force:
+        jobs = plan_jobs(found, settings, val_documents, shard_bytes)  # what cannot be planned throws nothing away
         _clear(out)
     finished = _finished(out, identity)
     if finished is not None:
@@ -89,7 +91,8 @@ def prepare(
     if not force:
         _refuse_foreign_files(staging)
     # Planned before anything is written: most mistakes show here, and leave no folder behind.
-    jobs = [] if staging.is_finishing else plan_jobs(found, settings, val_documents, shard_bytes)
+    if jobs is None:
+        jobs = [] if staging.is_finishing else plan_jobs(found, settings, val_documents, shard_bytes)
     with staging.held():
         num_kept = sum(len(records) for records in staging.progress.shards.values())
         num_workers = 0

@@ -27,12 +27,10 @@ class WeightAverage:
             return
         swa_start = self.config.swa_start
         live = [parameter.float() for parameter in self.live]  # no copy where it is float32 already
-        if swa_start is not None and progress >= swa_start:
-            if step % self.config.swa_every_steps == 0:
-                self.num_swa_samples += 1
-                torch._foreach_lerp_(self.average, live, 1.0 / self.num_swa_samples)
-            return
-        if self.num_swa_samples == 0:
+        if swa_start is not None and progress >= swa_start and step % self.config.swa_every_steps == 0:
+            self.num_swa_samples += 1
+            torch._foreach_lerp_(self.average, live, 1.0 / self.num_swa_samples)
+        elif self.num_swa_samples == 0:  # until the first sample, which a short run may never reach
             decay = self.config.ema_decay or 0.0
             if self.config.ema_warmup:
                 decay = min(decay, (1 + step) / (10 + step))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bytejepa.config import RunConfig
 from bytejepa.data.loader import IdStream, Loader, leading_ids
+from bytejepa.data.shards import shards_in
 from bytejepa.errors import ConfigError, DataError
 from bytejepa.model.initialization import initialize
 from bytejepa.model.jepa import effective_rank, explained_variance, latent_std
@@ -129,13 +130,10 @@ class Trainer:
             )
 
     def _validation_ids(self, data: Path) -> npt.NDArray[np.uint16] | None:
-        try:
-            stream = IdStream.open(data, "val", check=True)
-            return leading_ids(stream, self.config.training.validation_bytes or stream.num_ids, data)
-        except DataError:
-            if self.config.training.validate_every_steps is not None:
-                raise
+        if self.config.training.validate_every_steps is None and not shards_in(data, "val"):
             return None
+        stream = IdStream.open(data, "val", check=True)
+        return leading_ids(stream, self.config.training.validation_bytes or stream.num_ids, data)
 
     def state(self) -> dict[str, Tensor]:
         """Return every tensor that decides how the run goes on (a collective call)."""
