@@ -194,9 +194,6 @@ def test_export_fits_code_and_weights_together(tmp_path: Path, run: Path) -> Non
     assert stored == asked
     assert (stored.limit_bytes, stored.fit) == (budget, True)
     assert result.fitted_clip == stored.clip_standard_deviations
-    again = tmp_path / "again.bjm"
-    export(run, again, fit_bytes=budget, score=False)
-    assert again.read_bytes() == out.read_bytes()
 
 
 def test_the_command_says_by_how_much_it_fits(tmp_path: Path, run: Path, command) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import forked
 from bytejepa.presets import preset
 from conftest import MINIMAL
 
@@ -50,7 +51,7 @@ def plan_of_the_docs() -> str:
 
 
 def words_of(command: str) -> list[str]:
-    """The command's words: settings that make it small added, several nodes made one, programs found beside Python."""
+    """The command's words: settings that make it small added, several nodes made one."""
     for name, value in {"$NODE_RANK": "0", "$HEAD": "127.0.0.1", "$SLURM_JOB_ID": "7"}.items():
         command = command.replace(name, value)
     command = re.sub(r"^srun .*? torchrun", "torchrun", command)
@@ -64,8 +65,7 @@ def words_of(command: str) -> list[str]:
         words += ["--seeds", "1", "2"]
     if " submission " in command:
         words += ["--score-bytes=2000"]
-    launcher = [sys.executable, "-m", "torch.distributed.run"] if words[0] == "torchrun" else None
-    return [*launcher, *words[1:]] if launcher else [sys.executable, "-m", *words]
+    return words
 
 
 def test_the_readme_shows_every_verb_and_both_make_commands() -> None:
@@ -77,10 +77,15 @@ def test_the_readme_shows_every_verb_and_both_make_commands() -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("make")])
 def test_command(command: str, workplace: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        words_of(command), cwd=workplace, env=environment, capture_output=True, text=True, check=False, timeout=200
-    )
+    program, *words = words_of(command)
+    if program == "torchrun":
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *words],
+            cwd=workplace, env={**os.environ, **forked.ENVIRONMENT}, capture_output=True, text=True, check=False, timeout=200,
+        )  # fmt: skip
+    else:
+        assert program == "bytejepa"
+        done = forked.run(words, place=workplace)
     expected = 10 if " review " in command else 0  # a run of four steps is not clean, and review says so
     assert done.returncode in (0, expected), done.stderr[-3000:]
     assert "Traceback" not in done.stderr

@@ -14,6 +14,7 @@ import pytest
 from bytejepa.training import checkpoint
 from bytejepa.training.runlog import RunFolder
 from conftest import MINIMAL
+from forked import ENVIRONMENT, run_on_ranks
 
 SETTINGS = [
     *MINIMAL, "--schedule.steps=20", "--data.batch-bytes=512", "--jepa.sigreg-group-sequences=2", "--data.order=shuffled",
@@ -21,17 +22,9 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
 def torchrun_command(ranks: int, *words: str) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return [*launcher, "-m", "bytejepa", *words]
-
-
-def torchrun(ranks: int, *words: str) -> subprocess.CompletedProcess[str]:
-    command = torchrun_command(ranks, *words)
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=240)
 
 
 def losses(run: Path) -> list[float]:
@@ -43,7 +36,7 @@ def latent_losses(run: Path) -> list[float]:
 
 
 def train_on(ranks: int, data: Path, run: Path, *more: str) -> dict[str, float]:
-    done = torchrun(ranks, "train", *SETTINGS, *more, "--data", str(data), "--out", str(run), "--json")
+    done = run_on_ranks(ranks, "train", *SETTINGS, *more, "--data", str(data), "--out", str(run), "--json")
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
@@ -78,14 +71,14 @@ def test_a_run_of_two_ranks_goes_on_with_one(one_rank, embedded_shards, tmp_path
     for path in folder.checkpoints_path.glob("step_*"):
         if int(path.stem.removeprefix("step_")) > 10:
             path.unlink()
-    done = torchrun(1, "train", "--resume", str(run), "--json")
+    done = run_on_ranks(1, "train", "--resume", str(run), "--json")
     assert done.returncode == 0, done.stderr[-2000:]
     assert losses(run) == pytest.approx(losses(one_rank), abs=1e-4)
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused_with_all_numbers(embedded_shards, tmp_path) -> None:
-    done = torchrun(3, "train", *SETTINGS, "--data", str(embedded_shards), "--out", str(tmp_path / "run"))
-    assert done.returncode != 0
+    done = run_on_ranks(3, "train", *SETTINGS, "--data", str(embedded_shards), "--out", str(tmp_path / "run"))
+    assert done.returncode == 2
     assert "3 ranks do not divide the 8 sequences of a step" in done.stderr
 
 
@@ -102,7 +95,7 @@ def test_sigterm_to_torchrun_leaves_a_whole_checkpoint(embedded_shards, tmp_path
     ]
     command = torchrun_command(2, *words, "--schedule.steps=2000")
     with subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as going:
         deadline = time.monotonic() + 120
         while len(losses(run)) < 3 and time.monotonic() < deadline:
@@ -120,11 +113,11 @@ def test_scoring_and_export_on_two_ranks_are_those_of_one(one_rank, embedded_sha
     words = ["--data", str(embedded_shards), "--json"]
     scored, exported = [], []
     for ranks in (1, 2):
-        done = torchrun(ranks, "eval", str(one_rank), *words, "--max-bytes=900", "--device=cpu")
+        done = run_on_ranks(ranks, "eval", str(one_rank), *words, "--max-bytes=900", "--device=cpu")
         assert done.returncode == 0, done.stderr[-2000:]
         scored.append(json.loads(done.stdout)["scores"])
         model = str(tmp_path / f"{ranks}.bjm")
-        done = torchrun(ranks, "export", str(one_rank), "-o", model, *words, "--score-bytes=900")
+        done = run_on_ranks(ranks, "export", str(one_rank), "-o", model, *words, "--score-bytes=900")
         assert done.returncode == 0, done.stderr[-2000:]
         exported.append(json.loads(done.stdout))
     for way in ("non-overlapping", "sliding"):

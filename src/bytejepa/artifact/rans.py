@@ -55,20 +55,22 @@ def encode(
 
     Every symbol must have a frequency of at least 1 in its table. Little-endian.
     """
-    width = frequencies.shape[1]
-    flat = frequencies.astype(np.uint64).reshape(-1)
-    starts = _starts(frequencies).reshape(-1).astype(np.uint64)
-    states = np.full(lanes, LOWEST_STATE, dtype=np.uint64)
+    flat, starts = (each.astype(np.uint32).reshape(-1) for each in (frequencies, _starts(frequencies)))
+    states = np.full(lanes, LOWEST_STATE, dtype=np.uint32)
     words: list[npt.NDArray[np.uint16]] = []
-    for begin in range((len(symbols) - 1) // lanes * lanes, -1, -lanes):  # last round first: the decoder runs forwards
-        end = min(begin + lanes, len(symbols))
-        index = table_of_symbol[begin:end].astype(np.int64) * width + symbols[begin:end]
-        frequency, state = flat[index], states[: end - begin]
-        full = state >= frequency << np.uint64(32 - TOTAL_BITS)
-        words.append((state[full] & np.uint64(0xFFFF)).astype(np.uint16)[::-1])
-        state = np.where(full, state >> np.uint64(16), state)
-        quotient, remainder = np.divmod(state, frequency)
-        states[: end - begin] = (quotient << np.uint64(TOTAL_BITS)) + remainder + starts[index]
+    block = lanes * max(1, 65_536 // lanes)  # whole rounds, looked up together as far as a cache holds them
+    for first in range((len(symbols) - 1) // block * block, -1, -block):  # last first: the decoder runs forwards
+        index = table_of_symbol[first : first + block].astype(np.int32) * frequencies.shape[1]
+        index += symbols[first : first + block]
+        frequency_of, start_of = flat[index], starts[index]
+        for begin in range((len(index) - 1) // lanes * lanes, -1, -lanes):
+            frequency = frequency_of[begin : begin + lanes]
+            state = states[: len(frequency)]
+            full = state >> np.uint32(32 - TOTAL_BITS) >= frequency
+            words.append(state[full].astype(np.uint16)[::-1])
+            state >>= full * np.uint32(16)
+            # quotient * TOTAL + remainder + start, without the remainder
+            state += state // frequency * (np.uint32(TOTAL) - frequency) + start_of[begin : begin + lanes]
     stream = np.concatenate([*words, np.zeros(0, np.uint16)])[::-1]
     return states.astype("<u4").tobytes() + stream.astype("<u2").tobytes()
 
@@ -82,29 +84,29 @@ def decode(
     """
     if len(data) < 4 * lanes or len(data) % 2 or bool((frequencies.sum(1) != TOTAL).any()):
         return None
-    states = np.frombuffer(data, "<u4", lanes).astype(np.uint64)
-    words = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.uint64)
-    width = frequencies.shape[1]
-    flat = frequencies.astype(np.uint64).reshape(-1)
-    starts = _starts(frequencies).reshape(-1).astype(np.uint64)
-    symbol_of_slot = np.concatenate([np.repeat(np.arange(width, dtype=np.uint8), row) for row in frequencies])
+    states = np.frombuffer(data, "<u4", lanes).astype(np.uint32)
+    words = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.uint32)
+    # what the slot that a state's lowest bits name stands for: symbol, its frequency, and the slot's place in it
+    flat = frequencies.astype(np.uint32).reshape(-1)
+    symbol_of_slot = np.tile(np.arange(frequencies.shape[1], dtype=np.uint8), len(frequencies)).repeat(flat)
+    frequency_of_slot = flat.repeat(flat)
+    starts = _starts(frequencies).astype(np.uint32).reshape(-1)
+    place_of_slot = np.tile(np.arange(TOTAL, dtype=np.uint32), len(frequencies)) - starts.repeat(flat)
     symbols = np.empty(len(table_of_symbol), dtype=np.uint8)
     position = 0
     for begin in range(0, len(symbols), lanes):
-        end = min(begin + lanes, len(symbols))
-        table = table_of_symbol[begin:end].astype(np.int64)
-        state = states[: end - begin]
-        slot = state & np.uint64(TOTAL - 1)
-        symbol = symbol_of_slot[table * TOTAL + slot.astype(np.int64)]
-        index = table * width + symbol
-        state = flat[index] * (state >> np.uint64(TOTAL_BITS)) + slot - starts[index]
+        table = table_of_symbol[begin : begin + lanes].astype(np.int64)
+        state = states[: len(table)]
+        slot = (table << TOTAL_BITS) + (state & np.uint32(TOTAL - 1))
+        symbols[begin : begin + lanes] = symbol_of_slot[slot]
+        state >>= np.uint32(TOTAL_BITS)
+        state *= frequency_of_slot[slot]
+        state += place_of_slot[slot]
         low = np.flatnonzero(state < LOWEST_STATE)
         if position + len(low) > len(words):
             return None
-        state[low] = state[low] << np.uint64(16) | words[position : position + len(low)]
+        state[low] = state[low] << np.uint32(16) | words[position : position + len(low)]
         position += len(low)
-        states[: end - begin] = state
-        symbols[begin:end] = symbol
     whole = position == len(words) and bool((states == LOWEST_STATE).all())
     return symbols if whole else None
 
