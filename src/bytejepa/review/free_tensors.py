@@ -44,8 +44,9 @@ class FreeTensors(Subscripts):
 
     def note_rebinding(self, before: Value | None, value: Value, node: ast.Assign) -> None:
         """Note that a name got a tensor computed from the one it had: `bias = 0.9 * bias + counts`."""
-        arithmetic = any(isinstance(part, ast.BinOp) for part in ast.walk(node.value))
-        if before is None or before.origin == value.origin or value.kind != "data" or not arithmetic:
+        if before is None or before.origin == value.origin or value.kind != "data":
+            return
+        if not any(isinstance(part, ast.BinOp) for part in ast.walk(node.value)):
             return
         if self.note_tensor_update(before, value, node, replaces=True):
             value.origin = before.origin
