@@ -13,6 +13,7 @@ from bytejepa.config_json import to_dict
 from bytejepa.errors import ConfigError
 from bytejepa.presets import preset
 from bytejepa.study.plan import built_in_plans, load_plan, override
+from bytejepa.study.summary import summarise
 from study.plans import small_plan, small_values
 
 
@@ -145,6 +146,12 @@ def test_a_variant_may_read_otherwise_and_derive_from_another_preset_if_it_says_
         "zero",
     )
     assert (config.schedule.steps, config.model.model_dim) == (4, 32)
+
+
+def test_the_baseline_is_not_said_to_read_otherwise_than_itself() -> None:
+    plan = small_plan(variants=[{**variant, "reads_otherwise": True} for variant in variants()])
+    notes = [note for note in summarise(plan, [])[1] if "in another way" in note]
+    assert notes == [f"with reads the data in another way than {plan.baseline}."]
 
 
 @pytest.mark.parametrize("name", built_in_plans())

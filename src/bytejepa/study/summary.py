@@ -87,7 +87,7 @@ def _notes(plan: Plan, by_variant: dict[str, list[RunResult]], num_compared: int
     if plan.budget.seconds is not None:
         notes.append(f"Every run trained for {plan.budget.seconds:g} s: a faster variant has read more bytes.")
     for variant in plan.variants:
-        if variant.reads_otherwise:
+        if variant.reads_otherwise and variant.name != plan.baseline:
             notes.append(f"{variant.name} reads the data in another way than {plan.baseline}.")
     if num_compared > 1:
         notes.append(f"p values are corrected for {num_compared} variants compared with one baseline (Holm).")
