@@ -13,12 +13,12 @@ import pytest
 
 from bytejepa.training import checkpoint
 from bytejepa.training.runlog import RunFolder
-from conftest import MINIMAL
+from conftest import minimal_with
 
-SETTINGS = [
-    *MINIMAL, "--schedule.steps=20", "--data.batch-bytes=512", "--jepa.sigreg-group-sequences=2", "--data.order=shuffled",
+SETTINGS = minimal_with(
+    "--schedule.steps=20", "--data.batch-bytes=512", "--jepa.sigreg-group-sequences=2", "--data.order=shuffled",
     "--training.validate-every-steps=None",
-]  # fmt: skip
+)  # fmt: skip
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -43,7 +43,7 @@ def latent_losses(run: Path) -> list[float]:
 
 
 def train_on(ranks: int, data: Path, run: Path, *more: str) -> dict[str, float]:
-    done = torchrun(ranks, "train", *SETTINGS, *more, "--data", str(data), "--out", str(run), "--json")
+    done = torchrun(ranks, "train", *minimal_with(*SETTINGS, *more), "--data", str(data), "--out", str(run), "--json")
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
@@ -93,14 +93,14 @@ def test_sigterm_to_torchrun_leaves_a_whole_checkpoint(embedded_shards, tmp_path
     run = tmp_path / "run"
     words = [
         "train",
-        *SETTINGS,
+        *minimal_with(*SETTINGS, "--schedule.steps=2000"),
         "--data",
         str(embedded_shards),
         "--out",
         str(run),
         "--training.checkpoint-every-s=None",
     ]
-    command = torchrun_command(2, *words, "--schedule.steps=2000")
+    command = torchrun_command(2, *words)
     with subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as going:

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
@@ -22,6 +22,8 @@ SUFFIX = ".bjc"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Common:
+    STREAMS: ClassVar[tuple[str, ...]] = ("file", "output")
+
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """Any file; `-`: standard input, and the result goes to standard output."""
     model: Path | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO, ClassVar
 
 import tyro
 
@@ -26,6 +26,8 @@ costs; on a busy machine one thread is faster by far below it."""
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate:
     """Write text with a model: `bytejepa generate MODEL --prompt "Once upon a time"`."""
+
+    STREAMS: ClassVar[tuple[str, ...]] = ("prompt",)
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """An artifact (.bjm) or a run folder (its averaged weights)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -24,6 +24,8 @@ Format = Literal["terminal", "csv", "html"]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Surprise:
     """Show what every byte of a file costs: `bytejepa surprise MODEL FILE -o page.html`."""
+
+    STREAMS: ClassVar[tuple[str, ...]] = ("file",)
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """An artifact (.bjm) or a run folder (its averaged weights)."""
