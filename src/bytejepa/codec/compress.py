@@ -146,13 +146,13 @@ def compress(
     not have, CodecError as `codec_model`.
     """
     settings = settings or Settings()
-    whole = compress_frame(data)
-    if not data:
-        return whole
     integers = codec_model(model)
     window, hop = checked_window(integers, window, hop)
     if not 1 <= block_bytes <= container.MAX_BLOCK_BYTES:
         raise ConfigError(f"block bytes: expected 1 to {container.MAX_BLOCK_BYTES}, got {block_bytes}")
+    whole = compress_frame(data)
+    if not data:
+        return whole
     compiled = settings.compile
     if compiled is None:
         compiled = settings.device != "cpu" and len(data) >= COMPILED_FROM_BYTES
