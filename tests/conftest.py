@@ -35,6 +35,12 @@ MINIMAL = (
 )  # fmt: skip
 """The words after `bytejepa train` that make a run of a second: the preset and overrides of `minimal_config`."""
 
+
+def minimal_with(*settings: str) -> tuple[str, ...]:
+    """Return the words of MINIMAL and `settings` (`--name=value`), of several with the same name the last."""
+    return tuple({word.partition("=")[0]: word for word in (*MINIMAL, *settings)}.values())
+
+
 TENSOR_WINGS = ("model", "scoring", "interop", "inference", "benchmark", "training.gradient_step", "data.loader")
 """Where tensors pass through public signatures; what has no shapes to check is not slowed down."""
 

@@ -176,6 +176,13 @@ def test_the_configuration_follows_from_the_shapes() -> None:
     assert pr832.config_of_state_dict(reference_state_dict(no_jepa))["jepa_chunk_size"] == 0
 
 
+def test_a_chunk_size_without_jepa_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "final_model.pt"
+    source.write_bytes(saved(reference_state_dict(golden("no_jepa")[0]["config"])))
+    with pytest.raises(ConfigError, match=r"has no JEPA: .* \(leave out --jepa-chunk-size\)"):
+        pr832.convert(source, tmp_path / "model.bjm", settings=SETTINGS)
+
+
 def test_a_converted_model_scores_the_same(tmp_path: Path, wide: dict[str, torch.Tensor]) -> None:
     source, out = tmp_path / "final_model.pt", tmp_path / "model.bjm"
     source.write_bytes(saved(wide))

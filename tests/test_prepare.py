@@ -191,7 +191,7 @@ def test_what_cannot_be_prepared_is_one_clear_error(tmp_path: Path) -> None:
         ("is jsonl, .* is text", [source, text], {}),
         ("training split would be empty: the sources hold 3 documents, 3 are wanted", [source], {"val_documents": 3}),
         ("training split would be empty: the sources hold 3 documents", [source], {"val_documents": 50_000}),
-        ("validation split would be empty", [source], {"val_documents": 0}),
+        ("--val-documents is 0", [source], {"val_documents": 0}),
         ("nothing says which documents are validation", [source], {"val_documents": None}),
         ("--shard-bytes is 3", [source], {"shard_bytes": 3}),
         ("--workers is 0", [source], {"workers": 0}),

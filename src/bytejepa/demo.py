@@ -85,12 +85,13 @@ def demo(
     config: RunConfig,
     folder: Path,
     *,
+    name: str = "tiny",
     sample_bytes: int = 400,
     force: bool = False,
     on_train: Callable[[TrainProgress], None] | None = None,
     on_stage: Report | None = None,
 ) -> DemoResult:
-    """Run everything in `folder` and return what was measured.
+    """Run everything in `folder` and return what was measured; `name` is what the curve calls the configuration.
 
     Raises: CheckpointError if `folder` is not empty and `force` is not given, and whatever the parts raise.
     """
@@ -109,7 +110,7 @@ def demo(
     model = load(artifact)
     score = score_sliding(model, data, report)
     plot = plot_learning_curve(
-        RunFolder(run), folder / "learning_curve.png", title="tiny on State of the Union addresses"
+        RunFolder(run), folder / "learning_curve.png", title=f"{name} on State of the Union addresses"
     )
     report("generate", 0.0)
     continuation = b"".join(generate(model, PROMPT, num_bytes=sample_bytes, seed=config.training.seed, temperature=0.8))

@@ -14,7 +14,7 @@ import torch
 from bytejepa.data.shards import write_shard
 from bytejepa.data.vocabulary import BOS, ids_from_bytes
 from bytejepa.training import checkpoint
-from conftest import MINIMAL
+from conftest import MINIMAL, minimal_with
 
 Refuses = Callable[..., str]
 CONFIG, DATA, RUN, ARTIFACT = 2, 3, 4, 5
@@ -228,11 +228,8 @@ def test_text_that_is_not_utf8_is_kept_as_it_is(command: Callable[..., Any], tmp
 
 
 def test_too_little_text_for_a_sequence(refuses: Refuses, shards: Path, tmp_path: Path) -> None:
-    words = [w for w in MINIMAL if "sequence-bytes" not in w and "batch-bytes" not in w]
-    line = refuses(
-        DATA, "train", *words, "--data.sequence-bytes=65536", "--data.batch-bytes=131072", "--data", shards,
-        "--out", tmp_path / "run",
-    )  # fmt: skip
+    words = minimal_with("--data.sequence-bytes=65536", "--data.batch-bytes=131072")
+    line = refuses(DATA, "train", *words, "--data", shards, "--out", tmp_path / "run")
     assert "a sequence needs 65537" in line
 
 
@@ -309,7 +306,7 @@ def test_a_run_whose_configuration_is_damaged(
     "words", [("--model.num-heads=5",), ("--evaluation.stride-bytes=20",), ("--jepa.lambda-max=inf",)]
 )
 def test_impossible_configurations(refuses: Refuses, shards: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
-    refuses(CONFIG, "train", *MINIMAL, *words, "--data", shards, "--out", tmp_path / "run")
+    refuses(CONFIG, "train", *minimal_with(*words), "--data", shards, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

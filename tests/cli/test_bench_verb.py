@@ -38,7 +38,7 @@ def nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--what", "prepare", "--megabytes", 0), "--megabytes: expected 1 or more, got 0"),
         (("--what", "prepare", "--workers", 0), "--workers: expected 1 or more, got 0"),
         (("--what", "eval", "--num-bytes", 1), "--num-bytes: expected 2 or more, got 1"),
-        (("--what", "codec", "--threads", 0), "--threads: expected 1 or more, got 0"),
+        (("--what", "codec", "--threads", 0), "--threads: expected 1 to 1024, got 0"),
         (("--what", "generate", "--lanes", 4, 0), "--lanes: expected 1 or more, got 0"),
     ],
 )

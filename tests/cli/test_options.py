@@ -33,13 +33,13 @@ def verbs(tmp_path: Path, command: Callable) -> dict[str, Words]:
 @pytest.mark.parametrize(
     ("verb", "option", "expected"),
     [
-        ("compress", "--threads=0", "threads: expected 1 or more, got 0"),
+        ("compress", "--threads=0", "threads: expected 1 to 1024, got 0"),
         ("compress", "--hop=1", "hop: expected 8 to 128 ids for a window of 128, got 1"),
-        ("decompress", "--threads=-1", "threads: expected 1 or more, got -1"),
+        ("decompress", "--threads=-1", "threads: expected 1 to 1024, got -1"),
         ("decompress", "--lanes=0", "lanes: expected 1 or more, got 0"),
-        ("generate", "--threads=-1", "--threads: expected 1 or more, got -1"),
-        ("generate", "--threads=0", "--threads: expected 1 or more, got 0"),
-        ("generate", "--num-samples=0", "at least 1 sample"),
+        ("generate", "--threads=-1", "--threads: expected 1 to 1024, got -1"),
+        ("generate", "--threads=0", "--threads: expected 1 to 1024, got 0"),
+        ("generate", "--num-samples=0", "--num-samples: expected 1 to 65536, got 0"),
         ("generate", "--window=0", "engine window: expected 1 to"),
         ("generate", "--hop=0", "engine hop: expected 1 to"),
         ("generate", "--temperature=inf", "temperature: expected 0, or 0.001 to 1000, got inf"),

@@ -15,7 +15,7 @@ import pytest
 from bytejepa.data.shards import write_shard
 from bytejepa.training import checkpoint
 from bytejepa.training.runlog import RunFolder
-from conftest import MINIMAL
+from conftest import minimal_with
 
 COMMANDS = """
 import contextlib, io, json, os, sys
@@ -109,7 +109,7 @@ def cases(embedded_shards, minimal_run, minimal_artifact, seed_runs, tmp_path_fa
     write_shard(spoiled / "fineweb_val_000000.bin", ids)
     ids[1850] = 7000  # in the second half of the fourth batch
     write_shard(spoiled / "fineweb_train_000000.bin", ids)
-    train = ["train", *MINIMAL, "--data.batch-bytes=512", "--jepa.sigreg-group-sequences=2", "--data"]
+    train = ["train", *minimal_with("--data.batch-bytes=512"), "--jepa.sigreg-group-sequences=2", "--data"]
     begin = [*train, embedded_shards, "--out", place / "run"]
     again = [*train, embedded_shards, "--out", minimal_run]
     export = ["export", minimal_run, "-o", minimal_artifact]
@@ -174,8 +174,13 @@ def test_every_rank_leaves_alike_and_the_first_says_why(name, cases, outcomes) -
 
 def test_a_signal_to_the_second_rank_alone_stops_both_with_a_checkpoint(embedded_shards, tmp_path) -> None:
     run = RunFolder(tmp_path / "run")
-    words = [*MINIMAL, "--data.batch-bytes=512", "--jepa.sigreg-group-sequences=2", "--schedule.steps=5000"]
-    more = ["--training.validate-every-steps=None", "--data", str(embedded_shards), "--out", str(run.path)]
+    words = minimal_with(
+        "--data.batch-bytes=512",
+        "--jepa.sigreg-group-sequences=2",
+        "--schedule.steps=5000",
+        "--training.validate-every-steps=None",
+    )
+    more = ["--data", str(embedded_shards), "--out", str(run.path)]
     first, second = two_ranks("-m", "bytejepa", "train", *words, *more)
     try:
         deadline = time.monotonic() + 120

@@ -13,13 +13,13 @@ import pytest
 
 from bytejepa.training import checkpoint
 from bytejepa.training.runlog import RunFolder
-from conftest import MINIMAL
+from conftest import minimal_with
 from forked import ENVIRONMENT, run_on_ranks
 
-SETTINGS = [
-    *MINIMAL, "--schedule.steps=20", "--data.batch-bytes=512", "--jepa.sigreg-group-sequences=2", "--data.order=shuffled",
+SETTINGS = minimal_with(
+    "--schedule.steps=20", "--data.batch-bytes=512", "--jepa.sigreg-group-sequences=2", "--data.order=shuffled",
     "--training.validate-every-steps=None",
-]  # fmt: skip
+)  # fmt: skip
 
 
 def torchrun_command(ranks: int, *words: str) -> list[str]:
@@ -36,7 +36,8 @@ def latent_losses(run: Path) -> list[float]:
 
 
 def train_on(ranks: int, data: Path, run: Path, *more: str) -> dict[str, float]:
-    done = run_on_ranks(ranks, "train", *SETTINGS, *more, "--data", str(data), "--out", str(run), "--json")
+    words = [*minimal_with(*SETTINGS, *more), "--data", str(data), "--out", str(run), "--json"]
+    done = run_on_ranks(ranks, "train", *words)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
@@ -86,14 +87,14 @@ def test_sigterm_to_torchrun_leaves_a_whole_checkpoint(embedded_shards, tmp_path
     run = tmp_path / "run"
     words = [
         "train",
-        *SETTINGS,
+        *minimal_with(*SETTINGS, "--schedule.steps=2000"),
         "--data",
         str(embedded_shards),
         "--out",
         str(run),
         "--training.checkpoint-every-s=None",
     ]
-    command = torchrun_command(2, *words, "--schedule.steps=2000")
+    command = torchrun_command(2, *words)
     with subprocess.Popen(
         command, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as going:

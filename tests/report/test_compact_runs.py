@@ -1,5 +1,8 @@
 """Reports on runs as the plans at equal time make them: packed compactly, validated at their end only."""
 
+import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 from bytejepa.artifact.quantize import order_hidden_units
 from bytejepa.report.curves import seed_band
 from bytejepa.report.learning_plots import compared_curves
-from bytejepa.report.measure import in_trained_order
+from bytejepa.report.measure import in_trained_order, measure
 from small_models import small_model
 
 
@@ -63,3 +66,16 @@ def test_configurations_validated_at_their_end_are_compared_by_their_training_lo
     often = compared_curves([SimpleNamespace(label="a", seeds="seed 1", runs=[twice])])
     assert {row[5] for row in often.table.rows} == {"val_bpb_average"}
     assert "validation text" in often.caption
+
+
+def test_a_run_whose_packing_needs_shards_that_moved_is_measured_on_these(
+    minimal_run: Path, embedded_shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(minimal_run, run)
+    config, manifest = (json.loads((run / name).read_text()) for name in ("config.json", "manifest.json"))
+    config["artifact"]["rounding"] = "gptq"
+    manifest["data"]["path"] = str(tmp_path / "nowhere")
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert measure(run, data=embedded_shards, score_bytes=500).scores["artifact"].num_bytes > 0

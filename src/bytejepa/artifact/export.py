@@ -157,10 +157,10 @@ def _packed_so(config: RunConfig, *, pack_compactly: bool, fit_bytes: int | None
 
 def _windows(config: RunConfig, num_targets: int, stride: int | None) -> tuple[int, int]:
     """Return (window, stride) that `num_targets` are scored in. Raises: ConfigError for a stride that cannot be."""
-    window = min(config.evaluation.window_bytes, num_targets)
-    stride = window if stride is None else min(stride, window)
-    check_windows(window=window, stride=stride)
-    return window, stride
+    window = config.evaluation.window_bytes
+    stride = window if stride is None else stride
+    check_windows(window=window, stride=stride)  # before short data make both smaller
+    return min(window, num_targets), min(stride, num_targets)
 
 
 def _calibration_sequences(run: Path, config: RunConfig, data: Path | None) -> npt.NDArray[np.int64] | None:

@@ -61,21 +61,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(verb: str, rest: list[str]) -> int:
+    from bytejepa.cli.device import memory_errors_with
     from bytejepa.cli.parsing import parse
 
     module_name, class_name, _ = VERBS[verb]
     try:
-        command = parse(getattr(importlib.import_module(f"bytejepa.cli.{module_name}"), class_name), verb, rest)
-        return command.run_command() or 0
+        with memory_errors_with("use a smaller model, batch or window"):
+            verb_class = getattr(importlib.import_module(f"bytejepa.cli.{module_name}"), class_name)
+            return parse(verb_class, verb, rest).run_command() or 0
     except BytejepaError as problem:
         _tell(verb, problem)
         return problem.exit_code
     except KeyboardInterrupt:
         print(f"bytejepa {verb}: interrupted", file=sys.stderr)
         return 130
-    except MemoryError:
-        print(f"bytejepa {verb}: the memory is too small for this", file=sys.stderr)
-        return BytejepaError.exit_code
     except BrokenPipeError:
         # the reader of our output went away, as `| head` does; nothing is wrong
         _drop_output()

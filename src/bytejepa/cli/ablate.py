@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from bytejepa.cli.options import refuse_ignored
 from bytejepa.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ class Ablate:
 
     def run_command(self) -> int:
         """Run the study and print what it found."""
+        if self.list:
+            refuse_ignored(self, "with --list, which runs nothing", "out", "data", "force")
+            if self.plan is None:
+                refuse_ignored(self, "with --list alone", "steps", "seeds", instead="name a PLAN")
         from bytejepa.study.plan import load_plan, override
 
         if self.plan is None:

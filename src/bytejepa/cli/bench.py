@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from bytejepa.cli.options import NumThreads
 from bytejepa.cli.output import check_output
-from bytejepa.cli.parsing import ConfigField, PresetField
+from bytejepa.cli.parsing import ConfigField, ConfiguredByField, PresetField
 from bytejepa.config_fields import PositiveInt, Range
 from bytejepa.errors import ConfigError
 
@@ -26,6 +27,7 @@ class Bench:
 
     config: ConfigField
     preset: PresetField = "tiny"
+    configured_by: ConfiguredByField = ()
     what: Literal["train", "eval", "generate", "codec", "prepare", "load"] = "train"
     """What to measure."""
     against: Literal["plain"] | None = None
@@ -42,7 +44,7 @@ class Bench:
     """Texts that advance together (generate), blocks a thread decodes together (codec)."""
     contexts: Annotated[tuple[int, ...], Range(1)] = (64, 256)
     """Ids before the timed byte (generate), windows (codec)."""
-    threads: PositiveInt | None = None
+    threads: NumThreads | None = None
     """Threads (codec); default: one a processor."""
     megabytes: PositiveInt = 100
     """Size of the input in MB (prepare)."""
@@ -84,6 +86,11 @@ class Bench:
                     f"--{field.name.replace('_', '-')} belongs to --what {' or '.join(belongs_to)}, got --what {self.what}",
                     hint="leave it out",
                 )
+        if self.what == "prepare" and self.configured_by:
+            raise ConfigError(
+                f"--what prepare measures no model, got {' '.join(self.configured_by)}",
+                hint="leave out preset and settings",
+            )
         if self.scaling and (self.against is not None or self.parts):
             raise ConfigError(
                 "--scaling times whole steps of the fast path only",

@@ -7,10 +7,11 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
+from bytejepa.cli.options import NumThreads, refuse_ignored
 from bytejepa.cli.output import check_output
 from bytejepa.errors import CodecError, ConfigError, DataError, file_errors_as
 
@@ -22,6 +23,8 @@ SUFFIX = ".bjc"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Common:
+    STREAMS: ClassVar[tuple[str, ...]] = ("file", "output")
+
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """Any file; `-`: standard input, and the result goes to standard output."""
     model: Path | None = None
@@ -30,7 +33,7 @@ class _Common:
     """Where to write; `-`: standard output."""
     force: bool = False
     """Replace an existing file."""
-    threads: int | None = None
+    threads: NumThreads | None = None
     """Threads; default: one a processor. The result does not depend on it."""
     device: str = "cpu"
     """cpu, cuda or auto. The result does not depend on it."""
@@ -148,6 +151,8 @@ class Decompress(_Common):
         """Decompress."""
         import time
 
+        if self.test:
+            refuse_ignored(self, "with --test, which writes nothing", "output", "force")
         from bytejepa.cli.terminal import note
         from bytejepa.codec.compress import restore
 

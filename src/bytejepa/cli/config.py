@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 
+from bytejepa.cli.options import refuse_ignored
 from bytejepa.cli.parsing import ConfigField, PresetField
 from bytejepa.config import RunConfig
 from bytejepa.config_fields import Range
@@ -28,6 +29,7 @@ class Config:
         from bytejepa.cli.terminal import print_json, print_table
 
         if self.json:
+            refuse_ignored(self, "with --json", "explain")
             print_json(to_dict(self.config))
             return 0
         description = (PRESETS[self.preset].__doc__ or "").split("\n")[0]

@@ -42,13 +42,14 @@ class Demo:
             result = demo(
                 self.config,
                 self.out,
+                name=self.preset,
                 sample_bytes=self.sample_bytes,
                 force=self.force,
                 on_train=train_observer(bar, task),
                 on_stage=lambda stage, share: bar.update(task, description=stage, completed=share, status=""),
             )
         if self.json:
-            print_json(result.as_record())
+            print_json({**result.as_record(), "sample": result.sample})
         else:
             print_result(result)
         return 0

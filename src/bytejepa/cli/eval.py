@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from bytejepa.cli.options import refuse_ignored
 from bytejepa.config_fields import PositiveInt
-from bytejepa.errors import DataError, file_errors_as
+from bytejepa.errors import ConfigError, DataError, file_errors_as
 
 if TYPE_CHECKING:
     from bytejepa.scoring.evaluate import Score, Scorer
@@ -30,7 +31,7 @@ class Evaluate:
     no_sliding: tyro.conf.FlagCreatePairsOff[bool] = False
     """Only non-overlapping windows."""
     max_bytes: PositiveInt | None = None
-    """Score only this many leading ids."""
+    """Score only this many leading bytes of a file, or ids of shards: their BOS count too, and the first prices nothing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where it is scored; auto: CUDA where there is one."""
     precision: Literal["auto", "float32"] = "auto"
@@ -40,6 +41,8 @@ class Evaluate:
 
     def run_command(self) -> int:
         """Score and print bits per byte."""
+        if self.no_sliding:
+            refuse_ignored(self, "with --no-sliding", "stride")
         from bytejepa.artifact.load import load
         from bytejepa.cli.device import chosen_device
         from bytejepa.cli.terminal import note, print_json, print_table
@@ -93,6 +96,10 @@ class Evaluate:
         from bytejepa.data.vocabulary import BOS, ids_from_bytes
 
         if self.data.is_dir():
+            if self.max_bytes == 1:
+                raise ConfigError(
+                    "--max-bytes: expected 2 or more ids of shards, got 1", hint="the first is not scored"
+                )
             stream = IdStream.open(self.data, "val", check=True)
             limit = stream.num_ids if self.max_bytes is None else self.max_bytes
             return leading_ids(stream, limit, self.data), None

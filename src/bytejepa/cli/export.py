@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from bytejepa.config_fields import Range
+from bytejepa.cli.options import refuse_ignored
+from bytejepa.config_fields import PositiveInt, Range
 
 if TYPE_CHECKING:
     from bytejepa.artifact.export import ExportResult
@@ -28,7 +29,7 @@ class Export:
     """Leading ids of the validation split that are scored; default: as while training."""
     stride: int | None = None
     """Ids scored a window; default: the window, non-overlapping."""
-    fit: int | None = None
+    fit: PositiveInt | None = None
     """Bytes that code and weights fill as far as they can, never more: the finest quantisation that fits is searched for.
     Packs compactly, unless the run's own settings have a clip that can be fitted."""
     compact: bool = False
@@ -42,6 +43,8 @@ class Export:
 
     def run_command(self) -> int:
         """Export and print sizes and scores."""
+        if self.no_score:
+            refuse_ignored(self, "with --no-score", "score_bytes", "stride")
         from bytejepa.artifact.export import export
         from bytejepa.cli.terminal import print_json, progress_bar
         from bytejepa.training.distributed import join, leave

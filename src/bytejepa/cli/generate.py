@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO, ClassVar
 
 import tyro
 
+from bytejepa.cli.options import NumThreads, refuse_ignored
 from bytejepa.cli.output import check_output
-from bytejepa.config_fields import PositiveInt
+from bytejepa.config_fields import Range
 from bytejepa.errors import ConfigError, DataError, file_errors_as
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ costs; on a busy machine one thread is faster by far below it."""
 class Generate:
     """Write text with a model: `bytejepa generate MODEL --prompt "Once upon a time"`."""
 
+    STREAMS: ClassVar[tuple[str, ...]] = ("prompt",)
+
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """An artifact (.bjm) or a run folder (its averaged weights)."""
     prompt: str = ""
@@ -35,7 +38,7 @@ class Generate:
     """Read the prompt from this file instead: any bytes."""
     num_bytes: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 512
     """Bytes to write after the prompt."""
-    num_samples: int = 1
+    num_samples: Annotated[int, Range(1, 65_536)] = 1
     """Continuations to make at once; one is shown as it comes, several when they are done."""
     seed: int = 0
     """The same seed gives the same text."""
@@ -63,7 +66,7 @@ class Generate:
     """Ids that leave a full context at once; default: half the window."""
     device: str = "auto"
     """cpu, cuda or auto."""
-    threads: PositiveInt | None = None
+    threads: NumThreads | None = None
     """CPU threads; default: 1 for models whose steps are too small to share, otherwise as torch chooses."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Write to this file instead of standard output; it has the text and nothing else."""
@@ -74,6 +77,13 @@ class Generate:
 
     def run_command(self) -> int:
         """Generate, and print the text as it comes."""
+        if self.output is None:
+            refuse_ignored(self, "without -o", "force")
+            if self.json:
+                refuse_ignored(self, "with --json, which holds the prompt", "echo")
+        if not self.repetition_penalty:
+            names = ("repetition_allowed_bytes", "repetition_window_bytes")
+            refuse_ignored(self, "without --repetition-penalty", *names)
         import time
 
         from bytejepa.cli.device import chosen_device, memory_errors_with
@@ -85,7 +95,7 @@ class Generate:
         device, sampling, prompt = chosen_device(self.device), self._sampling(), self._prompt()
         streams = self.num_samples == 1 and not self.json and self.output is None
         out = sys.stdout.buffer
-        with memory_errors_with("use a smaller --num-samples or --window"):
+        with memory_errors_with("use a smaller --num-bytes, --num-samples or --window"):
             engine = self._engine(device)
             if streams and self.echo:
                 _write(out, prompt)

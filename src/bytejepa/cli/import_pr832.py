@@ -8,6 +8,8 @@ from typing import Annotated
 
 import tyro
 
+from bytejepa.config_fields import Range
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImportPr832:
@@ -17,12 +19,12 @@ class ImportPr832:
     """The reference's file."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The artifact to write."""
-    xsa_last_n: int = 4
+    xsa_last_n: Annotated[int, Range(0, 256)] = 4
     """Blocks with XSA; the file does not say."""
-    rope_dims: int = 16
-    """Rotating dimensions of a head; the file does not say."""
-    jepa_chunk_size: int = 8
-    """Bytes in a chunk; the file does not say."""
+    rope_dims: Annotated[int, Range(0, 16_384)] = 16
+    """Rotating dimensions of a head, an even number, 0: all of them; the file does not say."""
+    jepa_chunk_size: Annotated[int, Range(1, 2048)] | None = None
+    """Bytes in a chunk, default: 8; the file does not say. For files with JEPA only."""
     force: bool = False
     """Replace an existing file."""
     json: bool = False
@@ -33,16 +35,10 @@ class ImportPr832:
         from bytejepa.cli.terminal import print_json, print_table
         from bytejepa.interop import pr832
 
-        info = pr832.convert(
-            self.model,
-            self.output,
-            settings={
-                "xsa_last_n": self.xsa_last_n,
-                "rope_dims": self.rope_dims,
-                "jepa_chunk_size": self.jepa_chunk_size,
-            },
-            force=self.force,
-        )
+        settings = {"xsa_last_n": self.xsa_last_n, "rope_dims": self.rope_dims}
+        if self.jepa_chunk_size is not None:
+            settings["jepa_chunk_size"] = self.jepa_chunk_size
+        info = pr832.convert(self.model, self.output, settings=settings, force=self.force)
         if self.json:
             print_json({"path": str(self.output), "sha256": info.sha256, "file_bytes": info.file_bytes})
         else:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import tyro
 
+from bytejepa.cli.options import check_words
 from bytejepa.config import RunConfig
 from bytejepa.config_fields import ranges_of
 from bytejepa.errors import ConfigError
@@ -45,8 +46,8 @@ def parse(verb_class: type[Verb], verb: str, words: list[str]) -> Verb:
 
     A class with a field `config` takes the name of a preset as its first word; every setting of the preset can then be
     overridden by name (`--model.num-layers 6`). Exits with code 0 after printing help that is asked for.
-    Raises: ConfigError for words that cannot be parsed, an unknown preset, a number out of its range or an impossible
-    combination of settings.
+    Raises: ConfigError for words that cannot be parsed, an unknown preset, a number out of its range, an impossible
+    combination of settings or words that contradict each other.
     """
     kept_unparsed: dict[str, Any] = {}
     fields = {field.name for field in dataclasses.fields(verb_class)}  # type: ignore[arg-type]
@@ -68,6 +69,7 @@ def parse(verb_class: type[Verb], verb: str, words: list[str]) -> Verb:
     try:
         with contextlib.redirect_stderr(said):
             command = tyro.cli(verb_class, args=words, prog=program, description=described, default=defaults)
+        check_words(command, words)
         _require_ranges(command)
         return command
     except SystemExit as left:

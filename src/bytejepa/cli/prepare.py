@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from bytejepa.cli.options import refuse_ignored
+from bytejepa.config_fields import PositiveInt
 from bytejepa.errors import ConfigError, DataError
 
 
@@ -23,11 +25,11 @@ class Prepare:
     """What the sources are; guessed from their names when left out."""
     tokenizer: Path | None = None
     """SentencePiece model of sp1024 shards."""
-    val_documents: int | None = None
+    val_documents: PositiveInt | None = None
     """First documents that become the validation split; sp1024 shards keep their own split when left out."""
     shard_bytes: int = 100_000_000
     """Ids in a shard."""
-    workers: int | None = None
+    workers: PositiveInt | None = None
     """Worker processes; default: one a CPU."""
     document_separator: str | None = None
     r"""Text between two documents of a text file, `\n` for the end of a line; without it a file is one document."""
@@ -41,6 +43,12 @@ class Prepare:
     def run_command(self) -> int:
         """Prepare or verify, and print what there is."""
         if self.verify is not None:
+            if self.sources:
+                raise ConfigError("--verify checks one folder of shards, SOURCE... are not read", hint="leave them out")
+            others = (
+                field.name for field in dataclasses.fields(self) if field.name not in ("sources", "verify", "json")
+            )
+            refuse_ignored(self, "with --verify", *others)
             return self._verify(self.verify)
         if not self.sources or self.out is None:
             raise ConfigError("prepare needs SOURCE... and --out DIR", hint="or --verify DIR to check a folder")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from bytejepa.cli.options import refuse_ignored
 from bytejepa.config_fields import Range
 from bytejepa.errors import ConfigError
 
@@ -38,6 +39,8 @@ class Report:
 
     def run_command(self) -> int:
         """Measure, draw, and say where the page is."""
+        if self.measure == "none":
+            refuse_ignored(self, "with --measure none", "data", "score_bytes", "device")
         from bytejepa.cli.device import chosen_device
         from bytejepa.cli.terminal import note, print_json, progress_bar
         from bytejepa.report import report

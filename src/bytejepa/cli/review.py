@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from bytejepa.cli.options import refuse_ignored
 from bytejepa.cli.output import check_output
 from bytejepa.errors import ConfigError, DataError, ReviewFailed, file_errors_as
 
@@ -36,7 +37,9 @@ class Review:
 
         if self.json and self.markdown:
             raise ConfigError("--json and --markdown exclude each other")
-        if self.output is not None:
+        if self.output is None:
+            refuse_ignored(self, "without -o", "force")
+        else:
             check_output(self.output, DataError, force=self.force)
         outcome = review(self.target, run=self.run)
         if self.json:

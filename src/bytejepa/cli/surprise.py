@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
+from bytejepa.cli.options import refuse_ignored
 from bytejepa.cli.output import check_output
 from bytejepa.config_fields import PositiveInt
 from bytejepa.errors import ConfigError, DataError, file_errors_as
@@ -24,6 +25,8 @@ Format = Literal["terminal", "csv", "html"]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Surprise:
     """Show what every byte of a file costs: `bytejepa surprise MODEL FILE -o page.html`."""
+
+    STREAMS: ClassVar[tuple[str, ...]] = ("file",)
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """An artifact (.bjm) or a run folder (its averaged weights)."""
@@ -48,6 +51,10 @@ class Surprise:
 
     def run_command(self) -> int:
         """Price the file and show it."""
+        if self.output is None:
+            refuse_ignored(self, "without -o", "force")
+            if self.json:
+                refuse_ignored(self, "with --json and no -o", "format")
         from bytejepa.cli.device import chosen_device
         from bytejepa.cli.terminal import note, print_json
         from bytejepa.files import write_atomically
@@ -80,7 +87,9 @@ class Surprise:
             return self.format or "terminal"
         known: dict[str, Format] = {".html": "html", ".htm": "html", ".csv": "csv"}
         chosen = self.format or known.get(self.output.suffix.lower())
-        if chosen is None or chosen == "terminal":
+        if chosen == "terminal":
+            raise ConfigError("--format terminal is for the terminal, got -o", hint="leave one of them out")
+        if chosen is None:
             raise ConfigError(f"{self.output}: expected a name that ends in .html or .csv", hint="or say --format html")
         return chosen
 

@@ -146,13 +146,15 @@ def compress(
     not have, CodecError as `codec_model`.
     """
     settings = settings or Settings()
+    if not 1 <= block_bytes <= container.MAX_BLOCK_BYTES:
+        raise ConfigError(f"block bytes: expected 1 to {container.MAX_BLOCK_BYTES}, got {block_bytes}")
+    if not data and window is None and hop is None:
+        return compress_frame(data)
+    integers = codec_model(model)
+    window, hop = checked_window(integers, window, hop)
     whole = compress_frame(data)
     if not data:
         return whole
-    integers = codec_model(model)
-    window, hop = checked_window(integers, window, hop)
-    if not 1 <= block_bytes <= container.MAX_BLOCK_BYTES:
-        raise ConfigError(f"block bytes: expected 1 to {container.MAX_BLOCK_BYTES}, got {block_bytes}")
     compiled = settings.compile
     if compiled is None:
         compiled = settings.device != "cpu" and len(data) >= COMPILED_FROM_BYTES

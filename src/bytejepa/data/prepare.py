@@ -113,9 +113,9 @@ def prepare(
 
 
 def _check_numbers(val_documents: int | None, shard_bytes: int, workers: int | None) -> None:
-    """Raise a ConfigError for a number out of its range, a DataError for a validation split that would be empty."""
+    """Raise a ConfigError for a number out of its range."""
     if val_documents is not None and val_documents < 1:
-        raise DataError(f"the validation split would be empty: --val-documents is {val_documents}, expected at least 1")
+        raise ConfigError(f"--val-documents is {val_documents}: expected at least 1")
     if not _MIN_SHARD_BYTES <= shard_bytes <= MAX_IDS_PER_SHARD:
         raise ConfigError(f"--shard-bytes is {shard_bytes}: expected {_MIN_SHARD_BYTES} to {MAX_IDS_PER_SHARD}")
     if workers is not None and workers < 1:

@@ -307,8 +307,8 @@ def convert(
     state_dict = load_state_dict_file(path)
     config = config_of_state_dict(state_dict)
     overrides = dict(settings or {})
-    if not config["jepa_chunk_size"]:
-        overrides.pop("jepa_chunk_size", None)
+    if not config["jepa_chunk_size"] and overrides.get("jepa_chunk_size"):
+        raise ConfigError(f"{path} has no JEPA: jepa_chunk_size has no effect", hint="leave out --jepa-chunk-size")
     model = build({**config, **overrides}, state_dict)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return write_artifact(Path(out), weights, model.config, metadata={"imported_from": Path(path).name}, force=force)

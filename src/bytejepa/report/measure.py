@@ -70,7 +70,7 @@ def measure(
     ids, is_whole = _validation_ids(run, data, score_bytes or DEFAULT_SCORE_BYTES)
     tell("pack", 0.0)
     with tempfile.TemporaryDirectory(prefix="bytejepa-report-") as folder:
-        exported = export(run, Path(folder) / "model.bjm", score=False)
+        exported = export(run, Path(folder) / "model.bjm", data=data, score=False)
         container = read_container(exported.path)
     weights = {"raw": raw, "average": average, "artifact": container.tensors}
     scores, priced = {}, None

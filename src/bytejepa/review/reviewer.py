@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bytejepa.errors import DataError
+from bytejepa.errors import ConfigError, DataError
 from bytejepa.review.budget import data_findings, folder_findings, size_findings, time_findings
 from bytejepa.review.claims import with_claimed_evaluation
 from bytejepa.review.findings import Evidence, Finding, Review, Status, Weight, judge
@@ -24,14 +24,21 @@ def review(target: Path | str, *, run: bool = False) -> Review:
     `run`: also execute the submission's script, in a subprocess without network and with bounds on time, memory and
     files (see `smoke`). Without it nothing of a submission is ever executed.
 
-    Raises: DataError if the target is none of the three.
+    Raises: DataError if the target is none of the three, ConfigError for `run` with another than a submission.
     """
     path = Path(target)
-    if path.is_file() and path.suffix == ARTIFACT_SUFFIX:
+    is_artifact = path.is_file() and path.suffix == ARTIFACT_SUFFIX
+    is_run = (path / "config.json").is_file() and (
+        (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir()
+    )
+    if run and (is_artifact or is_run):
+        what = "an artifact" if is_artifact else "a run folder"
+        raise ConfigError(f"{path} is {what}: only a submission folder has a script to run", hint="leave out --run")
+    if is_artifact:
         from bytejepa.review.own_targets import review_artifact
 
         return review_artifact(path)
-    if (path / "config.json").is_file() and ((path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir()):
+    if is_run:
         from bytejepa.review.own_targets import review_run
 
         return review_run(path)

@@ -37,9 +37,7 @@ def check_windows(*, window: int, stride: int) -> None:
     if window < 1:
         raise ConfigError(f"the window must be 1 or more, got {window}", hint="use --window")
     if not 1 <= stride <= window:
-        raise ConfigError(
-            f"stride must be from 1 to the window {window}, got {stride}", hint="use --stride and --window"
-        )
+        raise ConfigError(f"stride must be from 1 to the window {window}, got {stride}", hint="use another --stride")
 
 
 def plan_windows(num_targets: int, *, window: int, stride: int) -> Iterator[Window]:
