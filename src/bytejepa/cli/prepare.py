@@ -27,6 +27,8 @@ class Prepare:
     """SentencePiece model of sp1024 shards."""
     val_documents: PositiveInt | None = None
     """First documents that become the validation split; sp1024 shards keep their own split when left out."""
+    val_share: float | None = None
+    """Share of each text file, at its end, that becomes the validation split: for files that are one document each."""
     shard_bytes: int = 100_000_000
     """Ids in a shard."""
     workers: PositiveInt | None = None
@@ -62,6 +64,7 @@ class Prepare:
                 kind=self.kind,
                 tokenizer=self.tokenizer,
                 val_documents=self.val_documents,
+                val_share=self.val_share,
                 shard_bytes=self.shard_bytes,
                 workers=self.workers,
                 document_separator=self._separator(),

@@ -33,7 +33,7 @@ MAX_LISTED_SOURCES = 1000
 """More source files than this are covered by the listing's digest only: a million small files must not make a manifest
 of 100 MB."""
 
-Settings = dict[str, str | int | None]
+Settings = dict[str, str | int | float | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -133,20 +133,26 @@ def _is_named(path: str, kind: Kind | None) -> bool:
 
 
 def plan_jobs(
-    sources: Sequence[Source], settings: ReadSettings, val_documents: int | None, shard_bytes: int
+    sources: Sequence[Source],
+    settings: ReadSettings,
+    val_documents: int | None,
+    shard_bytes: int,
+    *,
+    val_share: float | None = None,
 ) -> list[Job]:
-    """Return the jobs, validation first: the first `val_documents` documents, in the order of the sources.
+    """Return the jobs, validation first: the first `val_documents` documents, in the order of the sources, or of every
+    text file that is one document its last `val_share`, from the beginning of a line, or of a word where no line begins.
 
-    Without `val_documents` the split is that of the names fineweb_val_* and fineweb_train_* of token shards.
+    Without either the split is that of the names fineweb_val_* and fineweb_train_* of token shards.
 
     Raises:
         DataError: a source cannot be read, or a split would be empty.
     """
-    if val_documents is None:
+    if val_share is not None:
+        parts: dict[Split, list[Part]] = _parts_by_share(sources, val_share, shard_bytes)
+    elif val_documents is None:
         by_split = _named_splits(sources, settings)
-        parts: dict[Split, list[Part]] = {
-            split: list(_parts(by_split[split], settings, shard_bytes)) for split in by_split
-        }
+        parts = {split: list(_parts(by_split[split], settings, shard_bytes)) for split in by_split}
     else:
         val, train = _divided(_parts(sources, settings, shard_bytes), settings, val_documents)
         parts = {"val": val, "train": train}
@@ -160,6 +166,8 @@ def plan_jobs(
 def _named_splits(sources: Sequence[Source], settings: ReadSettings) -> dict[Split, list[Source]]:
     """Return the sources by the split that their names tell."""
     hint = "say how many documents, from the first on, are validation: --val-documents (50000 in the challenge)"
+    if settings.kind == "text" and settings.document_separator is None:
+        hint += "; or which share of each text file, at its end: --val-share 0.1"
     by_split: dict[Split, list[Source]] = {"val": [], "train": []}
     for source in sources:
         match = _SHARD_NAME.fullmatch(Path(source.path).name)
@@ -197,7 +205,8 @@ def _divided(parts: Iterable[Part], settings: ReadSettings, val_documents: int) 
         raise DataError(
             f"the training split would be empty: the sources hold {num_seen} documents, "
             f"{val_documents} are wanted for validation",
-            hint="give a smaller --val-documents; a text file without --document-separator is one document",
+            hint="give a smaller --val-documents; a text file without --document-separator is one document, whose end "
+            "--val-share 0.1 makes validation",
         )
     return val, train
 
@@ -252,7 +261,7 @@ def _parts(sources: Sequence[Source], settings: ReadSettings, shard_bytes: int) 
             expected = size * _TEXT_BYTES_PER_COMPRESSED_BYTE
             yield Part(segments=(segment,), expected_ids=expected, num_documents=1 if is_one else None)
         elif settings.kind == "text" and settings.document_separator is None:
-            yield from _one_document_parts(source.path, size, shard_bytes)
+            yield from _one_document_parts(source.path, 0, size, shard_bytes)
         else:
             separator = b"\n" if settings.document_separator is None else settings.document_separator
             begin = 0
@@ -263,15 +272,40 @@ def _parts(sources: Sequence[Source], settings: ReadSettings, shard_bytes: int) 
                 begin = max(end, 1)
 
 
-def _one_document_parts(path: str, size: int, shard_bytes: int) -> Iterator[Part]:
+def _parts_by_share(sources: Sequence[Source], val_share: float, shard_bytes: int) -> dict[Split, list[Part]]:
+    """Return the parts of each split where each file is two documents: its end is validation.
+
+    Raises: DataError for a compressed file, and for one in which neither line nor word begins where it would be cut.
+    """
+    parts: dict[Split, list[Part]] = {"val": [], "train": []}
+    for source in sources:
+        size = source.file.num_bytes
+        if is_compressed(source.path):
+            raise DataError(
+                f"{source.path} is compressed: --val-share cuts plain files only",
+                hint="unpack it, or give --document-separator and --val-documents",
+            )
+        target = max(1, round(size * (1 - val_share)))
+        cuts = (_cut_after(source.path, size, target, separator) for separator in (b"\n", b" "))
+        cut = next((place for place in cuts if place < size), None)
+        if cut is None:
+            raise DataError(
+                f"{source.path} has no line or word that begins in its last {val_share:.2%}",
+                hint="give a larger --val-share, or --document-separator and --val-documents",
+            )
+        parts["train"] += _one_document_parts(source.path, 0, cut, shard_bytes)
+        parts["val"] += _one_document_parts(source.path, cut, size, shard_bytes)
+    return parts
+
+
+def _one_document_parts(path: str, begin: int, end: int, shard_bytes: int) -> Iterator[Part]:
     """Yield ranges of one document of which each fills a shard; BOS is an id too, so the first is a byte shorter."""
-    begin = 0
-    while begin < size or begin == 0:
-        end = min(size, begin + shard_bytes - (begin == 0))
-        segment = Segment(path=path, begin=begin, end=end, continues=begin > 0, source_bytes=end - begin)
-        num_documents = int(begin == 0)
-        yield Part(segments=(segment,), expected_ids=end - begin + num_documents, num_documents=num_documents)
-        begin = max(end, 1)
+    place, starts = begin, True
+    while place < end or starts:
+        cut = min(end, place + shard_bytes - starts)
+        segment = Segment(path=path, begin=place, end=cut, continues=not starts, source_bytes=cut - place)
+        yield Part(segments=(segment,), expected_ids=cut - place + starts, num_documents=int(starts))
+        place, starts = cut, False
 
 
 def _cut_after(path: str, size: int, target: int, separator: bytes) -> int:

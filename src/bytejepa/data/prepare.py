@@ -50,6 +50,7 @@ def prepare(
     kind: Kind | None = None,
     tokenizer: str | Path | None = None,
     val_documents: int | None = None,
+    val_share: float | None = None,
     shard_bytes: int = SHARD_BYTES,
     workers: int | None = None,
     document_separator: str | None = None,
@@ -58,8 +59,9 @@ def prepare(
 ) -> PrepareResult:
     """Return what was made of `sources` (files, or folders of files) in the folder `out`.
 
-    The first `val_documents` documents, in the order of the sources, are the validation split; None keeps the split of
-    shards of tokens that are named fineweb_val_* and fineweb_train_*. A shard holds at most `shard_bytes` ids, each a
+    The first `val_documents` documents, in the order of the sources, are the validation split, or of every text file that is
+    one document its last `val_share`, from the beginning of a line or word; neither: the split of shards of tokens that are named
+    fineweb_val_* and fineweb_train_* is kept. A shard holds at most `shard_bytes` ids, each a
     byte of text or a BOS. `workers` None is one process for each CPU. `progress` gets (done, total) bytes of the
     sources. `force` throws away what an earlier preparation left in `out`; foreign files are left alone.
 
@@ -75,14 +77,16 @@ def prepare(
     settings, found = _checked(sources, kind, tokenizer, document_separator)
     _refuse_output_inside_source(out, sources)
     _check_numbers(val_documents, shard_bytes, workers)
+    _check_share(val_share, val_documents, settings)
     identity = Identity(
         kind=settings.kind,
-        settings=_identity_settings(settings, val_documents, shard_bytes),
+        settings=_identity_settings(settings, val_documents, val_share, shard_bytes),
         sources=list_sources([source.file for source in found]),
     )
     jobs = None
     if force:
-        jobs = plan_jobs(found, settings, val_documents, shard_bytes)  # what cannot be planned throws nothing away
+        # what cannot be planned throws nothing away
+        jobs = plan_jobs(found, settings, val_documents, shard_bytes, val_share=val_share)
         _clear(out)
     finished = _finished(out, identity)
     if finished is not None:
@@ -92,7 +96,10 @@ def prepare(
         _refuse_foreign_files(staging)
     # Planned before anything is written: most mistakes show here, and leave no folder behind.
     if jobs is None:
-        jobs = [] if staging.is_finishing else plan_jobs(found, settings, val_documents, shard_bytes)
+        if staging.is_finishing:
+            jobs = []
+        else:
+            jobs = plan_jobs(found, settings, val_documents, shard_bytes, val_share=val_share)
     with staging.held():
         num_kept = sum(len(records) for records in staging.progress.shards.values())
         num_workers = 0
@@ -120,6 +127,22 @@ def _check_numbers(val_documents: int | None, shard_bytes: int, workers: int | N
         raise ConfigError(f"--shard-bytes is {shard_bytes}: expected {_MIN_SHARD_BYTES} to {MAX_IDS_PER_SHARD}")
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers is {workers}: expected at least 1")
+
+
+def _check_share(val_share: float | None, val_documents: int | None, settings: ReadSettings) -> None:
+    """Raise a ConfigError for a share that cannot be, or where a file is not one document."""
+    if val_share is None:
+        return
+    if not 0 < val_share < 1:
+        raise ConfigError(f"--val-share is {val_share:g}: expected more than 0 and less than 1")
+    if val_documents is not None:
+        raise ConfigError("--val-share and --val-documents both say what is validation", hint="give one of them")
+    if settings.kind != "text" or settings.document_separator is not None:
+        what = settings.kind if settings.kind != "text" else "text of many documents"
+        raise ConfigError(
+            f"--val-share is for text files that are one document each, these sources are {what}",
+            hint="use --val-documents",
+        )
 
 
 def _checked(
@@ -152,7 +175,9 @@ def _checked(
     return settings, found
 
 
-def _identity_settings(settings: ReadSettings, val_documents: int | None, shard_bytes: int) -> Settings:
+def _identity_settings(
+    settings: ReadSettings, val_documents: int | None, val_share: float | None, shard_bytes: int
+) -> Settings:
     """Return the settings that decide the output, under their names on the command line."""
     separator, tokenizer = settings.document_separator, settings.tokenizer
     return {
@@ -161,6 +186,7 @@ def _identity_settings(settings: ReadSettings, val_documents: int | None, shard_
         "shard_bytes": shard_bytes,
         "tokenizer_sha256": None if tokenizer is None else hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest(),
         "val_documents": val_documents,
+        **({} if val_share is None else {"val_share": val_share}),  # what was prepared before there was one is the same
     }
 
 
