@@ -8,11 +8,17 @@ import pytest
 import torch
 
 import bytejepa
+from bytejepa.artifact.export import export
+from bytejepa.cli import main
 from bytejepa.inference.engine import Engine
 from bytejepa.inference.surprise import surprise
 from bytejepa.model.precision import compute_dtype, on_device
 from bytejepa.model.transformer import ByteLM
+from bytejepa.report.measure import measure
 from bytejepa.scoring.evaluate import Scorer, score_ids
+from bytejepa.submission.program import packed_scorer
+from bytejepa.training.distributed import Ranks
+from bytejepa.training.runlog import RunFolder
 from small_models import random_ids, small_model
 
 
@@ -42,6 +48,32 @@ def test_what_is_loaded_does(pretended_gpu: str, minimal_run: Path, minimal_arti
         assert bytejepa.load(path, device=pretended_gpu).compute_dtype == torch.bfloat16
         assert bytejepa.load(path, device=pretended_gpu, precision="float32").compute_dtype == torch.float32
         assert bytejepa.load(path).compute_dtype == torch.float32
+
+
+@pytest.fixture
+def bfloat16_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA device would choose, on this machine."""
+    monkeypatch.setattr("bytejepa.model.precision.compute_dtype", lambda _precision, _device: torch.bfloat16)
+
+
+@pytest.mark.usefixtures("bfloat16_everywhere")
+def test_whatever_scores_a_model_asks_for_its_precision(
+    minimal_run: Path, minimal_artifact: Path, embedded_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[torch.dtype]()
+    make = Scorer.__init__
+
+    def noted(scorer: Scorer, model: ByteLM, **options: Any) -> None:
+        seen.append(model.compute_dtype)
+        make(scorer, model, **options)
+
+    monkeypatch.setattr(Scorer, "__init__", noted)
+    export(minimal_run, tmp_path / "model.bjm", score_bytes=200)
+    measure(minimal_run, score_bytes=200)
+    main(["eval", str(minimal_artifact), "--data", str(embedded_shards), "--max-bytes", "200", "--json"])
+    packed_scorer(minimal_artifact, RunFolder(minimal_run).read_config(), Ranks())
+    assert len(seen) == 8  # raw, average and artifact twice, and one each
+    assert set(seen) == {torch.bfloat16}
 
 
 TEXT = b"It was a bright cold day in April, and the clocks were striking thirteen."

@@ -222,6 +222,8 @@ def test_only_a_validation_split_that_is_missing_altogether_is_done_without(
     with pytest.raises(DataError, match="fineweb_val"):
         train(config, data, tmp_path / "run")
     shard.unlink()
+    with pytest.raises(DataError, match=r"fineweb_val.* is missing"):
+        train(config, data, tmp_path / "run")
     (data / "manifest.json").unlink()
     assert train(config, data, tmp_path / "run").val_bpb_average is None
     with pytest.raises(DataError, match="no shard of the val split"):

@@ -108,7 +108,7 @@ def _require_ranges(command: Command) -> None:
     for name, bounds in ranges_of(type(command)).items():
         value = getattr(command, name)
         for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and not bounds.low <= number <= bounds.high:
+            if number is not None and number not in bounds:
                 raise ConfigError(f"--{name.replace('_', '-')}: expected {bounds}, got {number}")
 
 

@@ -59,11 +59,11 @@ def prepare(
 ) -> PrepareResult:
     """Return what was made of `sources` (files, or folders of files) in the folder `out`.
 
-    The first `val_documents` documents, in the order of the sources, are the validation split, or of every text file that is
-    one document its last `val_share`, from the beginning of a line or word; neither: the split of shards of tokens that are named
-    fineweb_val_* and fineweb_train_* is kept. A shard holds at most `shard_bytes` ids, each a
-    byte of text or a BOS. `workers` None is one process for each CPU. `progress` gets (done, total) bytes of the
-    sources. `force` throws away what an earlier preparation left in `out`; foreign files are left alone.
+    The first `val_documents` documents, in the order of the sources, are the validation split, or of every text file that
+    is one document its last `val_share`, from the beginning of a line or word; neither: the split of shards of tokens that
+    are named fineweb_val_* and fineweb_train_* is kept. A shard holds at most `shard_bytes` ids, each a byte of text or a
+    BOS. `workers` None is one process for each CPU. `progress` gets (done, total) bytes of the sources. `force`
+    throws away what an earlier preparation left in `out`; foreign files are left alone.
 
     Interrupted in whatever way, the same call goes on where it was; finished shards are not made again. Finished, the
     same call does nothing.

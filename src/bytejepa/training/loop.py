@@ -75,10 +75,9 @@ class TrainingLoop:
         self.last_bpb = math.nan
         self.val_bpb: float | None = None
         self.first_step = trainer.position.step
-        readings_s = self.clock.readings[self.first_step :]
-        self.last_checkpoint_s = (
-            readings_s[0] if readings_s else 0.0
-        )  # of the checkpoint that a resumed run begins from
+        # a resumed run begins from a checkpoint, which need not be written again
+        begun_at_s = self.clock.readings[self.first_step : self.first_step + 1]
+        self.last_checkpoint_s = begun_at_s[0] if begun_at_s else 0.0
         self.interrupted = threading.Event()
         self._kept_failure: BytejepaError | None = None
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bytejepa.config import RunConfig
 from bytejepa.data.loader import IdStream, Loader, leading_ids
+from bytejepa.data.manifest import check_split
 from bytejepa.data.shards import shards_in
 from bytejepa.errors import ConfigError, DataError
 from bytejepa.model.initialization import initialize
@@ -131,6 +132,7 @@ class Trainer:
 
     def _validation_ids(self, data: Path) -> npt.NDArray[np.uint16] | None:
         if self.config.training.validate_every_steps is None and not shards_in(data, "val"):
+            check_split(data, "val", {})  # missing is not the same as never promised
             return None
         stream = IdStream.open(data, "val", check=True)
         return leading_ids(stream, self.config.training.validation_bytes or stream.num_ids, data)
