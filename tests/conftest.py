@@ -15,6 +15,8 @@ import hypothesis
 import pytest
 import torch
 
+import runtime_checks
+
 if TYPE_CHECKING:
     from bytejepa.config import RunConfig
     from bytejepa.submission.folder import SubmissionResult
@@ -54,6 +56,12 @@ def pytest_configure(config: pytest.Config) -> None:
     import jaxtyping
 
     jaxtyping.install_import_hook([f"bytejepa.{wing}" for wing in TENSOR_WINGS], "runtime_checks.check")
+
+
+@pytest.fixture(autouse=True)
+def runtime_checks_begin() -> None:
+    """The first calls of every test are checked."""
+    runtime_checks.begin_test()
 
 
 def make_minimal_config() -> "RunConfig":
