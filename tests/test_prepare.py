@@ -254,6 +254,18 @@ def test_force_leaves_a_folder_whose_manifest_is_another_programs(tmp_path: Path
     assert prepare([source], manifest.parent, val_documents=5, workers=1, force=True).is_new
 
 
+def test_force_does_not_remove_its_own_sources(tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    prepare([write_jsonl(tmp_path / "a.jsonl", TEXTS)], shards, val_documents=5, workers=1)
+    before = files_of(shards)
+    link = tmp_path / "linked.txt"
+    link.symlink_to(shards / "fineweb_train_000000.bin")
+    for named in (sorted(shards.glob("*.bin")), [link, tmp_path / "a.jsonl"]):
+        with pytest.raises(DataError, match="--force would remove the source"):
+            prepare(named, shards, kind="text", val_documents=1, workers=1, force=True)
+    assert files_of(shards) == before
+
+
 def test_two_processes_do_not_prepare_the_same_folder(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
 

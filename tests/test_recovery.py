@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,6 +89,27 @@ def test_a_resumed_run_does_not_write_the_checkpoint_again_that_it_begins_from(
     assert saved == [3, 4]
     resume(tmp_path / "run")
     assert saved == [3, 4, 6]
+
+
+def test_a_run_folder_is_free_only_when_nothing_is_being_written(
+    minimal_config: RunConfig, embedded_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, write = list[int](), CheckpointWriter._write
+
+    def slow(writer: CheckpointWriter, at: Position, *state: Any) -> None:
+        time.sleep(0.3)
+        write(writer, at, *state)
+        written.append(at.step)
+
+    def break_down(at: TrainProgress) -> None:
+        if at.step == 3:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(CheckpointWriter, "_write", slow)
+    settings = {"checkpoint_every_s": 0.0, "validate_every_steps": None}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(replace(minimal_config, training=settings), embedded_shards, tmp_path / "run", on_progress=break_down)
+    assert written[-1:] == checkpoint.steps_on_disk(tmp_path / "run" / "checkpoints")[:1] == [2]
 
 
 def test_half_a_checkpoint_is_damaged_and_the_one_before_it_is_used(run_with_checkpoints: Path, tmp_path: Path) -> None:

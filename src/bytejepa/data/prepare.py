@@ -87,7 +87,7 @@ def prepare(
     if force:
         # what cannot be planned throws nothing away
         jobs = plan_jobs(found, settings, val_documents, shard_bytes, val_share=val_share)
-        _clear(out)
+        _clear(out, found)
     finished = _finished(out, identity)
     if finished is not None:
         return PrepareResult(directory=out, manifest=finished, is_new=False, num_shards_kept=0, num_workers=0)
@@ -197,10 +197,10 @@ def _refuse_output_inside_source(out: Path, sources: Sequence[str | Path]) -> No
             raise DataError(f"the output folder {out} lies inside the source {source}", hint="name another folder")
 
 
-def _clear(out: Path) -> None:
-    """Remove the output of an earlier preparation, finished or not, and nothing else.
+def _clear(out: Path, sources: Sequence[Source]) -> None:
+    """Remove the output of an earlier preparation, finished or not: whatever is named as shards are, and nothing else.
 
-    Raises: DataError if the folder's manifest is another program's, or that of a run.
+    Raises: DataError if the folder's manifest is another program's, or that of a run, or if a source would be removed.
     """
     if not out.is_dir():
         return
@@ -208,15 +208,19 @@ def _clear(out: Path) -> None:
         raise DataError(
             f"{out / MANIFEST_NAME} is no manifest of shards: --force does not replace it", hint="name another folder"
         )
+    shards = [path for split in SPLITS for path in shards_in(out, split)]
+    real_places = {path.resolve() for path in shards}
+    for source in sources:
+        if Path(source.path).resolve() in real_places:
+            raise DataError(f"--force would remove the source {source.path}", hint="name another folder")
     with file_errors_as(DataError, "clear", out):
         if (out / STAGING_NAME).exists():
             with staging_lock(out):
                 shutil.rmtree(out / STAGING_NAME)
         # The manifest goes first: without it nobody takes what is left for a whole corpus.
         (out / MANIFEST_NAME).unlink(missing_ok=True)
-        for split in SPLITS:
-            for path in shards_in(out, split):
-                path.unlink()
+        for path in shards:
+            path.unlink()
 
 
 def _finished(out: Path, identity: Identity) -> Manifest | None:

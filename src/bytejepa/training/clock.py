@@ -31,8 +31,7 @@ class Clock:
         """
         if step < len(self.readings):
             self._elapsed_s = self.readings[step]
-            if self._running_since is not None:
-                self._running_since = time.perf_counter()
+            self.resume()  # what comes after the last reading of an earlier process counts too
             return self._elapsed_s
         assert step == len(self.readings), f"the clock has {len(self.readings)} readings, step {step} needs as many"
         self.pause()

@@ -275,6 +275,12 @@ class TrainingLoop:
         self.writer.close()
         self.clock.close()
 
+    def release(self) -> None:
+        """Wait for what is still being written: whatever ended the run, its folder may then be another process's."""
+        with contextlib.suppress(BytejepaError):  # the run has ended well and said so, or ends with an earlier error
+            self.writer.close()
+        self.clock.close()
+
     def _finish(self, elapsed_s: float) -> TrainResult:
         at = self.trainer.position
         self._read_back(keep=0)

@@ -108,6 +108,7 @@ def _loop(trainer: Trainer, run: RunFolder, on_progress: Callable[[TrainProgress
     try:
         return loop.go()
     finally:
+        loop.release()
         trainer.close()
 
 
@@ -133,7 +134,7 @@ def _locked(run: RunFolder, ranks: Ranks) -> Iterator[None]:
 
 
 def _described_data(data: Path) -> dict[str, object]:
-    """Return what tells one data folder from another: shard names, sizes and first and last ids."""
+    """Return what tells one data folder from another: sizes and first and last ids of its shards, in their order."""
     digest = hashlib.sha256()
     for split in ("train", "val"):
         with contextlib.suppress(DataError):
