@@ -1,6 +1,7 @@
 """Every verb on minimal settings: what it prints, what it leaves behind, and JSON that parses."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import bytejepa
+from bytejepa.cli.terminal import print_json
 from bytejepa.config import RunConfig
 from bytejepa.config_json import to_dict
 from conftest import MINIMAL
@@ -178,3 +180,9 @@ def test_surprise_does_not_advise_what_was_done(
     done = command("surprise", minimal_artifact, text, "--max-bytes", 9, "-o", tmp_path / "page.html")
     assert done.code == 0, done
     assert "the first 9 of 29 bytes\n" in done.err
+
+
+def test_json_has_null_where_there_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"bpb": math.nan, "scores": [math.inf, (1.5, -math.inf)], "of": {"empty": float("nan")}})
+    printed = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert printed == {"bpb": None, "scores": [None, [1.5, None]], "of": {"empty": None}}

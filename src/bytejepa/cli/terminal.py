@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -50,10 +51,19 @@ def print_table(
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object on stdout; dataclasses become objects, paths strings."""
+    """Print one JSON object on stdout; dataclasses become objects, paths strings, numbers that are not finite null."""
     plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-    json.dump(plain, sys.stdout, indent=1, default=str)
+    json.dump(_finite(plain), sys.stdout, indent=1, default=str, allow_nan=False)
     sys.stdout.write("\n")
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with None in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _RateColumn(ProgressColumn):

@@ -25,6 +25,7 @@ def forest_plot(study: StudyResult) -> Plot | None:
     if not shown:
         return None
     evaluation = study.plan.evaluation
+    interval = "paired t" if study.plan.noise == "own" else "t, with the noise of all variants pooled"
 
     def draw(layout: Layout) -> Any:
         figure = new_figure(layout, 1.1 + (0.55 if layout.is_narrow else 0.4) * len(shown))
@@ -54,7 +55,7 @@ def forest_plot(study: StudyResult) -> Plot | None:
         caption=(
             f"Bits per byte of each variant minus the baseline's ({study.plan.baseline}), left of the line is better. Squares: "
             "means over seeds of the differences on the same seed, which share initial weights and data order; lines: their 95 % "
-            "confidence intervals (paired t); dots: single seeds. Green: better, red: worse, after Holm's correction for "
+            f"confidence intervals ({interval}); dots: single seeds. Green: better, red: worse, after Holm's correction for "
             f"{len(shown)} comparisons at 5 %; grey: a tie or undecided. {_seeds(study)}. Artifacts, sliding windows of "
             f"{evaluation.window_bytes:,} ids, {evaluation.stride_bytes:,} scored each, on the first "
             f"{evaluation.validation_bytes:,} ids of the validation split."

@@ -107,10 +107,11 @@ class VariantSummary:
     difference_bpb: float | None
     """Mean over seeds of variant minus baseline: below zero is better; None: the baseline, or no common seed."""
     interval_low_bpb: float | None
-    """Of the difference's 95 % confidence interval (paired t); None: fewer than two common seeds."""
+    """Of the difference's 95 % confidence interval (Student's t, paired or with pooled noise, as the plan says); None: fewer than two
+    common seeds."""
     interval_high_bpb: float | None
     p_value: float | None
-    """Two-sided paired t-test."""
+    """Two-sided, of the same t-test."""
     p_corrected: float | None
     """After Holm's correction for the number of variants compared."""
     verdict: Verdict | None

@@ -1,11 +1,11 @@
 """Paired differences between variants, seed by seed, with intervals, corrected p values and a verdict. Torch-free.
 
 Runs of one seed share initial weights (by name) and data order, so that the difference of two variants on the same seed
-is less noisy than either. The interval is Student's t over the seeds; a plan may
-pool the noise of all its variants. The p values are corrected by Holm's step-down
-rule, which bounds the chance that any verdict of the study is wrong, however the variants depend on each other (all are
-compared with one baseline). SciPy's false_discovery_control bounds the expected share of wrong ones among those called,
-which is weaker: here each verdict is read on its own.
+is less noisy than either. The interval is Student's t over the seeds; a plan may pool the noise of all its variants.
+
+The p values are corrected by Holm's step-down rule, which bounds the chance that any verdict of the study is wrong,
+however the variants depend on each other (all are compared with one baseline). SciPy's false_discovery_control bounds the
+expected share of wrong ones among those called, which is weaker: here each verdict is read on its own.
 """
 
 from __future__ import annotations

@@ -33,9 +33,28 @@ def summarise(plan: Plan, runs: Sequence[RunResult]) -> tuple[tuple[VariantSumma
 
 def _differences(plan: Plan, by_variant: dict[str, list[RunResult]]) -> dict[str, PairedDifference | None]:
     bpb = {name: {run.seed: run.bpb for run in found} for name, found in by_variant.items()}
-    if plan.noise == "pooled":
-        return dict(pooled_differences({name: values for name, values in bpb.items() if values}, plan.baseline))
-    return {name: paired_difference(bpb[name], bpb[plan.baseline]) for name in bpb if name != plan.baseline}
+    if plan.noise == "own":
+        return {name: paired_difference(bpb[name], bpb[plan.baseline]) for name in bpb if name != plan.baseline}
+    first_of = _first_of_the_same_runs(plan, by_variant)
+    distinct = {name: bpb[name] for name in dict.fromkeys(first_of.values())}
+    found = pooled_differences(distinct, plan.baseline)
+    found[plan.baseline] = PairedDifference(num_pairs=len(bpb[plan.baseline]), mean=0.0, low=0.0, high=0.0, p_value=1.0)
+    return {name: found.get(first) for name, first in first_of.items() if name != plan.baseline}
+
+
+def _first_of_the_same_runs(plan: Plan, by_variant: dict[str, list[RunResult]]) -> dict[str, str]:
+    """Return for each variant that has runs the first one that has the same runs, the baseline before all others.
+
+    Pooled noise takes each run for an independent one: counted again under a second name, it would lend false certainty.
+    """
+    owner: dict[str, str] = {}
+    first_of = {}
+    for name in sorted(by_variant, key=lambda name: name != plan.baseline):
+        fingerprints = [run.fingerprint for run in by_variant[name]]
+        if fingerprints:
+            first_of[name] = next((owner[f] for f in fingerprints if f in owner), name)
+            owner |= dict.fromkeys(fingerprints, first_of[name])
+    return first_of
 
 
 def _summary(
