@@ -258,7 +258,8 @@ def test_chunk_blocks_run_in_one_go_at_places_counted_in_chunks() -> None:
     ("settings", "name"),
     [
         ({"data": {"sequence_bytes": 8, "sequence_growth": None}}, "data.sequence_bytes 8"),
-        ({"data": {"sequence_growth": ((0.0, 8), (0.5, 4096))}}, "data.sequence_bytes 8"),
+        ({"data": {"sequence_growth": ((0.0, 8), (0.5, 4096))}}, "data.sequence_growth 8"),
+        ({"data": {"sequence_growth": ((0.5, 8),)}}, "data.sequence_growth 8"),
         ({"evaluation": {"window_bytes": 8, "stride_bytes": 8}}, "evaluation.window_bytes 8"),
     ],
 )
@@ -266,3 +267,31 @@ def test_contexts_without_a_whole_chunk_are_refused(settings, name) -> None:
     config = replace(RunConfig(), model={"chunk_blocks": (2, 9), "chunk_stride_bytes": 16})
     with pytest.raises(ConfigError, match=f"{name} is less than model.chunk_stride_bytes 16"):
         replace(config, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"data": {"batch_bytes": 1000, "sequence_bytes": 512, "sequence_growth": ((0.0, 64), (0.5, 512))}},
+            "data.batch_bytes 1000 is not a multiple of data.sequence_growth 64",
+        ),
+        (
+            {"data": {"sequence_growth": ((0.5, 8),)}, "model": {"multi_token_heads": 8}, "jepa": {"enabled": False}},
+            "model.multi_token_heads 8 looks past the end of a sequence of 8 bytes, from data.sequence_growth",
+        ),
+        (
+            {"data": {"sequence_growth": ((0.0, 4), (0.5, 4096))}, "jepa": {"chunk_bytes": 8}},
+            "data.sequence_growth 4 is less than jepa.chunk_bytes 8",
+        ),
+        ({"training": {"validation_bytes": 1}}, "training.validation_bytes"),
+    ],
+)
+def test_the_setting_at_fault_is_named(settings, words) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        replace(RunConfig(), **settings)
+
+
+def test_as_many_extra_heads_as_a_sequence_has_bytes_to_come_are_allowed() -> None:
+    growth = {"data": {"sequence_growth": ((0.5, 8),)}, "jepa": {"enabled": False}}
+    assert replace(RunConfig(), **growth, model={"multi_token_heads": 7}).model.multi_token_heads == 7

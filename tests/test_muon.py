@@ -27,6 +27,13 @@ def test_polar_express_comes_closer_to_orthogonal_than_the_quintic() -> None:
     torch.testing.assert_close(exact, torch.ones(30), rtol=0, atol=1e-4)
 
 
+def test_polar_express_bears_a_norm_that_rounding_made_too_small() -> None:
+    value = 1.012  # of a matrix of rank one, whose norm is its only singular value
+    for a, b, c in newton_schulz_iteration("polar_express", 10):
+        value = a * value + b * value**3 + c * value**5
+    assert value == pytest.approx(1, abs=0.01)
+
+
 def test_row_normalization_forgets_the_length_of_every_row_of_the_gradient() -> None:
     random = torch.Generator().manual_seed(0)
     for shape in ((24, 8), (8, 24), (16, 16)):

@@ -47,22 +47,20 @@ class DataConfig(Section):
                 f"data.sequence_bytes {self.sequence_bytes} is not the last length of data.sequence_growth, {growth[-1][1]}",
                 hint="set both, or data.sequence_growth None",
             )
-        for begin, length in stages:
+        for (begin, length), (name, _) in zip(stages, self.named_lengths, strict=True):
             if not 0 <= begin < 1 or length < 2:
                 raise ConfigError(
                     f"data.sequence_growth: expected (progress in [0, 1), ids >= 2), got ({begin:g}, {length})"
                 )
             if self.batch_bytes % length:
-                raise ConfigError(
-                    f"data.batch_bytes {self.batch_bytes} is not a multiple of data.sequence_bytes {length}"
-                )
+                raise ConfigError(f"data.batch_bytes {self.batch_bytes} is not a multiple of {name} {length}")
             if self.order == "sequential" and (self.batch_bytes // length) % self.num_streams:
                 raise ConfigError(
                     f"data.num_streams {self.num_streams} does not divide the {self.batch_bytes // length} sequences of a step"
                 )
             if self.micro_batch_bytes is not None and self.micro_batch_bytes % length:
                 raise ConfigError(
-                    f"data.micro_batch_bytes {self.micro_batch_bytes} is not a multiple of the sequence length {length}"
+                    f"data.micro_batch_bytes {self.micro_batch_bytes} is not a multiple of {name} {length}"
                 )
         if sorted(stages) != list(stages) or len({begin for begin, _ in stages}) != len(stages):
             raise ConfigError("data.sequence_growth: the progress of each stage must be larger than the one before")
@@ -72,6 +70,14 @@ class DataConfig(Section):
         """(progress from which it holds, sequence_bytes) of every stage; the first begins at 0."""
         growth = self.sequence_growth or ()
         return growth if growth and growth[0][0] == 0 else ((0.0, self.sequence_bytes), *growth)
+
+    @property
+    def named_lengths(self) -> tuple[tuple[str, int], ...]:
+        """(name of the setting that says so, ids of a sequence) of every stage."""
+        stages = self.stages
+        first_grown = len(stages) - len(self.sequence_growth or ())
+        names = ["data.sequence_bytes"] * first_grown + ["data.sequence_growth"] * (len(stages) - first_grown)
+        return tuple((name, length) for name, (_, length) in zip(names, stages, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,8 +204,8 @@ class TrainingConfig(Section):
     """Attention kernel; auto: the fastest that this machine and the settings allow."""
     validate_every_steps: PositiveInt | None = 1000
     """Steps between validations; None: only at the end, where the data has a validation split."""
-    validation_bytes: PositiveInt | None = None
-    """Leading ids of the validation split used while training; None: all."""
+    validation_bytes: Annotated[int, Range(2)] | None = None
+    """Leading ids of the validation split used while training, the first of which is not scored; None: all."""
     log_every_steps: PositiveInt = 10
     """Steps between lines in metrics.jsonl."""
     checkpoint_every_s: NonNegative | None = 300.0
@@ -295,6 +301,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._check_chunk_stride()
+        self._check_multi_token_heads()
         if self.jepa.enabled:
             self._check_jepa_chunks()
 
@@ -302,12 +309,20 @@ class RunConfig:
         if self.model.chunk_blocks is None:
             return
         stride = self.model.chunk_stride_bytes
-        lengths = [("data.sequence_bytes", length) for _, length in self.data.stages]
-        for name, length in (*lengths, ("evaluation.window_bytes", self.evaluation.window_bytes)):
+        for name, length in (*self.data.named_lengths, ("evaluation.window_bytes", self.evaluation.window_bytes)):
             if length < stride:
                 raise ConfigError(
                     f"{name} {length} is less than model.chunk_stride_bytes {stride}",
                     hint="no chunk would ever be whole, and model.chunk_blocks never run",
+                )
+
+    def _check_multi_token_heads(self) -> None:
+        for name, length in self.data.named_lengths:
+            if self.model.multi_token_heads >= length:
+                raise ConfigError(
+                    f"model.multi_token_heads {self.model.multi_token_heads} looks past the end of a sequence of {length} bytes, "
+                    f"from {name}",
+                    hint="the last head would never be trained; use longer sequences or fewer heads",
                 )
 
     def _check_jepa_chunks(self) -> None:
@@ -320,9 +335,9 @@ class RunConfig:
                     f"{name} {value} is not a multiple of jepa.chunk_bytes {self.jepa.chunk_bytes}",
                     hint="chunks of overlapping windows must coincide",
                 )
-        for _, length in self.data.stages:
+        for name, length in self.data.named_lengths:
             if length < self.jepa.chunk_bytes:
-                raise ConfigError(f"data.sequence_bytes {length} is less than jepa.chunk_bytes {self.jepa.chunk_bytes}")
+                raise ConfigError(f"{name} {length} is less than jepa.chunk_bytes {self.jepa.chunk_bytes}")
             chunks = length // self.jepa.chunk_bytes
             if self.jepa.losses and self.jepa.horizons > 1 and chunks <= self.jepa.horizons:
                 raise ConfigError(

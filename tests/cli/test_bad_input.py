@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -202,6 +203,15 @@ def test_verifying_bare_shards_that_are_damaged_is_one_line(command: Callable[..
     damaged(shards, "val", "truncated")
     outcome = command("prepare", "--verify", shards)
     assert (outcome.code, outcome.err.count("\n")) == (DATA, 1)
+
+
+def test_a_line_names_the_first_problems_of_many(command: Callable[..., Any], shards: Path) -> None:
+    for number in range(9):
+        (shards / f"fineweb_train_{number:06d}.bin").write_bytes(b"no shard")
+    outcome = command("prepare", "--verify", shards)
+    assert (outcome.code, outcome.err.count("\n")) == (DATA, 1)
+    assert outcome.err.count("fineweb_train_") == 3
+    assert re.search(r"and \d+ more \(--json has them all\)", outcome.err)
 
 
 @pytest.mark.parametrize("verb", ["train", "eval", "prepare"])

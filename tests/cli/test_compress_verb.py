@@ -1,9 +1,11 @@
+import contextlib
 import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import zstandard
@@ -36,6 +38,21 @@ def test_a_file_goes_and_comes_back(command: Callable, file: Path) -> None:
     assert not file.exists()
     assert command("decompress", packed, "--model", GOLDEN_MODEL).code == 0
     assert file.read_bytes() == original
+
+
+def test_the_bar_is_full_at_the_end_of_the_work(command: Callable, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    totals, done = [], []
+
+    @contextlib.contextmanager
+    def noted(_: str, *, total: float) -> Iterator[tuple[SimpleNamespace, int]]:
+        totals.append(total)
+        done.append(0)
+        yield SimpleNamespace(advance=lambda _, num_bytes: done.__setitem__(-1, done[-1] + num_bytes)), 0
+
+    monkeypatch.setattr("bytejepa.cli.terminal.progress_bar", noted)
+    command("compress", file, "--model", GOLDEN_MODEL)
+    command("decompress", f"{file}.bjc", "--model", GOLDEN_MODEL, "--test")
+    assert totals == done == [756, 756]
 
 
 def test_it_works_out_of_the_box(command: Callable, file: Path) -> None:

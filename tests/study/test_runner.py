@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+import bytejepa
 from bytejepa.errors import CheckpointError, Interrupted
 from bytejepa.study import runner
+from bytejepa.study.environment import DECIDING_SOURCES
 from bytejepa.study.plan import override
 from bytejepa.study.results import RunResult, StudyResult, read_study
 from bytejepa.study.runner import StudyProgress, run_study
@@ -372,3 +374,10 @@ def test_a_run_result_survives_json(finished: Finished) -> None:
 
     run: RunResult = finished.study.runs[1]
     assert run_from_dict(json.loads(json.dumps(dataclasses.asdict(run)))) == run
+
+
+def test_what_shows_figures_is_not_among_the_sources_that_decide_them() -> None:
+    package = Path(bytejepa.__file__).parent
+    deciding = {path.relative_to(package).as_posix() for pattern in DECIDING_SOURCES for path in package.glob(pattern)}
+    assert {"config_model.py", "bits.py", "model/block.py", "training/muon.py", "scoring/windows.py"} <= deciding
+    assert not {name for name in deciding if name.startswith(("demo", "cli", "report"))}

@@ -154,13 +154,14 @@ class Decompress(_Common):
         if self.test:
             refuse_ignored(self, "with --test, which writes nothing", "output", "force")
         from bytejepa.cli.terminal import note
-        from bytejepa.codec.compress import restore
+        from bytejepa.codec.compress import content_bytes, restore
 
         settings = self._checked_settings(self.lanes)
         target = None if self.test else self._target(self._default_output())
         blob = self._read()
         began = time.perf_counter()
-        with self._progress(settings, "decompress", len(blob), advice="use fewer --lanes and --threads") as settings:
+        total = content_bytes(blob)
+        with self._progress(settings, "decompress", total, advice="use fewer --lanes and --threads") as settings:
             restored = restore(self.model, blob, settings=settings, keep_going=self.keep_going)
         if not self.test:
             self._write(target, restored.pieces())

@@ -12,6 +12,9 @@ from bytejepa.cli.options import refuse_ignored
 from bytejepa.config_fields import PositiveInt
 from bytejepa.errors import ConfigError, DataError
 
+PROBLEMS_SHOWN = 3
+"""Of those that `--verify` finds, in its one line."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepare:
@@ -114,5 +117,9 @@ class Prepare:
             ]
             print_table(str(folder), ["", ""], rows)
         if not result.is_good:
-            raise DataError("; ".join(result.problems), hint="prepare the folder again or copy the files anew")
+            shown, more = result.problems[:PROBLEMS_SHOWN], len(result.problems) - PROBLEMS_SHOWN
+            raise DataError(
+                "; ".join(shown) + (f"; and {more} more (--json has them all)" if more > 0 else ""),
+                hint="prepare the folder again or copy the files anew",
+            )
         return 0

@@ -197,6 +197,12 @@ def restore(model: Model | None, blob: bytes, *, settings: Settings | None = Non
     return Restored((*parts, *length_problem))
 
 
+def content_bytes(blob: bytes) -> int:
+    """Return how many bytes `blob` was made from, as its header says. Raises: CodecError if it is no compressed file."""
+    parsed = container.parse(blob)
+    return len(parsed) if isinstance(parsed, bytes) else parsed.content_bytes
+
+
 def checked_window(model: IntegerModel, window: int | None, hop: int | None) -> tuple[int, int]:
     """Return window and hop in ids with defaults filled in. Raises: ConfigError."""
     window = min(model.default_window, WINDOW) if window is None else window

@@ -68,9 +68,7 @@ class Engine:
         self.injector = (
             ChunkInjector(model.jepa, model.compute_dtype) if model.jepa is not None and config.jepa.inject else None
         )
-        self.window, self.hop = _checked_window(
-            model, window, hop, 1 if self.injector is None else self.injector.chunk_bytes
-        )
+        self.window, self.hop = _checked_window(model, window, hop)
         self.blocks = block_weights(model)
         self.device = model.token_embedding.weight.device
         self.dtype = model.compute_dtype
@@ -369,13 +367,23 @@ def _grouped_attention(
     return y.unflatten(2, (R, N)).permute(0, 3, 1, 2, 4)
 
 
-def _checked_window(model: ByteLM, window: int | None, hop: int | None, chunk_bytes: int) -> tuple[int, int]:
-    evaluation, longest = model.config.evaluation, model.config.model.rotary_length_bytes
+def chunk_multiple(model: ByteLM) -> int:
+    """Return what windows and hops of `model` must be multiples of: its chunks where their latents are injected, else 1."""
+    return model.config.jepa.chunk_bytes if model.jepa is not None and model.config.jepa.inject else 1
+
+
+def default_window(model: ByteLM) -> int:
+    """Return the model's evaluation window, or the longest that the rotary codes allow, in whole chunks."""
+    window = min(model.config.evaluation.window_bytes, model.config.model.rotary_length_bytes)
+    return window - window % chunk_multiple(model)
+
+
+def _checked_window(model: ByteLM, window: int | None, hop: int | None) -> tuple[int, int]:
+    longest, chunk_bytes = model.config.model.rotary_length_bytes, chunk_multiple(model)
     if window is None:
-        window = min(evaluation.window_bytes, longest)
-        window -= window % chunk_bytes
+        window = default_window(model)
     if hop is None:
-        hop = min(evaluation.stride_bytes, window)
+        hop = min(model.config.evaluation.stride_bytes, window)
     if not 1 <= window <= longest:
         raise ConfigError(
             f"engine window: expected 1 to model.rotary_length_bytes {longest}, got {window}",

@@ -19,7 +19,7 @@ import torch
 from bytejepa.data.vocabulary import BOS, BYTE_OFFSET, ids_from_bytes
 from bytejepa.errors import ArtifactError, ConfigError
 from bytejepa.inference import utf8
-from bytejepa.inference.engine import Engine
+from bytejepa.inference.engine import Engine, chunk_multiple, default_window
 from bytejepa.inference.sampling import RepetitionPenalty, Sampling, draw, uniform
 from bytejepa.model.transformer import ByteLM
 
@@ -84,8 +84,8 @@ def generate_samples(
 
 def generation_engine(model: ByteLM, *, window: int | None = None, hop: int | None = None) -> Engine:
     """Return an engine whose hop is half its window unless given; the window as `Engine` has it."""
-    window = Engine(model).window if window is None else window
-    multiple = model.config.jepa.chunk_bytes if model.jepa is not None else 1
+    window = default_window(model) if window is None else window
+    multiple = chunk_multiple(model)
     hop = max(multiple, window // 2 // multiple * multiple) if hop is None else hop
     return Engine(model, window=window, hop=hop)
 

@@ -20,7 +20,16 @@ from bytejepa.study.plan import Evaluation
 from bytejepa.study.results import Environment
 from bytejepa.training.runlog import describe_machine
 
-DECIDING_SOURCES = ("*.py", "data/*.py", "model/*.py", "scoring/*.py", "training/*.py", "artifact/*.py")
+DECIDING_SOURCES = (
+    "bits.py",
+    "config*.py",
+    "presets.py",
+    "data/*.py",
+    "model/*.py",
+    "scoring/*.py",
+    "training/*.py",
+    "artifact/*.py",
+)
 """Files of the package on which a run's figures depend."""
 
 

@@ -41,8 +41,8 @@ POLAR_EXPRESS: tuple[Coefficients, ...] = (
 """The best polynomial of degree 5 for what the iterations before it left of singular values in [0.001, 1]; the last one
 repeats. Source: Amsel et al., "The Polar Express" (2025)."""
 POLAR_EXPRESS_SAFETY = 1.01
-"""Singular values are taken for this factor larger than they are, against rounding errors in bfloat16, by all but the
-last set (same source)."""
+"""Singular values are taken for this factor larger than they are, against rounding errors in bfloat16: in the norm that the
+first iteration divides by, and by every set but the last (same source)."""
 
 
 def newton_schulz_iteration(kind: Literal["quintic", "polar_express"], steps: int) -> tuple[Coefficients, ...]:
@@ -50,7 +50,9 @@ def newton_schulz_iteration(kind: Literal["quintic", "polar_express"], steps: in
     if kind == "quintic":
         return (QUINTIC,) * steps
     s = POLAR_EXPRESS_SAFETY
-    safe = tuple((a / s, b / s**3, c / s**5) for a, b, c in POLAR_EXPRESS[:-1])
+    # the first set does the norm's share too, so that `orthogonalize` divides by the norm alone
+    factors = [s * s, *[s] * (len(POLAR_EXPRESS) - 2)]
+    safe = tuple((a / f, b / f**3, c / f**5) for f, (a, b, c) in zip(factors, POLAR_EXPRESS, strict=False))
     return (safe + POLAR_EXPRESS[-1:] * steps)[:steps]
 
 
