@@ -20,7 +20,17 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
     The sum may contain the cost of BOS targets; a BOS is zero bytes, so it counts above the line only (spec section 1).
     Text of zero bytes has no rate: the result is NaN.
     """
-    return bits_from_nats(nats) / num_bytes if num_bytes else math.nan
+    return bits_per_byte_of_bits(bits_from_nats(nats), num_bytes)
+
+
+def bits_per_byte_of_bits(bits: float, num_bytes: int) -> float:
+    """Return the bits per byte of text of `num_bytes` bytes that costs `bits` in all; NaN for text of zero bytes."""
+    return bits / num_bytes if num_bytes else math.nan
+
+
+def bits_per_byte_of_size(compressed_bytes: int, content_bytes: int) -> float:
+    """Return the bits per byte of content that was compressed to `compressed_bytes`; NaN for content of zero bytes."""
+    return bits_per_byte_of_bits(8 * compressed_bytes, content_bytes)
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from bytejepa.artifact.export import ExportResult, export
 from bytejepa.artifact.load import load
-from bytejepa.bits import NATS_PER_BIT, bits_per_byte
+from bytejepa.bits import bits_per_byte_of_size
+from bytejepa.compressors import XZ, compressed_bytes
 from bytejepa.config import RunConfig
 from bytejepa.data.corpus import embedded_text, write_embedded_shards
 from bytejepa.data.loader import IdStream
@@ -39,8 +40,10 @@ class DemoResult:
     exported: ExportResult
     score: Score
     """Of the artifact on all validation addresses, sliding windows."""
-    xz_bpb: float
-    """Of `xz -9e` on the same text."""
+    text_bytes: int
+    """Length of that text."""
+    compressed_bytes: dict[str, int]
+    """What the usual compressors make of the same text."""
     plot: Path
     sample: str
     """Generated text, the prompt included."""
@@ -51,6 +54,11 @@ class DemoResult:
     def quantization_loss_bpb(self) -> float:
         """Bits per byte that the artifact costs more than the averaged weights, on the same text and windows."""
         return self.exported.scores["artifact"].bpb - self.exported.scores["average"].bpb
+
+    @property
+    def xz_bpb(self) -> float:
+        """Bits per byte of `xz -9e` on the same text."""
+        return bits_per_byte_of_size(self.compressed_bytes[XZ], self.text_bytes)
 
     @property
     def smaller_than_xz(self) -> float:
@@ -114,12 +122,14 @@ def demo(
     )
     report("generate", 0.0)
     continuation = b"".join(generate(model, PROMPT, num_bytes=sample_bytes, seed=config.training.seed, temperature=0.8))
+    text = embedded_text("val")
     result = DemoResult(
         folder=folder,
         training=trained,
         exported=exported,
         score=score,
-        xz_bpb=xz_bpb(embedded_text("val")),
+        text_bytes=len(text),
+        compressed_bytes=compressed_bytes(text),
         plot=plot,
         sample=(PROMPT + continuation).decode("utf-8", errors="replace"),
         seconds=time.perf_counter() - begin,
@@ -147,14 +157,6 @@ def score_sliding(model: ByteLM, data: Path, report: Report) -> Score:
         batch_ids=evaluation.batch_bytes,
         on_progress=lambda done: report("score artifact, sliding", done / len(ids)),
     )
-
-
-def xz_bpb(text: bytes) -> float:
-    """Return the bits per byte of `xz -9e` on `text`."""
-    import lzma
-
-    packed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
-    return bits_per_byte(8 * len(packed) * NATS_PER_BIT, len(text))
 
 
 def plot_learning_curve(run: RunFolder, path: Path, *, title: str) -> Path:

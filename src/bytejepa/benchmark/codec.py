@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import bz2
-import lzma
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import brotli
 import numpy as np
 import torch
-import zstandard
 
 from bytejepa.artifact.store import store_weights
 from bytejepa.benchmark.bench import surroundings
+from bytejepa.bits import bits_per_byte_of_size
 from bytejepa.codec.compress import Model, Settings, codec_model, compress, decompress, default_hop
 from bytejepa.codec.cpu import CpuCoder
 from bytejepa.codec.integer_model import IntegerModel, integer_model
+from bytejepa.compressors import compressed_bytes
 from bytejepa.config import RunConfig
 from bytejepa.data.vocabulary import BYTE_OFFSET
 from bytejepa.errors import ConfigError
@@ -93,41 +91,24 @@ def _float_row(model: ByteLM, window: int, lanes: int) -> dict[str, Any]:
     return _row("float32 steps", window, lanes, lanes * steps / (time.perf_counter() - began))
 
 
-def other_compressors() -> dict[str, Callable[[bytes], int]]:
-    """Return by name functions from data to its compressed length; PPMd where pyppmd is installed."""
-    found: dict[str, Callable[[bytes], int]] = {
-        "zstd -19": lambda data: len(zstandard.ZstdCompressor(level=19, write_checksum=True).compress(data)),
-        "xz -9e": lambda data: len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)),
-        "brotli -11": lambda data: len(brotli.compress(data, quality=11, lgwin=24)),
-        "bzip2 -9": lambda data: len(bz2.compress(data, 9)),
-    }
-    try:
-        import pyppmd
-    except ImportError:
-        return found
-    found["PPMd H -o6"] = lambda data: len(pyppmd.compress(data, max_order=6, mem_size=256 << 20))
-    return found
-
-
 def compare(model: Model | None, texts: dict[str, bytes], *, settings: Settings | None = None) -> list[dict[str, Any]]:
     """Return one row a text: bits per byte of the codec and of the others, and the codec's bytes a second.
 
     Every file is decompressed again and compared. The model's bytes are not counted in any figure.
     """
-    integers, others, rows = codec_model(model), other_compressors(), []
+    integers, rows = codec_model(model), list[dict[str, Any]]()
     for name, text in texts.items():
         began = time.perf_counter()
         blob = compress(integers, text, settings=settings)
         encoded = time.perf_counter()
         assert decompress(integers, blob, settings=settings) == text, f"{name} did not come back"
         decoded = time.perf_counter()
-        bpb = {"bytejepa": 8 * len(blob) / len(text)}
-        bpb |= {other: 8 * length(text) / len(text) for other, length in others.items()}
+        sizes = {"bytejepa": len(blob), **compressed_bytes(text)}
         rows.append(
             {
                 "text": name,
                 "num_bytes": len(text),
-                "bpb": bpb,
+                "bpb": {program: bits_per_byte_of_size(size, len(text)) for program, size in sizes.items()},
                 "encode_bytes_per_s": len(text) / (encoded - began),
                 "decode_bytes_per_s": len(text) / (decoded - encoded),
             }

@@ -83,25 +83,23 @@ class _Common:
             yield dataclasses.replace(settings, on_progress=lambda done: bar.advance(task, done))
 
     def _report(self, seconds: float, compressed_bytes: int, content_bytes: int, *, stdout_is_free: bool) -> None:
-        import json
-
-        from bytejepa.bits import format_bytes
-        from bytejepa.cli.terminal import note, print_json
+        from bytejepa.bits import bits_per_byte_of_size, format_bytes
+        from bytejepa.cli.terminal import json_text, note, print_json
 
         record = {
             "content_bytes": content_bytes,
             "compressed_bytes": compressed_bytes,
-            "bpb": 8 * compressed_bytes / content_bytes if content_bytes else None,
+            "bpb": bits_per_byte_of_size(compressed_bytes, content_bytes),
             "seconds": seconds,
             "bytes_per_s": content_bytes / seconds,
         }
         if self.json and stdout_is_free:
             print_json(record)
         elif self.json:
-            note(json.dumps(record))
+            note(json_text(record))
         elif sys.stderr.isatty():
             sizes = f"{format_bytes(content_bytes)}, compressed {format_bytes(compressed_bytes)}"
-            note(f"{sizes} ({record['bpb'] or 0:.4f} bits a byte), {format_bytes(content_bytes / seconds)}/s")
+            note(f"{sizes} ({record['bpb']:.4f} bits a byte), {format_bytes(content_bytes / seconds)}/s")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

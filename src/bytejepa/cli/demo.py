@@ -58,16 +58,14 @@ class Demo:
 def print_result(result: DemoResult) -> None:
     """Print the demo's figures as tables, and the sample."""
     from bytejepa.cli import export
-    from bytejepa.cli.eval import comparison, compressed_bytes
+    from bytejepa.cli.eval import comparison
     from bytejepa.cli.terminal import print_table
-    from bytejepa.data.corpus import embedded_text
 
     export.print_result(result.exported)
-    text = embedded_text("val")
     print_table(
         f"validation addresses ({result.score.num_bytes:,} bytes), artifact, window {result.score.window}, "
         f"stride {result.score.stride}: {result.score.bpb:.4f} bpb",
-        *comparison(compressed_bytes(text), len(text), result.score.bpb),
+        *comparison(result.compressed_bytes, result.text_bytes, result.score.bpb),
     )
     rate = result.training.num_bytes / result.training.elapsed_s / 1e3
     print(f"{result.training.steps} steps at {rate:.1f} kB/s; {result.seconds:.0f} s in all; curve: {result.plot}")

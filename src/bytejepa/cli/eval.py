@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from bytejepa.bits import bits_per_byte_of_size
 from bytejepa.cli.options import refuse_ignored
 from bytejepa.config_fields import PositiveInt
 from bytejepa.errors import ConfigError, DataError, file_errors_as
@@ -46,6 +47,7 @@ class Evaluate:
         from bytejepa.artifact.load import load
         from bytejepa.cli.device import chosen_device
         from bytejepa.cli.terminal import note, print_json, print_table
+        from bytejepa.compressors import compressed_bytes
         from bytejepa.scoring.evaluate import Scorer
         from bytejepa.scoring.windows import check_windows
         from bytejepa.training.distributed import join, leave
@@ -141,7 +143,9 @@ class Evaluate:
             }
             for name, score in scores.items()
         }
-        others = {name: {"bytes": size, "bpb": 8 * size / num_bytes} for name, size in compressors.items()}
+        others = {
+            name: {"bytes": size, "bpb": bits_per_byte_of_size(size, num_bytes)} for name, size in compressors.items()
+        }
         return {
             "model": str(self.model),
             "data": str(self.data),
@@ -151,28 +155,11 @@ class Evaluate:
         }
 
 
-def compressed_bytes(text: bytes) -> dict[str, int]:
-    """Return the size of `text` under the usual compressors at their strongest usual settings, in bytes."""
-    import bz2
-    import gzip
-    import lzma
-
-    import brotli
-    import zstandard
-
-    return {
-        "gzip -9": len(gzip.compress(text, 9)),
-        "bzip2 -9": len(bz2.compress(text, 9)),
-        "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
-        "zstd -19": len(zstandard.ZstdCompressor(level=19).compress(text)),
-        "brotli -11": len(brotli.compress(text, quality=11, lgwin=24)),
-    }
-
-
 def comparison(compressors: dict[str, int], num_bytes: int, model_bpb: float) -> tuple[list[str], list[list[str]]]:
     """Return (columns, rows) of a table of compressors against the model's bits per byte."""
+    bpb = {name: bits_per_byte_of_size(size, num_bytes) for name, size in compressors.items()}
     rows = [
-        [name, f"{size:,}", f"{8 * size / num_bytes:.4f}", f"{1 - model_bpb / (8 * size / num_bytes):+.1%}"]
+        [name, f"{size:,}", f"{bpb[name]:.4f}", f"{1 - model_bpb / bpb[name]:+.1%}"]
         for name, size in compressors.items()
     ]
     return ["compressor", "bytes", "bpb", "model is smaller by"], rows

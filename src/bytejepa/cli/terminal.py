@@ -51,10 +51,14 @@ def print_table(
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object on stdout; dataclasses become objects, paths strings, numbers that are not finite null."""
+    """Print one JSON object on stdout, as `json_text` has it, on several lines."""
+    sys.stdout.write(json_text(value, indent=1) + "\n")
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """Return `value` as JSON: dataclasses become objects, paths strings, numbers that are not finite null."""
     plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-    json.dump(_finite(plain), sys.stdout, indent=1, default=str, allow_nan=False)
-    sys.stdout.write("\n")
+    return json.dumps(_finite(plain), indent=indent, default=str, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

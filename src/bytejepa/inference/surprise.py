@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from rich.text import Text
 from torch import Tensor
 
-from bytejepa.bits import NATS_PER_BIT
+from bytejepa.bits import NATS_PER_BIT, bits_per_byte_of_bits
 from bytejepa.data.vocabulary import BOS, BYTE_OFFSET, ids_from_bytes
 from bytejepa.model.transformer import ByteLM
 from bytejepa.scoring.evaluate import Scorer, target_losses
@@ -56,7 +56,7 @@ class SurpriseMap:
     @property
     def bpb(self) -> float:
         """Bits per byte; NaN for empty text."""
-        return self.total_bits / len(self.data) if self.data else float("nan")
+        return bits_per_byte_of_bits(self.total_bits, len(self.data))
 
 
 class _RankingScorer(Scorer):

@@ -7,6 +7,7 @@ import itertools
 
 import numpy as np
 
+from bytejepa.bits import bits_per_byte_of_bits
 from bytejepa.data.vocabulary import BOS, BYTE_OFFSET
 from bytejepa.report.byte_classes import CLASS_OF_ID, CLASSES
 from bytejepa.report.measurements import PricedText
@@ -46,7 +47,7 @@ class DocumentCost:
     @property
     def bpb(self) -> float:
         """Bits per byte."""
-        return self.bits / self.num_bytes
+        return bits_per_byte_of_bits(self.bits, self.num_bytes)
 
 
 def bin_edges(end: int, *, first: int = 1, per_octave: int = 2) -> list[int]:
