@@ -28,13 +28,12 @@ from rich.table import Table
 
 from bytejepa.artifact.codecs import CODECS
 from bytejepa.artifact.container import read_container
-from bytejepa.artifact.export import data_of
 from bytejepa.artifact.joint_codes import row_histograms, tables_of_matrices
-from bytejepa.artifact.load import build, run_weights
+from bytejepa.artifact.load import build, read_run
 from bytejepa.artifact.packing import pack
 from bytejepa.artifact.write import calibration_sequences, write_artifact
 from bytejepa.config import RunConfig, replace
-from bytejepa.data.loader import IdStream, leading_ids
+from bytejepa.data.loader import IdStream, validation_ids
 from bytejepa.errors import ArtifactError
 from bytejepa.model.quantization import QuantizedMatrix
 from bytejepa.presets import compact
@@ -158,9 +157,10 @@ def main() -> None:
     parser.add_argument("--score-bytes", type=int, default=65_536)
     parser.add_argument("--json", action="store_true")
     words = parser.parse_args()
-    config, weights = run_weights(words.run)
-    data = data_of(words.run, words.data)
-    ids = leading_ids(IdStream.open(data, "val"), words.score_bytes, data)
+    trained = read_run(words.run)
+    config, weights = trained.config, trained.average
+    data = trained.folder.data_path(words.data)
+    ids = validation_ids(data, words.score_bytes)
     exact_bpb = score(config, weights, ids)
     count = sum(value.numel() for value in weights.values())
     sizes = [*words.fit, *(int(bits * count / 8) for bits in words.bits)]

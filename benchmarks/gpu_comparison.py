@@ -28,11 +28,11 @@ import torch
 from turns import alone, wait_for
 
 import bytejepa.training.runs as runs
-from bytejepa.artifact.load import build, load, run_weights
+from bytejepa.artifact.load import build, load, read_run
 from bytejepa.artifact.write import calibration_sequences, write_artifact
 from bytejepa.benchmark.bench import surroundings
 from bytejepa.config import RunConfig, replace
-from bytejepa.data.loader import IdStream, leading_ids
+from bytejepa.data.loader import IdStream, validation_ids
 from bytejepa.model.precision import on_device
 from bytejepa.model.transformer import ByteLM
 from bytejepa.presets import preset
@@ -134,7 +134,8 @@ def train_arm(name: str, config: RunConfig, options: argparse.Namespace) -> None
 def pack_and_score(name: str, seed: int, options: argparse.Namespace) -> None:
     """Pack what an arm trained, and score average and artifact on the validation split of every corpus."""
     run, artifact = options.out / f"{name}-{seed}", options.out / f"{name}-{seed}.bjm"
-    config, average = run_weights(run)
+    trained = read_run(run)
+    config, average = trained.config, trained.average
     device = torch.device("cpu" if options.rehearse else "cuda")
     corpora = {"books": options.data, **dict(options.also)}
     window = config.evaluation.window_bytes
@@ -144,7 +145,7 @@ def pack_and_score(name: str, seed: int, options: argparse.Namespace) -> None:
         model.attention_backend = "math" if options.rehearse else "efficient"  # need no compilation
         scorer, scores = Scorer(on_device(model, device)), {}
         for corpus, data in corpora.items():
-            ids = leading_ids(IdStream.open(data, "val"), options.score_bytes + 1, data)
+            ids = validation_ids(data, options.score_bytes + 1)
             with torch.no_grad():
                 scores[corpus] = score_ids(scorer, ids, window=window, stride=window // 2, batch_ids=8 * window).bpb
         return scores

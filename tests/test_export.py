@@ -1,6 +1,7 @@
 """Exports: the artifact is the average, within quantisation; sizes add up; what cannot be stored is refused."""
 
 import dataclasses
+import json
 import shutil
 import zipfile
 from pathlib import Path
@@ -13,13 +14,16 @@ import bytejepa
 from bytejepa import presets
 from bytejepa.artifact.container import read_container
 from bytejepa.artifact.export import export
-from bytejepa.artifact.load import build, load, run_weights
+from bytejepa.artifact.load import build, load, read_run
 from bytejepa.artifact.store import code_archive, code_bytes, scheme_of, store_weights
 from bytejepa.artifact.write import write_artifact
 from bytejepa.config import RunConfig, replace
+from bytejepa.data.loader import validation_ids
 from bytejepa.errors import ArtifactError, CheckpointError, DataError
 from bytejepa.model.quantization import dequantize, quantize_rows, reference_int6, reference_int8
 from bytejepa.model.transformer import ByteLM
+from bytejepa.report.measure import measure
+from bytejepa.training import checkpoint
 from small_models import random_ids, small_config, small_model
 
 TEXT = b"The state of the Union is strong. " * 20
@@ -29,13 +33,13 @@ def weights_of(model: ByteLM) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in model.named_parameters()}
 
 
-def test_what_is_reloaded_is_what_was_scored(tmp_path: Path, minimal_run: Path) -> None:
+def test_what_is_reloaded_is_what_was_scored(tmp_path: Path, minimal_run: Path, embedded_shards: Path) -> None:
     out = tmp_path / "model.bjm"
     result = export(minimal_run, out, score_bytes=600, stride=16)
-    config, average = run_weights(minimal_run)
-    _, raw = run_weights(minimal_run, averaged=False)
+    trained = read_run(minimal_run)
+    average, raw = trained.average, trained.raw
     assert set(result.scores) == {"raw", "average", "artifact"}
-    ids = bytejepa.artifact.export.validation_ids(minimal_run, config, None, 600)
+    ids = validation_ids(embedded_shards, 600)
     assert all(score.num_targets == len(ids) - 1 == 599 for score in result.scores.values())
     by_hand = bytejepa.scoring.evaluate.score_ids(
         bytejepa.scoring.evaluate.Scorer(load(out)), ids, window=64, stride=16, batch_ids=65_536
@@ -67,7 +71,7 @@ def test_an_artifact_carries_its_configuration(
 
 
 def test_a_run_folder_loads_as_its_average(minimal_run: Path) -> None:
-    _, average = run_weights(minimal_run)
+    average = read_run(minimal_run).average
     assert all(torch.equal(value, average[name]) for name, value in load(minimal_run).named_parameters())
 
 
@@ -207,6 +211,30 @@ def test_data_that_is_gone_is_noticed_before_anything_is_written(tmp_path: Path,
     with pytest.raises(DataError):
         export(minimal_run, tmp_path / "model.bjm", data=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("recorded", [{}, {"path": 3}])
+def test_a_run_that_does_not_say_where_its_shards_are(minimal_run: Path, tmp_path: Path, refuses, recorded) -> None:
+    run = shutil.copytree(minimal_run, tmp_path / "run")
+    manifest = run / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "data": recorded}))
+    author = ("--author", "A. Name", "--github-id", "aname")
+    for words in (
+        ("export", run, "-o", tmp_path / "m.bjm"),
+        ("report", run, "-o", tmp_path / "r.html"),
+        ("submission", run, "-o", tmp_path / "submission", *author),
+        ("train", "--resume", run),
+    ):
+        assert "manifest.json does not say where the shards are: expected data.path" in refuses(4, *words)
+
+
+def test_weights_and_average_are_of_one_checkpoint(minimal_run: Path, tmp_path: Path, monkeypatch) -> None:
+    reads, read = list[Path](), checkpoint.read_newest
+    monkeypatch.setattr(checkpoint, "read_newest", lambda folder: reads.append(folder) or read(folder))
+    export(minimal_run, tmp_path / "m.bjm", score_bytes=200)
+    assert len(reads) == 1, "while the run goes on, two reads may find two checkpoints"
+    measure(minimal_run, score_bytes=200)
+    assert len(reads) == 2
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_or_an_error(tmp_path: Path, minimal_run: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bytejepa.artifact.calibration import Calibration, InputMoments, calibrate
 from bytejepa.artifact.fit import fit
-from bytejepa.artifact.load import build, run_weights
+from bytejepa.artifact.load import build, read_run
 from bytejepa.artifact.packing import restore
 from bytejepa.artifact.quantize import order_hidden_units, quantize_matrices, sensitive_scales
 from bytejepa.artifact.store import store_weights
@@ -159,7 +159,7 @@ def trained(
         artifact={"small_tensor_elements": 256, "calibration_bytes": 4096},
     )
     train(config, embedded_shards, run)
-    config, weights = run_weights(run)
+    weights = read_run(run).average
     settings = {"calibration_bytes": 16_384, "rounding": "gptq"}
     stream = IdStream.open(embedded_shards, "train")
     every = torch.from_numpy(calibration_sequences(stream, replace(config, artifact=settings), embedded_shards))

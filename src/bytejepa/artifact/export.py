@@ -7,28 +7,29 @@ raw weights, average and reloaded artifact are scored apart, so that the loss of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from bytejepa.artifact.container import read_container, refuse_existing
-from bytejepa.artifact.load import build, configuration_of, load, run_weights
+from bytejepa.artifact.container import ContainerInfo, read_container, refuse_existing
+from bytejepa.artifact.load import TrainedRun, build, configuration_of, load, read_run
 from bytejepa.artifact.store import code_bytes, needs_calibration
 from bytejepa.artifact.write import calibration_sequences, write_artifact
 from bytejepa.config import RunConfig, replace
-from bytejepa.data.loader import IdStream, leading_ids
-from bytejepa.errors import ArtifactError
+from bytejepa.data.loader import IdStream, validation_ids
 from bytejepa.model.precision import on_device
-from bytejepa.model.transformer import TRAINING_ONLY
+from bytejepa.model.transformer import TRAINING_ONLY, ByteLM
 from bytejepa.presets import compact
 from bytejepa.scoring.evaluate import Score, Scorer
-from bytejepa.scoring.windows import check_windows
+from bytejepa.scoring.windows import window_and_stride
 from bytejepa.training.distributed import Ranks
-from bytejepa.training.runlog import RunFolder
 from bytejepa.training.shared_scoring import score_on_ranks
+
+PROVENANCE = ("fingerprint", "created", "git_commit", "versions")
+"""What an artifact repeats of its run's manifest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,45 +88,40 @@ def export(
     `pack_compactly`: with `presets.compact`'s settings instead of the run's. `fit_bytes`: code and weights take as much of
     these as they can and never more; compactly, unless the run's own settings have a clip that can be fitted.
     With `ranks` the scoring is divided among them, on their devices; rank 0 writes.
-    Raises: CheckpointError without a whole checkpoint, ArtifactError if `out` exists or cannot be written, or if the model
-    cannot fit.
+    Raises: CheckpointError without a whole checkpoint, or if the shards are not told of; ArtifactError if `out` exists or
+    cannot be written, or if the model cannot fit.
     """
     ranks = ranks or Ranks()
     with ranks.agree():
-        config, raw = run_weights(run, averaged=False)
-        _, average = run_weights(run)
-        config = _packed_so(config, pack_compactly=pack_compactly, fit_bytes=fit_bytes)
-        ids = validation_ids(run, config, data, score_bytes) if score else None  # before seconds of compression
-        window, every = (0, 0) if ids is None else _windows(config, len(ids) - 1, stride)
+        trained = read_run(run)
+        config = _packed_so(trained.config, pack_compactly=pack_compactly, fit_bytes=fit_bytes)
+        trained = dataclasses.replace(trained, config=config)
+        ids = None
+        if score:  # before seconds of compression
+            window, every = window_and_stride(config.evaluation, stride=stride, sliding=False)
+            shards = trained.folder.data_path(data)
+            ids = validation_ids(shards, score_bytes or config.training.validation_bytes)
         source_bytes, archive_bytes = code_bytes()
         if ranks.is_main:
             refuse_existing(out, force=force)
     with ranks.agree():
         if ranks.is_main:
-            write_artifact(
+            pack_run(
+                trained,
                 out,
-                average,
-                config,
-                sequences=_calibration_sequences(run, config, data),
+                data=data,
                 code_bytes=archive_bytes,
                 device=ranks.device,
-                metadata={"run": run.name, **_provenance(run)},
                 force=force,
                 on_stage=on_progress,
             )
     with ranks.agree():
         container = read_container(out)
-    info = container.info
     scores: dict[str, Score] = {}
     if ids is not None:
-        models = {
-            "raw": lambda: build(config, raw, source=str(run)),
-            "average": lambda: build(config, average, source=str(run)),
-            "artifact": lambda: load(out),
-        }
-        for stage, make in models.items():
+        for stage, model in _models_of_stages(trained, out):
             scores[stage] = score_on_ranks(
-                Scorer(on_device(make(), ranks.device)),
+                Scorer(on_device(model, ranks.device)),
                 ids,
                 ranks,
                 window=window,
@@ -133,19 +129,69 @@ def export(
                 batch_ids=config.evaluation.batch_bytes,
                 on_progress=_stage_progress(on_progress, f"score {stage}", len(ids) - 1),
             )
+    fitted = configuration_of(container.configuration, str(out)).artifact.clip_standard_deviations
     return ExportResult(
         path=out,
-        sha256=info.sha256,
-        num_parameters=sum(value.numel() for name, value in average.items() if not name.startswith(TRAINING_ONLY)),
-        weights_bytes=info.file_bytes,
+        sha256=container.info.sha256,
+        num_parameters=sum(
+            value.numel() for name, value in trained.average.items() if not name.startswith(TRAINING_ONLY)
+        ),
+        weights_bytes=container.info.file_bytes,
         code_bytes=archive_bytes,
         code_source_bytes=source_bytes,
         limit_bytes=config.artifact.limit_bytes,
-        fitted_clip=configuration_of(container.configuration, str(out)).artifact.clip_standard_deviations
-        if config.artifact.fit
-        else None,
+        fitted_clip=fitted if config.artifact.fit else None,
         scores=scores,
     )
+
+
+def pack_run(
+    trained: TrainedRun,
+    out: Path,
+    *,
+    data: Path | None = None,
+    code_bytes: int = 0,
+    device: torch.device | str = "cpu",
+    force: bool = False,
+    on_stage: Callable[[str, int, int], None] | None = None,
+) -> ContainerInfo:
+    """Write the averaged weights of `trained` as the artifact `out`, packed as its configuration says.
+
+    `data`: where its shards are if they moved; training text is read there if the packing needs it. The rest as
+    `write_artifact`. Raises: ArtifactError, and CheckpointError or DataError if that text cannot be found.
+    """
+    manifest = trained.folder.read_manifest()
+    metadata = {key: manifest[key] for key in PROVENANCE if key in manifest}
+    return write_artifact(
+        out,
+        trained.average,
+        trained.config,
+        sequences=calibration_text(trained, data),
+        code_bytes=code_bytes,
+        device=device,
+        metadata={"run": trained.folder.path.name, **metadata},
+        force=force,
+        on_stage=on_stage,
+    )
+
+
+def calibration_text(trained: TrainedRun, data: Path | None = None) -> npt.NDArray[np.int64] | None:
+    """Return the training text, (sequences, T), by which the run's weights are packed; None if its settings need none.
+
+    Raises: CheckpointError or DataError if it cannot be found.
+    """
+    if not needs_calibration(trained.config.artifact):  # before the data are asked for
+        return None
+    shards = trained.folder.data_path(data)
+    return calibration_sequences(IdStream.open(shards, "train"), trained.config, shards)
+
+
+def _models_of_stages(trained: TrainedRun, artifact: Path) -> Iterator[tuple[str, ByteLM]]:
+    """Yield the model of every stage, each built when it is its turn."""
+    source = str(trained.folder.path)
+    yield "raw", build(trained.config, trained.raw, source=source)
+    yield "average", build(trained.config, trained.average, source=source)
+    yield "artifact", load(artifact)
 
 
 def _packed_so(config: RunConfig, *, pack_compactly: bool, fit_bytes: int | None) -> RunConfig:
@@ -153,41 +199,6 @@ def _packed_so(config: RunConfig, *, pack_compactly: bool, fit_bytes: int | None
     if pack_compactly or (fit_bytes is not None and config.artifact.clip not in ("standard_deviations", "sensitivity")):
         config = compact(config)
     return config if fit_bytes is None else replace(config, artifact={"fit": True, "limit_bytes": fit_bytes})
-
-
-def _windows(config: RunConfig, num_targets: int, stride: int | None) -> tuple[int, int]:
-    """Return (window, stride) that `num_targets` are scored in. Raises: ConfigError for a stride that cannot be."""
-    window = config.evaluation.window_bytes
-    stride = window if stride is None else stride
-    check_windows(window=window, stride=stride)  # before short data make both smaller
-    return min(window, num_targets), min(stride, num_targets)
-
-
-def _calibration_sequences(run: Path, config: RunConfig, data: Path | None) -> npt.NDArray[np.int64] | None:
-    if not needs_calibration(config.artifact):  # before the data are asked for
-        return None
-    place = data_of(run, data)
-    return calibration_sequences(IdStream.open(place, "train"), config, place)
-
-
-def data_of(run: Path, data: Path | None) -> Path:
-    """Return where the run's shards are. Raises: ArtifactError if neither the run nor the caller says it."""
-    recorded = RunFolder(run).read_manifest().get("data", {}).get("path")
-    if data is None and recorded is None:
-        raise ArtifactError(f"{run} does not say where its data is", hint="name it with --data")
-    return data or Path(recorded)
-
-
-def validation_ids(run: Path, config: RunConfig, data: Path | None, limit: int | None) -> npt.NDArray[np.uint16]:
-    """Return the leading ids of the run's validation split. Raises: DataError if it cannot be found."""
-    place = data_of(run, data)
-    stream = IdStream.open(place, "val")
-    return leading_ids(stream, limit or config.training.validation_bytes or stream.num_ids, place)
-
-
-def _provenance(run: Path) -> dict[str, Any]:
-    manifest = RunFolder(run).read_manifest()
-    return {key: manifest[key] for key in ("fingerprint", "created", "git_commit", "versions") if key in manifest}
 
 
 def _stage_progress(

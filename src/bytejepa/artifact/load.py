@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def load(path: Path | str, *, device: str = "cpu", precision: Precision = "auto"
     """
     path = Path(path)
     if path.is_dir():
-        config, weights = run_weights(path)
-        return on_device(build(config, weights, source=str(path)), device, precision=precision)
+        run = read_run(path)
+        return on_device(build(run.config, run.average, source=str(path)), device, precision=precision)
     container = read_container(path)
     config = configuration_of(container.configuration, str(path))
     model = on_device(build(config, container.tensors, source=str(path)), device, precision=precision)
@@ -80,14 +81,27 @@ def build(config: RunConfig, weights: dict[str, Tensor], *, source: str) -> Byte
     return model.eval()
 
 
-def run_weights(run: Path, *, averaged: bool = True) -> tuple[RunConfig, dict[str, Tensor]]:
-    """Return (configuration, weights by name) of the newest whole checkpoint of a run: averaged, or as last trained.
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedRun:
+    """What a run holds: its configuration, and the weights of one of its checkpoints by name."""
+
+    folder: RunFolder
+    config: RunConfig
+    raw: dict[str, Tensor]
+    """As last trained."""
+    average: dict[str, Tensor]
+    """Averaged over the run (EMA or SWA); the raw ones of a run that keeps no average."""
+
+
+def read_run(path: Path) -> TrainedRun:
+    """Return what the run in `path` holds, as of its newest whole checkpoint.
 
     Raises: CheckpointError if the folder is no run or has no whole checkpoint.
     """
-    folder = RunFolder(run)
+    folder = RunFolder(path)
     config = folder.read_config()
     found = checkpoint.read_newest(folder.checkpoints_path)
     if found is None:
-        raise CheckpointError(f"{run} has no checkpoint yet", hint=f"go on with `bytejepa train --resume {run}`")
-    return config, (found.part("average") if averaged else {}) or found.part("model")
+        raise CheckpointError(f"{path} has no checkpoint yet", hint=f"go on with `bytejepa train --resume {path}`")
+    raw = found.part("model")
+    return TrainedRun(folder=folder, config=config, raw=raw, average=found.part("average") or raw)

@@ -49,7 +49,7 @@ class Evaluate:
         from bytejepa.cli.terminal import note, print_json, print_table
         from bytejepa.compressors import compressed_bytes
         from bytejepa.scoring.evaluate import Scorer
-        from bytejepa.scoring.windows import check_windows
+        from bytejepa.scoring.windows import window_and_stride
         from bytejepa.training.distributed import join, leave
 
         ranks = join(chosen_device(self.device))
@@ -57,9 +57,7 @@ class Evaluate:
             model = load(self.model, device=str(ranks.device), precision=self.precision)
             ids, text = self._ids()
             evaluation = model.config.evaluation
-            window = evaluation.window_bytes if self.window is None else self.window
-            stride = min(evaluation.stride_bytes, window) if self.stride is None else self.stride
-            check_windows(window=window, stride=stride)
+            window, stride = window_and_stride(evaluation, window=self.window, stride=self.stride)
         if ranks.is_main and len(ids) - 1 < window:
             note(
                 f"the data has {len(ids) - 1} ids to score, fewer than the window of {window}: one shorter window is used"
@@ -94,7 +92,7 @@ class Evaluate:
     def _ids(self) -> Any:
         import numpy as np
 
-        from bytejepa.data.loader import IdStream, leading_ids
+        from bytejepa.data.loader import validation_ids
         from bytejepa.data.vocabulary import BOS, ids_from_bytes
 
         if self.data.is_dir():
@@ -102,9 +100,7 @@ class Evaluate:
                 raise ConfigError(
                     "--max-bytes: expected 2 or more ids of shards, got 1", hint="the first is not scored"
                 )
-            stream = IdStream.open(self.data, "val", check=True)
-            limit = stream.num_ids if self.max_bytes is None else self.max_bytes
-            return leading_ids(stream, limit, self.data), None
+            return validation_ids(self.data, self.max_bytes), None
         with file_errors_as(DataError, "read", self.data):
             text = self.data.read_bytes()[: self.max_bytes]
         if not text:

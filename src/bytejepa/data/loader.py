@@ -66,14 +66,17 @@ class IdStream:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def leading_ids(stream: IdStream, limit: int, place: Path) -> npt.NDArray[np.uint16]:
-    """Return the first `limit` ids of a validation split. Raises: DataError if there is nothing to score among them."""
-    ids = stream.read(0, min(stream.num_ids, limit))
+def validation_ids(data: Path, limit: int | None = None) -> npt.NDArray[np.uint16]:
+    """Return the first `limit` ids (None: all) of the validation split in the folder `data`.
+
+    Raises: DataError if it is not there or not as its manifest says, or if there is nothing to score among them.
+    """
+    stream = IdStream.open(data, "val", check=True)
+    ids = stream.read(0, stream.num_ids if limit is None else min(stream.num_ids, limit))
     if len(ids) < 2:
         raise DataError(
-            f"the validation split of {place} has {len(ids)} ids to read: scoring needs a BOS and at least one byte"
+            f"the validation split of {data} has {len(ids)} ids to read: scoring needs a BOS and at least one byte"
         )
-    check_ids(ids, place)
     return ids
 
 

@@ -24,6 +24,7 @@ from bytejepa.bits import NATS_PER_BIT, bits_per_byte_of_bits
 from bytejepa.data.vocabulary import BOS, BYTE_OFFSET, ids_from_bytes
 from bytejepa.model.transformer import ByteLM
 from bytejepa.scoring.evaluate import Scorer, target_losses
+from bytejepa.scoring.windows import window_and_stride
 
 NUM_ALTERNATIVES = 5
 """Most likely bytes that are kept for every position."""
@@ -68,12 +69,7 @@ class _RankingScorer(Scorer):
         self.probabilities: list[npt.NDArray[np.float32]] = []
 
     def _batch_losses(self, ids: Int[Tensor, "B T"], targets: Int[Tensor, "B N"]) -> Float[Tensor, "B N"]:
-        scored = targets.size(1)
-        if self.prune and scored < ids.size(1):
-            logits = self.model.tail_logits(ids, scored)
-        else:
-            logits = self.model.logits(ids)[:, -scored:]
-        logits = logits.flatten(0, 1)
+        logits = self.target_logits(ids, targets.size(1)).flatten(0, 1)
         # specials count in the softmax but are not bytes
         top = torch.softmax(logits, dim=-1)[:, BYTE_OFFSET:].topk(NUM_ALTERNATIVES, dim=-1)
         self.alternatives.append(top.indices.to(torch.uint8).cpu().numpy())
@@ -95,8 +91,7 @@ def surprise(
     is that score's. `on_progress` is told the bytes done so far. Raises: ConfigError if not 1 <= stride <= window.
     """
     evaluation = model.config.evaluation
-    window = evaluation.window_bytes if window is None else window
-    stride = min(evaluation.stride_bytes, window) if stride is None else stride
+    window, stride = window_and_stride(evaluation, window=window, stride=stride)
     ids = np.concatenate((np.array([BOS], dtype=np.uint16), ids_from_bytes(data)))
     scorer = _RankingScorer(model)
     nats, done = [np.zeros(0)], 0

@@ -14,14 +14,15 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from bytejepa.artifact.container import Container, read_container
-from bytejepa.artifact.export import ExportResult, export
-from bytejepa.artifact.load import build, run_weights
+from bytejepa.artifact.export import pack_run
+from bytejepa.artifact.load import TrainedRun, build, read_run
 from bytejepa.artifact.quantize import hidden_pairs
+from bytejepa.artifact.store import code_bytes
 from bytejepa.bits import NATS_PER_BIT, bits_per_byte
 from bytejepa.config import RunConfig, replace
-from bytejepa.data.loader import IdStream, leading_ids
+from bytejepa.data.loader import IdStream, validation_ids
 from bytejepa.data.vocabulary import BYTE_OFFSET
-from bytejepa.errors import DataError
+from bytejepa.errors import CheckpointError, DataError
 from bytejepa.model.initialization import fill_sigreg_directions, initialize
 from bytejepa.model.precision import on_device
 from bytejepa.model.quantization import QuantizedMatrix
@@ -35,9 +36,9 @@ from bytejepa.report.measurements import (
     TensorFigures,
 )
 from bytejepa.scoring.evaluate import Scorer, target_losses
+from bytejepa.scoring.windows import window_and_stride
 from bytejepa.training import schedule
 from bytejepa.training.gradient_step import GradientStep
-from bytejepa.training.runlog import RunFolder
 
 DEFAULT_SCORE_BYTES = 262_144
 """Leading ids of the validation split that are priced unless told otherwise."""
@@ -65,13 +66,15 @@ def measure(
     Raises: CheckpointError without a whole checkpoint, DataError if the shards cannot be found or read.
     """
     tell = on_progress or _ignore
-    config, raw = run_weights(run, averaged=False)
-    _, average = run_weights(run)
-    ids, is_whole = _validation_ids(run, data, score_bytes or DEFAULT_SCORE_BYTES)
+    trained = read_run(run)
+    config, raw, average = trained.config, trained.raw, trained.average
+    ids, is_whole = _validation_ids(trained, data, score_bytes or DEFAULT_SCORE_BYTES)
     tell("pack", 0.0)
+    _, zipped_code_bytes = code_bytes()
     with tempfile.TemporaryDirectory(prefix="bytejepa-report-") as folder:
-        exported = export(run, Path(folder) / "model.bjm", data=data, score=False)
-        container = read_container(exported.path)
+        artifact = Path(folder) / "model.bjm"
+        pack_run(trained, artifact, data=data, code_bytes=zipped_code_bytes)
+        container = read_container(artifact)
     weights = {"raw": raw, "average": average, "artifact": container.tensors}
     scores, priced = {}, None
     for stage, tensors in weights.items():
@@ -90,7 +93,9 @@ def measure(
         tensors=tuple(_tensor_figures(name, raw, average, initial, container, restored, gradients) for name in initial),
         gradient_batch=batch,
         device=torch.cuda.get_device_name() if device.startswith("cuda") else device,
-        **_sizes(exported),
+        weights_bytes=container.info.file_bytes,
+        code_bytes=zipped_code_bytes,
+        limit_bytes=config.artifact.limit_bytes,
     )
 
 
@@ -98,31 +103,24 @@ def _ignore(_what: str, _share: float) -> None:
     """Tell nobody."""
 
 
-def _sizes(exported: ExportResult) -> dict[str, int]:
-    return {name: getattr(exported, name) for name in ("weights_bytes", "code_bytes", "limit_bytes")}
-
-
-def _validation_ids(run: Path, data: Path | None, limit: int) -> tuple[npt.NDArray[np.uint16], bool]:
-    recorded = RunFolder(run).read_manifest().get("data", {}).get("path")
-    if data is None and recorded is None:
-        raise DataError(f"{run} does not say where its data is", hint="name it with --data, or use --measure none")
-    place = data or Path(recorded)
+def _validation_ids(trained: TrainedRun, data: Path | None, limit: int) -> tuple[npt.NDArray[np.uint16], bool]:
+    """Return the leading ids of the validation split, and whether they are all of it."""
     try:
-        stream = IdStream.open(place, "val")
-    except DataError as problem:
-        raise DataError(problem.message, hint="name the run's shards with --data, or use --measure none") from None
-    ids = leading_ids(stream, limit, place)
-    return ids, len(ids) == stream.num_ids
+        shards = trained.folder.data_path(data)
+        ids = validation_ids(shards, limit)
+        return ids, len(ids) == IdStream.open(shards, "val").num_ids
+    except (CheckpointError, DataError) as problem:
+        raise type(problem)(problem.message, hint="name the run's shards with --data, or use --measure none") from None
 
 
 def _price(model: ByteLM, ids: npt.NDArray[np.uint16], is_whole: bool, on_share: Callable[[float], None]) -> PricedText:
     """Return what every target of `ids` costs, in non-overlapping windows."""
     evaluation = model.config.evaluation
-    window = min(evaluation.window_bytes, len(ids) - 1)
+    window, stride = window_and_stride(evaluation, sliding=False)
     parts: list[npt.NDArray[np.float64]] = []
     done = 0
     scorer = Scorer(model)
-    for _, losses in target_losses(scorer, ids, window=window, stride=window, batch_ids=evaluation.batch_bytes):
+    for _, losses in target_losses(scorer, ids, window=window, stride=stride, batch_ids=evaluation.batch_bytes):
         parts.append(losses.double().flatten().cpu().numpy())
         done += losses.numel()
         on_share(done / (len(ids) - 1))

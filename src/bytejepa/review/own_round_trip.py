@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bytejepa.artifact.container import read_container, write_container
-from bytejepa.artifact.load import configuration_of, load, run_weights
+from bytejepa.artifact.load import configuration_of, load, read_run
 from bytejepa.artifact.packing import restore
 from bytejepa.artifact.quantize import order_hidden_units
 from bytejepa.artifact.store import needs_calibration, store_weights
@@ -33,7 +33,8 @@ def run_round_trip(path: Path) -> Finding:
     Packed as the run says, but with each weight to its nearest code and no search for a size: what `gptq` and
     `sensitivity` choose the codes by is training text, which may be gone. Raises: CheckpointError, ArtifactError.
     """
-    config, weights = run_weights(path)
+    trained = read_run(path)
+    config, weights = trained.config, trained.average
     plain = {"rounding": "nearest", "clip": "standard_deviations"} if needs_calibration(config.artifact) else {}
     config = replace(config, artifact={**plain, "fit": False})
     if config.artifact.hidden_order == "by_scale":

@@ -16,7 +16,7 @@ from bytejepa.bits import bits_per_byte
 from bytejepa.data.vocabulary import BOS, BYTE_OFFSET, ids_from_bytes
 from bytejepa.model.attention import available_backends
 from bytejepa.model.transformer import ByteLM
-from bytejepa.scoring.windows import Window, batch_windows, plan_windows
+from bytejepa.scoring.windows import Window, batch_windows, plan_windows, window_and_stride
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,15 +46,6 @@ class Score:
         """Bits per byte of the bytes alone; NaN for empty text."""
         return bits_per_byte(self.nats - self.nats_of_bos, self.num_bytes)
 
-    def __add__(self, other: Score) -> Score:
-        return dataclasses.replace(
-            self,
-            nats=self.nats + other.nats,
-            nats_of_bos=self.nats_of_bos + other.nats_of_bos,
-            num_bytes=self.num_bytes + other.num_bytes,
-            num_targets=self.num_targets + other.num_targets,
-        )
-
 
 class Scorer:
     """Prices windows; compiled once and reused by every evaluation of a run."""
@@ -70,12 +61,14 @@ class Scorer:
             )  # found while tracing, the first graph is made twice
 
     def _batch_losses(self, ids: Int[Tensor, "B T"], targets: Int[Tensor, "B N"]) -> Float[Tensor, "B N"]:
-        scored = targets.size(1)
-        if self.prune and scored < ids.size(1):
-            logits = self.model.tail_logits(ids, scored)
-        else:
-            logits = self.model.logits(ids)[:, -scored:]
+        logits = self.target_logits(ids, targets.size(1))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+    def target_logits(self, ids: Int[Tensor, "B T"], num_targets: int) -> Float[Tensor, "B N V"]:
+        """Return the logits of the last `num_targets` targets of windows; what no target needs is not computed."""
+        if self.prune and num_targets < ids.size(1):
+            return self.model.tail_logits(ids, num_targets)
+        return self.model.logits(ids)[:, -num_targets:]
 
     @torch.no_grad()
     def window_losses(self, ids: npt.NDArray[np.uint16], windows: list[Window]) -> Float[Tensor, "B N"]:
@@ -157,7 +150,6 @@ def score(model: ByteLM, data: bytes, *, window: int | None = None, stride: int 
     `window` and `stride` in bytes default to the model's evaluation settings. Empty data scores 0 nats over 0 bytes.
     """
     evaluation = model.config.evaluation
-    window = evaluation.window_bytes if window is None else window
-    stride = min(evaluation.stride_bytes, window) if stride is None else stride
+    window, stride = window_and_stride(evaluation, window=window, stride=stride)
     ids = np.concatenate((np.array([BOS], dtype=np.uint16), ids_from_bytes(data)))
     return score_ids(Scorer(model), ids, window=window, stride=stride, batch_ids=evaluation.batch_bytes)

@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+from bytejepa.config import EvaluationConfig
 from bytejepa.errors import ConfigError
 
 
@@ -30,6 +31,21 @@ class Window:
     def first_target(self) -> int:
         """Position of the first target priced."""
         return self.begin + self.length - self.scored + 1
+
+
+def window_and_stride(
+    evaluation: EvaluationConfig, *, window: int | None = None, stride: int | None = None, sliding: bool = True
+) -> tuple[int, int]:
+    """Return window and stride in ids: as given, else as `evaluation` says; without `sliding` the windows do not overlap.
+
+    A window that is given and shorter than the evaluation's stride is its own stride.
+    Raises: ConfigError if not 1 <= stride <= window.
+    """
+    window = evaluation.window_bytes if window is None else window
+    if stride is None:
+        stride = min(evaluation.stride_bytes, window) if sliding else window
+    check_windows(window=window, stride=stride)
+    return window, stride
 
 
 def check_windows(*, window: int, stride: int) -> None:

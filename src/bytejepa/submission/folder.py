@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 
 from bytejepa.config import RunConfig
+from bytejepa.data.loader import validation_ids
 from bytejepa.errors import DataError, file_errors_as
 from bytejepa.files import write_atomically
 from bytejepa.study.results import StudyResult
@@ -29,9 +30,9 @@ from bytejepa.submission.seeds import (
     log_of,
     pack_and_score,
     read_runs,
-    validation_ids,
 )
 from bytejepa.training.distributed import Ranks
+from bytejepa.training.runlog import RunFolder
 
 SCRIPT, READABLE_SCRIPT, CLAIMS = "train_gpt.py", "train_gpt_readable.py", "submission.json"
 FINEWEB_BYTES, FINEWEB_DOCUMENTS = 151_080_891, 50_000
@@ -103,7 +104,7 @@ def make_submission(
     with ranks.agree():
         _require_replaceable(out, force=force)
         finished = read_runs(runs)
-        ids = validation_ids(finished[0], data, score_bytes)
+        ids = validation_ids(RunFolder(finished[0].folder).data_path(data), score_bytes)
         readable = readable_script(finished[0].config)
         script = packed_script(readable) if packed else readable
     with _place_beside(out, ranks) as place:

@@ -23,11 +23,12 @@ from bytejepa.artifact.container import read_container
 from bytejepa.artifact.load import build
 from bytejepa.artifact.write import calibration_sequences, write_artifact
 from bytejepa.config import RunConfig
-from bytejepa.data.loader import IdStream
+from bytejepa.data.loader import IdStream, validation_ids
 from bytejepa.data.vocabulary import BOS
 from bytejepa.errors import BytejepaError, CheckpointError
 from bytejepa.model.precision import on_device
 from bytejepa.scoring.evaluate import Score, Scorer
+from bytejepa.scoring.windows import window_and_stride
 from bytejepa.submission import log_lines
 from bytejepa.submission.environment import configured
 from bytejepa.training import schedule
@@ -120,7 +121,7 @@ def train(trainer: Trainer, log: Log) -> None:
         if validate and trainer.validation_ids is not None:
             clock.pause()
             report(pending, log, config, keep=0)
-            live = score(trainer.scorer, trainer.validation_ids, trainer, stride=None)
+            live = score(trainer.scorer, trainer.validation_ids, trainer, sliding=False)
             log.write(log_lines.validation_line(config, live, step=at.step, elapsed_s=elapsed_s))
             clock.resume()
         if progress >= 1:
@@ -146,10 +147,9 @@ def report(pending: collections.deque[PendingStep], log: Log, config: RunConfig,
 def pack_and_score(trainer: Trainer, data: Path, log: Log, *, code_bytes: int) -> Score:
     """Write the averaged weights, read them back and score them; return the score in sliding windows."""
     config, ranks = trainer.config, trainer.ranks
-    stream = IdStream.open(data, "val", check=True)
-    ids = stream.read(0, stream.num_ids)
+    ids = validation_ids(data)
     with averaged_weights(trainer.model, trainer.average.average):
-        log.write(log_lines.average_line(score(trainer.scorer, ids, trainer, stride=None)))
+        log.write(log_lines.average_line(score(trainer.scorer, ids, trainer, sliding=False)))
     path = Path(ARTIFACT)
     with ranks.agree():
         if ranks.is_main:
@@ -167,9 +167,9 @@ def pack_and_score(trainer: Trainer, data: Path, log: Log, *, code_bytes: int) -
         peak_mib = torch.cuda.max_memory_allocated(ranks.device) / 2**20
         log.write(f"peak memory allocated: {peak_mib:.0f} MiB")
     scorer = packed_scorer(path, config, ranks, compiled=trainer.compiled)
-    for kind, stride in (("roundtrip", None), ("sliding_window", config.evaluation.stride_bytes)):
+    for kind, sliding in (("roundtrip", False), ("sliding_window", True)):
         begin = time.perf_counter()
-        result = score(scorer, ids, trainer, stride=stride)
+        result = score(scorer, ids, trainer, sliding=sliding)
         log.write(log_lines.final_line(config, result, kind=kind, evaluation_s=time.perf_counter() - begin))
     log.write(log_lines.counts_line(result, int((ids == BOS).sum())))
     return result
@@ -181,10 +181,9 @@ def packed_scorer(path: Path, config: RunConfig, ranks: Ranks, *, compiled: bool
     return Scorer(on_device(model, ranks.device), compile=compiled)
 
 
-def score(scorer: Scorer, ids: npt.NDArray[np.uint16], trainer: Trainer, *, stride: int | None) -> Score:
-    """Return the score of ids[1:], `stride` targets a window; None: windows that do not overlap."""
+def score(scorer: Scorer, ids: npt.NDArray[np.uint16], trainer: Trainer, *, sliding: bool) -> Score:
+    """Return the score of ids[1:] in windows that slide as the configuration says, or that do not overlap."""
     evaluation = trainer.config.evaluation
-    window = min(evaluation.window_bytes, len(ids) - 1)
-    stride = window if stride is None else min(stride, window)
+    window, stride = window_and_stride(evaluation, sliding=sliding)
     batch_ids = evaluation.batch_bytes
     return score_on_ranks(scorer, ids, trainer.ranks, window=window, stride=stride, batch_ids=batch_ids)

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bytejepa.artifact.load import build, run_weights
-from bytejepa.artifact.store import needs_calibration
-from bytejepa.artifact.write import calibration_sequences, write_artifact
+from bytejepa.artifact.export import calibration_text
+from bytejepa.artifact.load import build, read_run
+from bytejepa.artifact.write import write_artifact
 from bytejepa.config import RunConfig, replace
 from bytejepa.config_json import to_dict
-from bytejepa.data.loader import IdStream, leading_ids
 from bytejepa.data.vocabulary import BOS
-from bytejepa.errors import ArtifactError, CheckpointError, DataError
+from bytejepa.errors import ArtifactError, CheckpointError
 from bytejepa.model.precision import on_device
 from bytejepa.scoring.evaluate import Score, Scorer
+from bytejepa.scoring.windows import window_and_stride
 from bytejepa.submission import log_lines
 from bytejepa.submission.program import packed_scorer
 from bytejepa.training import checkpoint, schedule
@@ -111,21 +111,6 @@ def _read_run(folder: Path) -> FinishedRun:
     )
 
 
-def validation_ids(run: FinishedRun, data: Path | None, limit: int | None) -> npt.NDArray[np.uint16]:
-    """Return the first `limit` ids (None: all) of the validation split. Raises: DataError if there is none."""
-    place = shards_of(run, data)
-    stream = IdStream.open(place, "val")
-    return leading_ids(stream, limit or stream.num_ids, place)
-
-
-def shards_of(run: FinishedRun, data: Path | None) -> Path:
-    """Return where the run's shards are. Raises: DataError if neither the run nor the caller says it."""
-    recorded = run.machine.get("data", {}).get("path")  # type: ignore[attr-defined]
-    if data is None and recorded is None:
-        raise DataError(f"{run.folder} does not say where its shards are", hint="name them with --data")
-    return data or Path(str(recorded))
-
-
 def pack_and_score(
     run: FinishedRun,
     ids: npt.NDArray[np.uint16],
@@ -143,15 +128,18 @@ def pack_and_score(
     Raises: ArtifactError if weights and code are over the budget.
     """
     with ranks.agree():
-        config, average = run_weights(run.folder)
+        trained = read_run(run.folder)
+        config = trained.config
     with ranks.agree():
         if ranks.is_main:
-            sequences = None
-            if needs_calibration(config.artifact):
-                place = shards_of(run, data)
-                sequences = calibration_sequences(IdStream.open(place, "train"), config, place)
-            write_artifact(
-                artifact, average, config, sequences=sequences, code_bytes=code_bytes, device=ranks.device, force=True
+            write_artifact(  # as the script does, which knows nothing of a run folder
+                artifact,
+                trained.average,
+                config,
+                sequences=calibration_text(trained, data),
+                code_bytes=code_bytes,
+                device=ranks.device,
+                force=True,
             )
     with ranks.agree():
         weights_bytes, limit_bytes = artifact.stat().st_size, config.artifact.limit_bytes
@@ -160,21 +148,20 @@ def pack_and_score(
                 f"{run.folder}: weights of {weights_bytes:,} bytes and code of {code_bytes:,} are over the budget of {limit_bytes:,}",
                 hint="--packed makes the code smaller; a smaller model or fewer bits the weights",
             )
-        averaged = Scorer(on_device(build(config, average, source=str(run.folder)), ranks.device))
+        averaged = Scorer(on_device(build(config, trained.average, source=str(run.folder)), ranks.device))
         packed = packed_scorer(artifact, config, ranks)
     seconds: dict[str, float] = {}
 
-    def score(what: str, scorer: Scorer, stride: int | None) -> Score:
-        evaluation = config.evaluation
-        window = min(evaluation.window_bytes, len(ids) - 1)
+    def score(what: str, scorer: Scorer, *, sliding: bool) -> Score:
+        window, stride = window_and_stride(config.evaluation, sliding=sliding)
         begin = time.perf_counter()
         result = score_on_ranks(
             scorer,
             ids,
             ranks,
             window=window,
-            stride=window if stride is None else min(stride, window),
-            batch_ids=evaluation.batch_bytes,
+            stride=stride,
+            batch_ids=config.evaluation.batch_bytes,
             on_progress=_telling(on_progress, f"seed {config.training.seed}, {what}", len(ids) - 1),
         )
         seconds[what] = time.perf_counter() - begin
@@ -184,9 +171,9 @@ def pack_and_score(
         run=run,
         num_parameters=sum(parameter.numel() for parameter in packed.model.parameters()),
         weights_bytes=weights_bytes,
-        average=score("averaged weights", averaged, None),
-        roundtrip=score("round trip", packed, None),
-        sliding=score("sliding windows", packed, config.evaluation.stride_bytes),
+        average=score("averaged weights", averaged, sliding=False),
+        roundtrip=score("round trip", packed, sliding=False),
+        sliding=score("sliding windows", packed, sliding=True),
         roundtrip_s=seconds["round trip"],
         sliding_s=seconds["sliding windows"],
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from bytejepa.config import RunConfig
 from bytejepa.config_json import from_dict, to_dict
@@ -14,17 +13,6 @@ from bytejepa.training.checkpoint import Checkpoint
 from bytejepa.training.clock import read_log
 from bytejepa.training.runlog import RunFolder
 from bytejepa.training.trainer import Trainer
-
-
-def recorded_data(run: RunFolder, manifest: dict[str, Any]) -> Path:
-    """Return the folder of the shards that the run began with. Raises: CheckpointError if the manifest does not say."""
-    path = manifest.get("data", {}).get("path")
-    if not isinstance(path, str):
-        raise CheckpointError(
-            f"{run.manifest_path} does not say where the shards are: expected data.path, got {path!r}",
-            hint="say it with --data",
-        )
-    return Path(path)
 
 
 def check_configuration(found: Checkpoint, config: RunConfig, run: RunFolder) -> None:

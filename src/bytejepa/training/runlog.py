@@ -115,6 +115,21 @@ class RunFolder:
         with file_errors_as(CheckpointError, "write", self.manifest_path):
             write_atomically(self.manifest_path, json.dumps(manifest, indent=1).encode())
 
+    def data_path(self, moved_to: Path | None = None) -> Path:
+        """Return the folder of the shards that the run began with, or `moved_to`, where they are now.
+
+        Raises: CheckpointError if the manifest does not say it or is damaged.
+        """
+        if moved_to is not None:
+            return moved_to
+        path = self.read_manifest().get("data", {}).get("path")
+        if not isinstance(path, str):
+            raise CheckpointError(
+                f"{self.manifest_path} does not say where the shards are: expected data.path, got {path!r}",
+                hint="say it with --data",
+            )
+        return Path(path)
+
     def read_manifest(self) -> dict[str, Any]:
         """Return the run's manifest, empty if there is none. Raises: CheckpointError if it is damaged."""
         if not self.manifest_path.is_file():

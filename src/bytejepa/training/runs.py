@@ -61,7 +61,7 @@ def resume(
     config, ranks = _config_and_ranks(run)
     with ranks.agree():
         manifest = run.read_manifest()
-        data = data or recovery.recorded_data(run, manifest)
+        data = run.data_path(data)
     with _locked(run, ranks):
         # whatever is damaged is refused before anything is touched, and before a model is built
         damaged: list[tuple[int, str]] = []

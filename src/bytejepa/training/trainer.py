@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bytejepa.config import RunConfig
-from bytejepa.data.loader import IdStream, Loader, leading_ids
+from bytejepa.data.loader import IdStream, Loader, validation_ids
 from bytejepa.data.manifest import check_split
 from bytejepa.data.shards import shards_in
 from bytejepa.errors import ConfigError, DataError
@@ -25,6 +25,7 @@ from bytejepa.model.jepa import effective_rank, explained_variance, latent_std
 from bytejepa.model.precision import on_device
 from bytejepa.model.transformer import ByteLM
 from bytejepa.scoring.evaluate import Score, Scorer
+from bytejepa.scoring.windows import window_and_stride
 from bytejepa.training import schedule
 from bytejepa.training.allocator import keep_freed_memory
 from bytejepa.training.averaging import WeightAverage
@@ -134,8 +135,7 @@ class Trainer:
         if self.config.training.validate_every_steps is None and not shards_in(data, "val"):
             check_split(data, "val", {})  # missing is not the same as never promised
             return None
-        stream = IdStream.open(data, "val", check=True)
-        return leading_ids(stream, self.config.training.validation_bytes or stream.num_ids, data)
+        return validation_ids(data, self.config.training.validation_bytes)
 
     def state(self) -> dict[str, Tensor]:
         """Return every tensor that decides how the run goes on (a collective call)."""
@@ -283,15 +283,15 @@ class Trainer:
             return live, self._score(self.validation_ids, before_round).bpb
 
     def _score(self, ids: npt.NDArray[np.uint16], before_round: Callable[[], None] | None) -> Score:
-        window = min(self.config.evaluation.window_bytes, len(ids) - 1)
-        batch_ids = self.config.evaluation.batch_bytes
+        evaluation = self.config.evaluation
+        window, stride = window_and_stride(evaluation, sliding=False)
         return score_on_ranks(
             self.scorer,
             ids,
             self.ranks,
             window=window,
-            stride=window,
-            batch_ids=batch_ids,
+            stride=stride,
+            batch_ids=evaluation.batch_bytes,
             before_round=before_round,
         )
 
