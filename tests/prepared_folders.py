@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from bytejepa.data.blocks import Block
 from bytejepa.data.shards import find_shards, open_shard
 from bytejepa.data.vocabulary import BOS, bytes_from_ids
 
@@ -27,3 +30,22 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 
 
 TEXTS = [f"document {number} " + "word " * (number % 50) for number in range(200)]
+
+
+def documents_from_blocks(blocks: Iterable[Block]) -> Iterator[bytes]:
+    """Yield whole documents; text before the first document's start counts as a document of its own."""
+    parts: list[bytes] = []
+    begun = False
+    for block in blocks:
+        raw = block.data.tobytes()
+        cuts = [0, *block.starts.tolist(), len(raw)]
+        for index, (begin, end) in enumerate(itertools.pairwise(cuts)):
+            if index > 0:
+                if begun:
+                    yield b"".join(parts)
+                parts, begun = [], True
+            if end > begin:
+                parts.append(raw[begin:end])
+                begun = True
+    if begun:
+        yield b"".join(parts)

@@ -15,12 +15,12 @@ from bytejepa import presets
 from bytejepa.artifact.container import read_container
 from bytejepa.artifact.export import export
 from bytejepa.artifact.load import build, load, read_run
-from bytejepa.artifact.store import code_archive, code_bytes, scheme_of, store_weights
+from bytejepa.artifact.store import code_archive, code_bytes, store_weights
 from bytejepa.artifact.write import write_artifact
 from bytejepa.config import RunConfig, replace
 from bytejepa.data.loader import validation_ids
 from bytejepa.errors import ArtifactError, CheckpointError, DataError
-from bytejepa.model.quantization import dequantize, quantize_rows, reference_int6, reference_int8
+from bytejepa.model.quantization import dequantize, quantize_rows, reference_int6, reference_int8, stored_bits
 from bytejepa.model.transformer import ByteLM
 from bytejepa.report.measure import measure
 from bytejepa.training import checkpoint
@@ -124,26 +124,26 @@ def test_schemes_of_the_reference() -> None:
     with torch.device("meta"):
         model = ByteLM(presets.pr832())
     config = model.config.artifact
-    schemes = {name: scheme_of(name, value, config) for name, value in model.named_parameters()}
+    bits = {name: stored_bits(name, value, config) for name, value in model.named_parameters()}
     ends = ("query", "key", "value", "output", "mlp.up", "mlp.down")
-    assert {name for name, s in schemes.items() if s == "int6_rows"} == {
+    assert {name for name, b in bits.items() if b == 6} == {
         f"blocks.{i}.{'' if end.startswith('mlp') else 'attention.'}{end}.weight" for i in range(13) for end in ends
     }
-    assert {name for name, s in schemes.items() if s == "int8_rows"} == {
+    assert {name for name, b in bits.items() if b == 8} == {
         "token_embedding.weight", "bigram.embedding.weight", "jepa.projector.up.weight", "jepa.injection.weight",
     }  # fmt: skip
-    assert schemes["jepa.predictor.up.weight"] == "float16"  # exactly 65,536 elements
+    assert bits["jepa.predictor.up.weight"] is None  # float16: exactly 65,536 elements
 
 
 def test_schemes_of_default() -> None:
     with torch.device("meta"):
         model = ByteLM(replace(presets.default(), model={"num_layers": 24}))
-    schemes = {name: scheme_of(name, v, model.config.artifact) for name, v in model.named_parameters()}
-    assert schemes["jepa.predictor.up.weight"] == "int8_rows"
-    assert schemes["blocks.0.mlp.up.weight"] == "int6_rows"
+    bits = {name: stored_bits(name, v, model.config.artifact) for name, v in model.named_parameters()}
+    assert bits["jepa.predictor.up.weight"] == 8
+    assert bits["blocks.0.mlp.up.weight"] == 6
     vectors = {name for name, value in model.named_parameters() if value.ndim < 2}
-    stacks = {name for name in schemes if name.endswith(("residual_mix", "skip_weights"))}
-    assert {schemes[name] for name in vectors | stacks} == {"float16"}
+    stacks = {name for name in bits if name.endswith(("residual_mix", "skip_weights"))}
+    assert {bits[name] for name in vectors | stacks} == {None}
 
 
 def test_scales_of_the_reference_have_a_floor_and_those_of_default_do_not() -> None:

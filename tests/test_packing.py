@@ -23,11 +23,11 @@ from bytejepa.artifact.packing import (
     TensorRecord,
     pack,
     restore,
-    store_tensors,
+    store_float16,
     unpack,
 )
 from bytejepa.errors import ArtifactError
-from bytejepa.model.quantization import ClipRule, QuantizedMatrix, dequantize, quantize_rows
+from bytejepa.model.quantization import QuantizedMatrix, dequantize, quantize_rows
 
 torch.set_num_threads(1)
 
@@ -129,14 +129,12 @@ def test_packing_is_deterministic():
     assert pack(example()) == pack(example())
 
 
-def test_store_tensors_applies_each_scheme_on_a_copy():
-    weights = {"m": gaussian(4, 8), "h": gaussian(3), "s": torch.tensor(2.0)}
-    rule = ClipRule(kind="standard_deviations", standard_deviations=2.0)
-    stored = store_tensors(weights, {"m": "int5_rows", "h": "float16", "s": "float32"}, clip=rule)
-    assert same(stored["m"], quantize_rows(weights["m"], bits=5, clip=rule))
+def test_float16_is_stored_in_memory_of_its_own():
+    weights = {"h": gaussian(3), "s": torch.tensor(2.0, dtype=torch.float16)}
+    stored = store_float16(weights)
     assert same(stored["h"], weights["h"].half())
     weights["s"].zero_()
-    assert same(stored["s"], torch.tensor(2.0))
+    assert same(stored["s"], torch.tensor(2.0, dtype=torch.float16))
 
 
 def test_restore_gives_float32():
@@ -152,23 +150,12 @@ def test_odd_layouts_are_stored_by_value():
 
 
 @pytest.mark.parametrize(
-    ("tensor", "scheme", "message"),
-    [
-        (torch.ones(3), "int6_rows", r"'w': int6_rows stores matrices, got shape \(3,\)"),
-        (torch.ones(2, 2), "int9_rows", "'w': unknown storage scheme 'int9_rows'"),
-        (torch.ones(2, 2), None, "'w': unknown storage scheme None"),
-        (torch.full((2, 2), float("nan")), "int6_rows", "'w': 4 of 4 values are not finite"),
-        (torch.full((2,), 1e6), "float16", "'w': the value 1e.06 is above float16"),
-    ],
+    ("value", "message"),
+    [(float("nan"), "'w': 2 of 2 values are not finite"), (1e6, "'w': the value 1e.06 is above float16")],
 )
-def test_schemes_that_do_not_fit_are_refused_by_name(tensor, scheme, message):
+def test_values_that_do_not_fit_are_refused_by_name(value, message):
     with pytest.raises(ArtifactError, match=message):
-        store_tensors({"w": tensor}, {"w": scheme} if scheme else {})
-
-
-def test_a_scheme_without_tensor_is_refused():
-    with pytest.raises(ArtifactError, match="'typo', which is not among the tensors"):
-        store_tensors({"w": torch.ones(2)}, {"w": "float16", "typo": "float16"})
+        store_float16({"w": torch.full((2,), value)})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int32, torch.bool])

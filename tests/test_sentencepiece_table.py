@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bytejepa.data.blocks import Segment, documents_from_blocks
+from bytejepa.data.blocks import Segment
 from bytejepa.data.corpus import embedded_documents
 from bytejepa.data.sentencepiece_table import TextConverter, load_table, token_blocks, valid_utf8_bytes
 from bytejepa.data.shards import write_shard
 from bytejepa.errors import DataError
+from prepared_folders import documents_from_blocks
 
 sentencepiece = pytest.importorskip("sentencepiece")
 

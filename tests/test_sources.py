@@ -12,9 +12,10 @@ import pytest
 import zstandard
 
 from bytejepa.data import sources
-from bytejepa.data.blocks import Segment, documents_from_blocks, ids_from_block, limited
+from bytejepa.data.blocks import Segment, ids_from_block, limited
 from bytejepa.data.sources import Kind, ReadSettings, guess_kind, read_blocks
 from bytejepa.errors import DataError
+from prepared_folders import documents_from_blocks
 
 COMPRESSORS = {
     ".gz": gzip.compress,

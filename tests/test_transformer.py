@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 
-from bytejepa.artifact.store import scheme_of
 from bytejepa.benchmark.speed import flop_per_byte, matmul_parameters
 from bytejepa.config import replace
 from bytejepa.model.initialization import initialize
+from bytejepa.model.quantization import stored_bits
 from bytejepa.model.transformer import ByteLM
 from bytejepa.training.distributed import Ranks
 from bytejepa.training.optimizers import Optimizers, role_of
@@ -321,16 +321,16 @@ def test_what_trains_and_stores_the_parameters_of_the_techniques() -> None:
     model = ByteLM(small_config(model=EVERY_TECHNIQUE))
     parameters = dict(model.named_parameters())
     artifact = dataclasses.replace(model.config.artifact, small_tensor_elements=0)
-    for name, role, scheme in (
-        ("ngrams.embedding.weight", "embedding", "int8_rows"),
-        ("ngrams.projection.weight", "matrix", "int8_rows"),
-        ("skip_gates", "scalar", "float16"),
-        ("smear.input_weight", "scalar", "float16"),
-        ("blocks.0.attention.gate.weight", "scalar", "int6_rows"),
-        ("blocks.2.attention.value_embedding.weight", "embedding", "int8_rows"),
+    for name, role, bits in (
+        ("ngrams.embedding.weight", "embedding", 8),
+        ("ngrams.projection.weight", "matrix", 8),
+        ("skip_gates", "scalar", None),
+        ("smear.input_weight", "scalar", None),
+        ("blocks.0.attention.gate.weight", "scalar", 6),
+        ("blocks.2.attention.value_embedding.weight", "embedding", 8),
     ):
         assert role_of(name, parameters[name]) == role, name
-        assert scheme_of(name, parameters[name], artifact) == scheme, name
+        assert stored_bits(name, parameters[name], artifact) == bits, name
 
 
 def test_a_recurrent_block_counts_twice() -> None:

@@ -213,6 +213,10 @@ class TrainingConfig(Section):
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints kept."""
 
+    def compiles_on(self, device_type: str) -> bool:
+        """Return whether training on a device of this type ("cpu", "cuda") is compiled."""
+        return self.compile == "on" or (self.compile == "auto" and device_type == "cuda")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig(Section):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import typing
 from typing import Any
 
 from bytejepa.config import RunConfig
-from bytejepa.errors import ConfigError
+from bytejepa.errors import ConfigError, nearest_hint
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -84,11 +83,7 @@ def _first_cause(problem: BaseException, path: tuple[str, ...] = ()) -> tuple[st
 def _refuse_unknown(key: str, section: type, where: str) -> None:
     names = [field.name for field in dataclasses.fields(section)]
     if key not in names:
-        nearest = difflib.get_close_matches(str(key), names, n=1)
-        raise ConfigError(
-            f"{where}: unknown setting {key!r}",
-            hint=f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(names)}",
-        )
+        raise ConfigError(f"{where}: unknown setting {key!r}", hint=nearest_hint(str(key), names))
 
 
 def fingerprint(config: RunConfig) -> str:

@@ -7,8 +7,9 @@ invariants. The message says what, where, expected and got; the hint says what t
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -69,6 +70,13 @@ class Interrupted(BytejepaError):  # noqa: N818 - asked for from outside, not a 
     """Training stopped by SIGTERM or Ctrl-C after writing a checkpoint (exit code 7)."""
 
     exit_code = 7
+
+
+def nearest_hint(name: str, known: Iterable[str], *, label: str = "known") -> str:
+    """Return a hint for an unknown `name`: the nearest of the `known` ones, or, if none is near, all of them."""
+    names = list(known)
+    nearest = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {nearest[0]!r}?" if nearest else f"{label}: {', '.join(names)}"
 
 
 def error_of_os(problem: OSError) -> BytejepaError:

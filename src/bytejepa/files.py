@@ -12,6 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import filelock
+
+from bytejepa.errors import BytejepaError, file_errors_as
+
 MOST_NAMED = 50
 """Characters of a file's name in that of its temporary file."""
 
@@ -60,6 +64,26 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Make `data` the content of `path`, or leave what was there, as `atomic_file`. Raises: OSError."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+@contextlib.contextmanager
+def locked(path: Path, error: type[BytejepaError], what_it_does: str) -> Iterator[None]:
+    """Hold the lock file `path`, made with its folder if need be: one process at a time.
+
+    Raises: `error` if it cannot be made, or if another process has it, of which `what_it_does` is said ("is training in runs/first").
+    """
+    lock = filelock.FileLock(path)
+    with file_errors_as(error, "make the folder", path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with file_errors_as(error, "lock", path.parent):
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:  # an OSError, too
+            raise error(f"another process {what_it_does}", hint="wait for it or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def unfinished(path: Path) -> list[Path]:

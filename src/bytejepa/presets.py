@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
 from bytejepa.config import RunConfig, replace
-from bytejepa.errors import ConfigError
+from bytejepa.errors import ConfigError, nearest_hint
 
 
 def default() -> RunConfig:
@@ -186,7 +185,5 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
 def preset(name: str) -> RunConfig:
     """Return the configuration called `name`. Raises: ConfigError with the nearest name if there is none."""
     if name not in PRESETS:
-        nearest = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"presets: {', '.join(PRESETS)}"
-        raise ConfigError(f"unknown preset {name!r}", hint=hint)
+        raise ConfigError(f"unknown preset {name!r}", hint=nearest_hint(name, PRESETS, label="presets"))
     return PRESETS[name]()

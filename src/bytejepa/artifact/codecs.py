@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import zstandard
 
 from bytejepa.errors import ArtifactError
@@ -23,6 +26,16 @@ class StreamRecord:
 
     codec: str
     num_bytes: int
+
+
+def byte_planes(scalars: npt.NDArray[Any]) -> bytes:
+    """Return the scalars' first bytes, then their second ones, and so on: bytes alike lie together, and compress better."""
+    return scalars.reshape(-1).view(np.uint8).reshape(-1, scalars.itemsize).T.tobytes()
+
+
+def from_byte_planes(data: bytes, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Return the flat array of `dtype` whose byte planes are `data`."""
+    return np.frombuffer(data, dtype=np.uint8).reshape(dtype.itemsize, -1).T.copy().view(dtype).reshape(-1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

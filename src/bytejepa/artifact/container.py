@@ -88,7 +88,7 @@ def container_to_bytes(
     metadata: Mapping[str, Any],
     codecs: Sequence[str] = DEFAULT_CODECS,
 ) -> bytes:
-    """Return the container as bytes; `store_tensors` puts tensors into their storage schemes beforehand.
+    """Return the container as bytes; `store_weights` puts a model's tensors into their storage schemes beforehand.
 
     `configuration` and `metadata` hold plain JSON values; tuples become lists, and keys are written in sorted order.
 

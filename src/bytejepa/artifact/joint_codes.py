@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytejepa.artifact import rans
-from bytejepa.artifact.codecs import CODECS, StreamRecord, require_codec, smallest
+from bytejepa.artifact.codecs import CODECS, StreamRecord, byte_planes, from_byte_planes, require_codec, smallest
 from bytejepa.errors import ArtifactError
 
 MAX_TABLES = 64
@@ -27,6 +27,7 @@ SAMPLED_ROWS = 8192
 """Most rows that tables are sought on; a model of 35 million weights has 120,000."""
 ROUNDS_OF_ALL = 4
 """After that, with all rows."""
+FREQUENCY = np.dtype("<u2")
 STREAM_NAMES = ("frequencies", "table of each row", "codes")
 
 Codes = npt.NDArray[np.int8]
@@ -187,7 +188,7 @@ def encode_joint(
     symbols = np.concatenate([codes.reshape(-1).astype(np.int16) - lowest for codes in matrices]).astype(np.uint8)
     lanes = rans.lanes_for(len(symbols))
     coded = rans.encode(symbols, _table_of_symbol(tables.table_of_row, matrices), tables.frequencies, lanes)
-    planes = tables.frequencies.astype("<u2").reshape(-1).view(np.uint8).reshape(-1, 2).T.tobytes()
+    planes = byte_planes(tables.frequencies.astype(FREQUENCY))
     packed = [smallest(planes, codecs), smallest(tables.table_of_row.tobytes(), codecs), ("raw", coded)]
     data = b"".join(stream for _, stream in packed)
     record = JointRecord(
@@ -219,12 +220,12 @@ def decode_joint(record: JointRecord, shapes: Sequence[tuple[int, ...]], data: b
             raise _undecodable(f"the {name} do not decode to {size} bytes")
         pieces.append(raw)
         start += stream.num_bytes
-    low, high = np.frombuffer(pieces[0], np.uint8).reshape(2, record.num_tables, record.num_symbols).astype(np.int64)
+    frequencies = from_byte_planes(pieces[0], FREQUENCY).reshape(record.num_tables, record.num_symbols).astype(np.int64)
     table_of_row = np.frombuffer(pieces[1], np.uint8)
     if rows and int(table_of_row.max()) >= record.num_tables:
         raise _undecodable(f"a row names table {int(table_of_row.max())} of {record.num_tables}")
     lengths = np.concatenate([np.full(shape[0], shape[1]) for shape in shapes]).astype(np.int64)
-    symbols = rans.decode(pieces[2], np.repeat(table_of_row, lengths), low + 256 * high, record.lanes)
+    symbols = rans.decode(pieces[2], np.repeat(table_of_row, lengths), frequencies, record.lanes)
     if symbols is None:
         raise _undecodable(f"the codes do not decode to {int(lengths.sum())} symbols")
     codes = (symbols.astype(np.int16) + record.lowest_code).astype(np.int8)

@@ -22,7 +22,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bytejepa.artifact.codecs import CODECS, StreamRecord, require_codec, smallest, zstd_probe_bytes
+from bytejepa.artifact.codecs import (
+    CODECS,
+    StreamRecord,
+    byte_planes,
+    from_byte_planes,
+    require_codec,
+    smallest,
+    zstd_probe_bytes,
+)
 from bytejepa.artifact.joint_codes import (
     JointRecord,
     RowTables,
@@ -33,7 +41,7 @@ from bytejepa.artifact.joint_codes import (
     tables_of_matrices,
 )
 from bytejepa.errors import ArtifactError
-from bytejepa.model.quantization import CLIP_MAX, ClipRule, QuantizedMatrix, dequantize, quantize_rows, to_float16
+from bytejepa.model.quantization import QuantizedMatrix, dequantize, to_float16
 
 StoredTensor = QuantizedMatrix | Tensor
 """A tensor as it is stored: int rows, or a float16 or float32 tensor."""
@@ -93,37 +101,15 @@ class PackedTensors:
     """The joint stream of the tensors whose codes are coded by `rans`; behind all the others."""
 
 
-def store_tensors(
-    tensors: Mapping[str, Tensor], schemes: Mapping[str, str], *, clip: ClipRule = CLIP_MAX
-) -> dict[str, StoredTensor]:
-    """Return every tensor in the scheme that `schemes` names for it, on the CPU, in the order of `tensors`.
+def store_float16(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return every tensor in float16 on the CPU, in memory of its own.
 
-    `clip` applies to all int rows. Results share no memory with the input.
-
-    Raises: ArtifactError naming the tensor: no scheme or an unknown one, a scheme that does not fit, bad values.
+    Raises: ArtifactError naming the tensor with a value that is not finite or above what float16 holds.
     """
-    unknown = sorted(set(schemes) - set(tensors))
-    if unknown:
-        raise ArtifactError(f"a storage scheme is given for {unknown[0]!r}, which is not among the tensors")
-    stored: dict[str, StoredTensor] = {}
+    stored = {}
     for name, tensor in tensors.items():
-        scheme = schemes.get(name)
-        if scheme not in SCHEMES:
-            raise ArtifactError(
-                f"tensor {name!r}: unknown storage scheme {scheme!r}", hint=f"one of {', '.join(SCHEMES)}"
-            )
-        if scheme in ROW_SCHEMES and tensor.ndim != 2:
-            raise ArtifactError(
-                f"tensor {name!r}: {scheme} stores matrices, got shape {tuple(tensor.shape)}",
-                hint="store it as float16",
-            )
         try:
-            if scheme in ROW_SCHEMES:
-                stored[name] = quantize_rows(tensor.detach().cpu(), bits=ROW_SCHEMES[scheme], clip=clip)
-            elif scheme == "float16":
-                stored[name] = to_float16(tensor.detach().cpu()).clone()
-            else:
-                stored[name] = tensor.detach().cpu().to(torch.float32, copy=True)
+            stored[name] = to_float16(tensor.detach().cpu()).clone()
         except ArtifactError as problem:
             raise ArtifactError(f"tensor {name!r}: {problem.message}", hint=problem.hint) from problem
     return stored
@@ -307,7 +293,8 @@ def _raw_streams(name: str, stored: StoredTensor) -> tuple[tuple[int, ...], str,
     schemes = {torch.float16: "float16", torch.float32: "float32"}
     if stored.dtype not in schemes:
         raise ArtifactError(
-            f"tensor {name!r}: {stored.dtype} cannot be stored", hint="choose its scheme with store_tensors first"
+            f"tensor {name!r}: {stored.dtype} cannot be stored",
+            hint="make it float16, float32 or a QuantizedMatrix first",
         )
     if not bool(torch.isfinite(stored).all()):
         raise ArtifactError(f"tensor {name!r} has values that are not finite", hint="do not export a diverged model")
@@ -350,12 +337,10 @@ def _decode(record: TensorRecord, data: bytes | memoryview, joint_codes: npt.NDA
 
 def _planes(tensor: Tensor, scheme: str) -> bytes:
     """Return the little-endian scalars of `tensor` as byte planes, lowest byte first."""
-    scalars = tensor.detach().cpu().contiguous().numpy().astype(FLOAT_SCHEMES[scheme]).reshape(-1)
-    return scalars.view(np.uint8).reshape(-1, scalars.itemsize).T.tobytes()
+    return byte_planes(tensor.detach().cpu().contiguous().numpy().astype(FLOAT_SCHEMES[scheme]))
 
 
 def _from_planes(data: bytes, scheme: str) -> Tensor:
     """Return the flat tensor whose byte planes are `data`."""
     dtype = FLOAT_SCHEMES[scheme]
-    scalars = np.frombuffer(data, dtype=np.uint8).reshape(dtype.itemsize, -1).T.copy().view(dtype).reshape(-1)
-    return torch.from_numpy(scalars.astype(dtype.newbyteorder("=")))
+    return torch.from_numpy(from_byte_planes(data, dtype).astype(dtype.newbyteorder("=")))

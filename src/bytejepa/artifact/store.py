@@ -10,18 +10,12 @@ from torch import Tensor
 
 import bytejepa
 from bytejepa.artifact.calibration import Calibration
-from bytejepa.artifact.packing import StoredTensor, store_tensors
+from bytejepa.artifact.packing import StoredTensor, store_float16
 from bytejepa.artifact.quantize import quantize_matrices
 from bytejepa.config import ArtifactConfig, RunConfig
 from bytejepa.errors import ArtifactError
 from bytejepa.model.quantization import is_block_matrix, reference_int6, reference_int8, stored_bits
 from bytejepa.model.transformer import TRAINING_ONLY
-
-
-def scheme_of(name: str, tensor: Tensor, config: ArtifactConfig) -> str:
-    """Return the storage scheme of a parameter: float16, or rows of few bits."""
-    bits = stored_bits(name, tensor, config)
-    return "float16" if bits is None else f"int{bits}_rows"
 
 
 def needs_calibration(config: ArtifactConfig) -> bool:
@@ -47,7 +41,7 @@ def store_weights(
     }
     matrices = {name: value for name, value in kept.items() if stored_bits(name, value, artifact) is not None}
     plain = {name: value for name, value in kept.items() if name not in matrices}
-    stored: dict[str, StoredTensor] = dict(store_tensors(plain, dict.fromkeys(plain, "float16")))
+    stored: dict[str, StoredTensor] = dict(store_float16(plain))
     if artifact.scales == "reference_floor":
         rules = {True: reference_int6, False: reference_int8}
         stored |= {name: rules[is_block_matrix(name)](value.cpu()) for name, value in matrices.items()}

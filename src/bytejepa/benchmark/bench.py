@@ -32,13 +32,14 @@ from bytejepa.model.initialization import initialize
 from bytejepa.model.precision import on_device
 from bytejepa.model.transformer import ByteLM
 from bytejepa.scoring.evaluate import Scorer, score_ids
-from bytejepa.scoring.windows import plan_windows
+from bytejepa.scoring.windows import plan_windows, window_and_stride
+from bytejepa.training.runlog import processor_name
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:
     """Return what a figure needs beside it: hardware, versions, threads, load."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
@@ -86,8 +87,7 @@ def bench_eval(config: RunConfig, device: torch.device, *, num_bytes: int, compi
     model = on_device(initialize(ByteLM(config), 0), device).eval()
     random = np.random.default_rng(0)
     ids = random.integers(BYTE_OFFSET, VOCABULARY_SIZE, num_bytes + 1, dtype=np.uint16)
-    window = min(config.evaluation.window_bytes, num_bytes)
-    stride = min(config.evaluation.stride_bytes, window)
+    window, stride = window_and_stride(config.evaluation)
     report: dict[str, Any] = {
         **surroundings(device),
         "num_bytes": num_bytes,

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import importlib
 import importlib.metadata
 import os
 import sys
 
-from bytejepa.errors import BytejepaError, ConfigError, error_of_os
+from bytejepa.errors import BytejepaError, ConfigError, error_of_os, nearest_hint
 
 VERBS = {
     "demo": ("demo", "Demo", "The whole story on the embedded corpus: shards, training, artifact, score, sample."),
@@ -44,8 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
-        nearest = difflib.get_close_matches(arguments[0], VERBS, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"verbs: {', '.join(VERBS)}"
+        hint = nearest_hint(arguments[0], VERBS, label="verbs")
         print(f"bytejepa: unknown verb {arguments[0]!r} ({hint})", file=sys.stderr)
         return ConfigError.exit_code
     parser = argparse.ArgumentParser(

@@ -104,8 +104,7 @@ class Bench:
         from bytejepa.training.distributed import join
 
         device = join(self.config.training.device).device
-        setting = self.config.training.compile
-        compiled = setting == "on" or (setting == "auto" and device.type == "cuda")
+        compiled = self.config.training.compiles_on(device.type)
         if self.what == "prepare":
             return bench.bench_prepare(num_megabytes=self.megabytes, workers=self.workers)
         if self.what == "load":

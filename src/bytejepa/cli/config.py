@@ -8,7 +8,7 @@ import typing
 from bytejepa.cli.options import refuse_ignored
 from bytejepa.cli.parsing import ConfigField, PresetField
 from bytejepa.config import RunConfig
-from bytejepa.config_fields import Range
+from bytejepa.config_fields import ranges_of
 from bytejepa.config_json import fingerprint, to_dict
 from bytejepa.presets import PRESETS
 
@@ -58,12 +58,9 @@ def _shown(value: object) -> str:
 
 
 def _range_of(section: type, name: str) -> str:
-    annotation = typing.get_type_hints(section, include_extras=True)[name]
-    parts = [annotation, *typing.get_args(annotation)]
-    for part in parts:
-        for extra in getattr(part, "__metadata__", ()):
-            if isinstance(extra, Range):
-                return str(extra)
-        if typing.get_origin(part) is typing.Literal:
-            return ", ".join(map(str, typing.get_args(part)))
-    return ""
+    """Return the range of a number or the choices of a word, as text; empty where anything goes."""
+    if name in (ranges := ranges_of(section)):
+        return str(ranges[name])
+    annotation = typing.get_type_hints(section)[name]
+    choices = [part for part in (annotation, *typing.get_args(annotation)) if typing.get_origin(part) is typing.Literal]
+    return ", ".join(str(choice) for part in choices for choice in typing.get_args(part))

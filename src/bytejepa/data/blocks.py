@@ -5,7 +5,6 @@ A document may run over many blocks, so that one giant document costs no more me
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -73,22 +72,3 @@ def ids_from_block(block: Block) -> npt.NDArray[np.uint16]:
     ids += BYTE_OFFSET
     ids[positions] = BOS
     return ids
-
-
-def documents_from_blocks(blocks: Iterable[Block]) -> Iterator[bytes]:
-    """Yield whole documents; text before the first document's start counts as a document of its own."""
-    parts: list[bytes] = []
-    begun = False
-    for block in blocks:
-        raw = block.data.tobytes()
-        cuts = [0, *block.starts.tolist(), len(raw)]
-        for index, (begin, end) in enumerate(itertools.pairwise(cuts)):
-            if index > 0:
-                if begun:
-                    yield b"".join(parts)
-                parts, begun = [], True
-            if end > begin:
-                parts.append(raw[begin:end])
-                begun = True
-    if begun:
-        yield b"".join(parts)

@@ -1,4 +1,4 @@
-"""The workshop of a preparation: finished shards wait here, with a journal of them, until all are there.
+"""The staging folder of a preparation: finished shards wait here, with a journal of them, until all are there.
 
 It is the folder `.prepare` inside the output folder. Shards get their own names only at the end, when it is known how
 many each job made; until then the output folder holds none, so that nobody trains on half of the data by accident.
@@ -16,11 +16,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-
-import filelock
 
 from bytejepa.data.manifest import (
     MANIFEST_NAME,
@@ -34,7 +32,7 @@ from bytejepa.data.manifest import (
 from bytejepa.data.plan import Job
 from bytejepa.data.shards import SPLITS, ShardRecord, Split, file_sha256, shard_name
 from bytejepa.errors import DataError, file_errors_as
-from bytejepa.files import flush_folder, write_atomically
+from bytejepa.files import flush_folder, locked, write_atomically
 
 STAGING_NAME = ".prepare"
 _PLAN = "plan.json"
@@ -108,22 +106,13 @@ def staged_name(job: int, index: int) -> str:
     return f"job_{job:06d}_{index:06d}.bin"
 
 
-@contextmanager
-def staging_lock(out: Path) -> Iterator[None]:
-    """Hold the lock of the workshop in `out`, which must exist. Raises: DataError when another process holds it."""
-    lock = filelock.FileLock(out / STAGING_NAME / _LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as problem:
-        raise DataError(f"another process is preparing {out}", hint="wait for it or stop it") from problem
-    try:
-        yield
-    finally:
-        lock.release()
+def staging_lock(out: Path) -> AbstractContextManager[None]:
+    """Return the lock of the staging folder in `out`. Raises, when entered: DataError if another process holds it."""
+    return locked(out / STAGING_NAME / _LOCK, DataError, f"is preparing {out}")
 
 
 class Staging:
-    """The workshop of one output folder, held by one process at a time."""
+    """The staging folder of one output folder, held by one process at a time."""
 
     def __init__(self, out: Path, identity: Identity) -> None:
         self.out = out
@@ -133,13 +122,11 @@ class Staging:
 
     @contextmanager
     def held(self) -> Iterator[Staging]:
-        """Hold the workshop, made or found: finished shards of an earlier run are checked and taken over.
+        """Hold the folder, made or found: finished shards of an earlier run are checked and taken over.
 
         Raises:
             DataError: another process holds it, or what waits there was made with other settings or sources.
         """
-        with file_errors_as(DataError, "make the folder", self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
         with staging_lock(self.out):
             self._take_over()
             try:

@@ -6,7 +6,6 @@ A plan is a TOML or JSON file, or the name of a built-in one (`plans/*.toml`). d
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import tomllib
@@ -18,7 +17,7 @@ from typing import Annotated, Any, Literal
 from bytejepa.config import RunConfig
 from bytejepa.config_fields import Fraction, PositiveInt, Range, Section
 from bytejepa.config_json import from_dict, structured, to_dict
-from bytejepa.errors import ConfigError, file_errors_as
+from bytejepa.errors import ConfigError, file_errors_as, nearest_hint
 from bytejepa.presets import preset
 from bytejepa.training.schedule import learning_rate_scale
 
@@ -114,7 +113,8 @@ class Plan(Section):
             raise ConfigError(f"plan {self.name}: expected two or more variants of different names, got {names}")
         if self.baseline not in names:
             raise ConfigError(
-                f"plan {self.name}: the baseline {self.baseline!r} is no variant", hint=_nearest(self.baseline, names)
+                f"plan {self.name}: the baseline {self.baseline!r} is no variant",
+                hint=nearest_hint(self.baseline, names),
             )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"plan {self.name}: expected one or more different seeds, got {list(self.seeds)}")
@@ -229,7 +229,7 @@ def load_plan(name_or_path: str) -> Plan:
         if path.suffix not in (".toml", ".json"):
             raise ConfigError(
                 f"unknown plan {name_or_path!r}: neither built in nor a .toml or .json file",
-                hint=_nearest(name_or_path, built_in_plans()),
+                hint=nearest_hint(name_or_path, built_in_plans()),
             )
     with file_errors_as(ConfigError, "read the plan", path):
         content = path.read_bytes()
@@ -290,7 +290,7 @@ def _known_fields(values: Any, kind: type, where: str) -> dict[str, Any]:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in values:
         if key not in fields:
-            raise ConfigError(f"{where}: unknown entry {key!r}", hint=_nearest(str(key), list(fields)))
+            raise ConfigError(f"{where}: unknown entry {key!r}", hint=nearest_hint(str(key), list(fields)))
     for name, field in fields.items():
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if needed and name not in values:
@@ -318,8 +318,3 @@ def _without_none(section: str, name: str, value: Any) -> Any:
     annotation = typing.get_type_hints(typing.get_type_hints(RunConfig).get(section, object)).get(name)
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return None if is_union and type(None) in typing.get_args(annotation) else value
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"

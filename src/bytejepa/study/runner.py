@@ -3,21 +3,18 @@ machine meets all variants alike. What is finished is kept; a half-done run is r
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-import filelock
 
 from bytejepa.artifact.export import export
 from bytejepa.config import RunConfig
 from bytejepa.data.corpus import write_embedded_shards
 from bytejepa.data.loader import IdStream
 from bytejepa.errors import CheckpointError, ConfigError, Interrupted, file_errors_as
-from bytejepa.files import write_atomically
+from bytejepa.files import locked, write_atomically
 from bytejepa.study.environment import (
     data_sha256,
     environment_here,
@@ -88,7 +85,7 @@ def run_study(
     _refuse_other_study(plan, out, force=force)
     with file_errors_as(CheckpointError, "create the study folder", out):
         out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
+    with locked(out / ".lock", CheckpointError, f"is at work in {out}"):
         study = _Study(plan, out, data, force=force, on_progress=on_progress)
         with file_errors_as(CheckpointError, "write a study in", out):
             return study.go()
@@ -110,15 +107,6 @@ def _refuse_other_study(plan: Plan, out: Path, *, force: bool) -> None:
 
 _OWN_ENTRIES = (".lock", EMBEDDED_DATA, PLAN_NAME, "runs")
 """What a study killed before its first run was done has left."""
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    try:
-        with filelock.FileLock(out / ".lock").acquire(timeout=0):
-            yield
-    except filelock.Timeout:
-        raise CheckpointError(f"another process is at work in {out}", hint="wait for it or stop it") from None
 
 
 class _Study:

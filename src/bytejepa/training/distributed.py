@@ -91,13 +91,6 @@ class Ranks:
             values /= self.world_size
         return values
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Return the elementwise sum over ranks of a small tensor."""
-        if self.world_size > 1:
-            values = values.clone()
-            dist.all_reduce(values)
-        return values
-
     def sum_on_hosts(self, values: list[float]) -> list[float]:
         """Return the elementwise float64 sum over ranks of numbers that are on the hosts."""
         if self.world_size == 1:

@@ -197,14 +197,15 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "platform": platform.platform(),
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "physical_cores": psutil.cpu_count(logical=False),
         "memory_bytes": psutil.virtual_memory().total,
         "git_commit": _git_commit(),
     }
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """Return what the CPU calls itself."""
     information = Path("/proc/cpuinfo")
     if information.is_file():
         for line in information.read_text().splitlines():

@@ -7,12 +7,12 @@ import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import filelock
 import torch
 
 from bytejepa.config import RunConfig
 from bytejepa.data.loader import IdStream
 from bytejepa.errors import CheckpointError, DataError
+from bytejepa.files import locked
 from bytejepa.training import checkpoint, recovery
 from bytejepa.training.distributed import Ranks, join
 from bytejepa.training.loop import TrainingLoop, TrainProgress, TrainResult
@@ -115,22 +115,11 @@ def _loop(trainer: Trainer, run: RunFolder, on_progress: Callable[[TrainProgress
 @contextlib.contextmanager
 def _locked(run: RunFolder, ranks: Ranks) -> Iterator[None]:
     """Hold the run folder's lock on rank 0; every rank raises if another process has it."""
-    lock = filelock.FileLock(run.lock_path)
-    with ranks.agree():
-        if ranks.is_main:
-            try:
-                run.path.mkdir(parents=True, exist_ok=True)
-                lock.acquire(timeout=0)
-            except filelock.Timeout:
-                raise CheckpointError(
-                    f"another process is training in {run.path}", hint="wait for it or stop it"
-                ) from None
-            except OSError as problem:
-                raise CheckpointError(f"cannot create run folder {run.path}: {problem.strerror}") from problem
-    try:
+    with contextlib.ExitStack() as held:
+        with ranks.agree():
+            if ranks.is_main:
+                held.enter_context(locked(run.lock_path, CheckpointError, f"is training in {run.path}"))
         yield
-    finally:
-        lock.release()
 
 
 def _described_data(data: Path) -> dict[str, object]:

@@ -79,7 +79,7 @@ class Trainer:
         self.model = on_device(model, ranks.device)
         # a kernel that is asked for in vain is refused here, before there is a run folder
         lengths = {length for _, length in config.data.stages}
-        self.compiled = config.training.compile == "on" or (config.training.compile == "auto" and on_gpu)
+        self.compiled = config.training.compiles_on(ranks.device.type)
         found = [self.model.attention_kernels(length, ranks.device, compiled=self.compiled) for length in lengths]
         self.attention_kernels = sorted({kernel for kernels in found for kernel in kernels})
         if self.compiled and on_gpu:
