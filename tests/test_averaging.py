@@ -5,8 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from bytejepa.config import TrainingConfig
-from bytejepa.training.averaging import WeightAverage
-from bytejepa.training.gradient_step import averaged_weights
+from bytejepa.training.averaging import WeightAverage, averaged_weights
 
 
 @pytest.fixture

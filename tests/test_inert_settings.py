@@ -16,8 +16,8 @@ from bytejepa.artifact.write import calibration_sequences, write_artifact
 from bytejepa.config import ArtifactConfig, RunConfig, replace
 from bytejepa.data.loader import IdStream
 from bytejepa.presets import compact
+from bytejepa.training.averaging import averaged_weights
 from bytejepa.training.distributed import Ranks
-from bytejepa.training.gradient_step import averaged_weights
 from bytejepa.training.trainer import Trainer
 from small_models import random_ids, small_config, small_model
 

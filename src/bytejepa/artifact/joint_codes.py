@@ -139,7 +139,7 @@ def _cheapest(
     histograms: npt.NDArray[np.float32], counts: npt.NDArray[np.int64], name_bits: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.int64]:
     """Return for each row the table that codes it in the fewest bits."""
-    # a code that a table has not seen is possible, and dear
+    # a code that a table has not seen is allowed, at a high cost
     code_bits = -np.log2(np.maximum(counts, 2**-6) / np.maximum(1, counts.sum(1, keepdims=True)))
     # in float64, where a table seldom wins by a rounding error that another machine does not make; in parts, for memory's sake
     parts = np.array_split(histograms, 1 + len(histograms) // SAMPLED_ROWS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 
 import torch
 from torch import Tensor
@@ -128,7 +127,7 @@ def hidden_pairs(weights: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     pairs = []
     for up_name in weights:
         down_name = up_name.removesuffix("up.weight") + "down.weight"
-        if PurePosixPath(up_name.replace(".", "/")).parts[-2:] != ("up", "weight") or down_name not in weights:
+        if up_name.split(".")[-2:] != ["up", "weight"] or down_name not in weights:
             continue
         up, down = weights[up_name], weights[down_name]
         if up.ndim == 2 and down.ndim == 2 and len(up) == down.shape[1]:

@@ -30,7 +30,7 @@ def lanes_for(num_symbols: int) -> int:
 
 
 def normalize(counts: npt.NDArray[np.integer]) -> npt.NDArray[np.uint16]:
-    """Return frequencies that sum to TOTAL for symbols that occurred `counts` times; who occurred has at least 1.
+    """Return frequencies that sum to TOTAL for symbols that occurred `counts` times: at least 1 for every symbol that did.
 
     The remainder after rounding goes where it saves most. A table without any occurrence gives all to its first symbol.
     """

@@ -24,7 +24,7 @@ _SHORTCUTS = {"max_wallclock": "config.schedule.max_wallclock_s"}
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """An option as it stands among the words, or a word that is none's value (`spelling` and `field` are then empty)."""
+    """An option as it stands among the words, or a word that is not an option's value (`spelling` and `field` are then empty)."""
 
     spelling: str
     field: str
@@ -72,7 +72,7 @@ def refuse_ignored(command: Command, where: str, *names: str, instead: str = "")
 
 
 def _given(command: Command, words: list[str]) -> list[_Given]:
-    """Return what `words`, which parse, consist of. What tyro takes for an option is none's value unless behind an `=`."""
+    """Return what `words`, which parse, consist of. What tyro takes for an option is no option's value unless behind an `=`."""
     fields = _fields_by_spelling(type(command))
     given: list[_Given] = []
     room = 0.0  # values that the option before may still take

@@ -37,7 +37,7 @@ PLAN_VERSION = 1
 _TEXT_BYTES_PER_COMPRESSED_BYTE = 4
 _TEXT_BYTES_PER_TOKEN = 2.5
 _SPARE_PART = 50
-"""A range ends with the document that runs over its target: 2 % are left for it, lest it need a tiny second shard."""
+"""A range ends with the document that runs over its target: 2 % are left for it, so that it does not begin a second shard."""
 _SEARCH_BYTES = 1 << 20
 _MAX_AMBIGUOUS_CUTS = 1000
 _BLOCK_IDS = 4_000_000

@@ -6,6 +6,7 @@ number of workers, and for a run that was killed and started again as for one th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -19,7 +20,7 @@ from bytejepa.data.sentencepiece_table import load_table
 from bytejepa.data.shards import HEADER_BYTES, ID_BYTES, MAX_IDS_PER_SHARD, SPLITS, shards_in
 from bytejepa.data.sources import KINDS, Kind, ReadSettings, guess_kind
 from bytejepa.data.staging import STAGING_NAME, Identity, Staging, staging_lock
-from bytejepa.data.workers import Report, Task, Workplace, do_jobs
+from bytejepa.data.workers import JobSettings, Report, Task, do_jobs
 from bytejepa.errors import ConfigError, DataError, file_errors_as
 from bytejepa.processors import num_usable_processors
 
@@ -83,39 +84,31 @@ def prepare(
         settings=_identity_settings(settings, val_documents, val_share, shard_bytes),
         sources=list_sources([source.file for source in found]),
     )
-    jobs = None
-    if force:
-        # what cannot be planned throws nothing away
-        jobs = plan_jobs(found, settings, val_documents, shard_bytes, val_share=val_share)
-        _clear(out, found)
-    finished = _finished(out, identity)
-    if finished is not None:
-        return PrepareResult(directory=out, manifest=finished, is_new=False, num_shards_kept=0, num_workers=0)
     staging = Staging(out, identity)
-    if not force:
+    # Planned before anything is written or thrown away: most mistakes show here, and leave no folder behind.
+    make_plan = functools.partial(plan_jobs, found, settings, val_documents, shard_bytes, val_share=val_share)
+    if force:
+        jobs = make_plan()
+        _clear(out, found)
+    else:
+        finished = _finished(out, identity)
+        if finished is not None:
+            return PrepareResult(directory=out, manifest=finished, is_new=False, num_shards_kept=0, num_workers=0)
         _refuse_foreign_files(staging)
-    # Planned before anything is written: most mistakes show here, and leave no folder behind.
-    if jobs is None:
-        if staging.is_finishing:
-            jobs = []
-        else:
-            jobs = plan_jobs(found, settings, val_documents, shard_bytes, val_share=val_share)
+        jobs = [] if staging.is_finishing else make_plan()
     with staging.held():
         num_kept = sum(len(records) for records in staging.progress.shards.values())
         num_workers = 0
         if not staging.is_finishing:
-            place = Workplace(folder=staging.folder, settings=settings, shard_bytes=shard_bytes)
             num_workers = min(workers or num_usable_processors(), len(jobs))
-            _do_what_is_left(jobs, staging, place, num_workers, progress)
+            common = JobSettings(folder=staging.folder, settings=settings, shard_bytes=shard_bytes)
+            _do_what_is_left(jobs, staging, common, num_workers, progress)
             _check_unchanged(found)
             staging.finish(jobs)
         staging.publish()
+    manifest = load_manifest(out)
     return PrepareResult(
-        directory=out,
-        manifest=load_manifest(out),
-        is_new=True,
-        num_shards_kept=num_kept,
-        num_workers=num_workers,
+        directory=out, manifest=manifest, is_new=True, num_shards_kept=num_kept, num_workers=num_workers
     )
 
 
@@ -262,7 +255,7 @@ def _refuse_foreign_files(staging: Staging) -> None:
 
 
 def _do_what_is_left(
-    jobs: list[Job], staging: Staging, place: Workplace, num_workers: int, progress: ProgressCallback | None
+    jobs: list[Job], staging: Staging, place: JobSettings, num_workers: int, progress: ProgressCallback | None
 ) -> None:
     """Do all jobs that the journal does not call done, noting each shard in it as it is finished."""
     total = sum(job.source_bytes for job in jobs)

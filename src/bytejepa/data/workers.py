@@ -1,4 +1,4 @@
-"""Jobs done: by this process, or by several that are told of one job after the other.
+"""Runs jobs in this process, or in several that are given one job after the other.
 
 Workers are started anew ("spawn"), so no lock or open file of the caller's is inherited in a state nobody knows. They
 end with their caller, however that ends: they are daemons, and a worker whose caller was killed finds its pipe closed
@@ -34,7 +34,7 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Workplace:
+class JobSettings:
     """What all jobs have in common."""
 
     folder: Path
@@ -62,7 +62,7 @@ class _Failure:
     is_users: bool = True
 
 
-def do_job(task: Task, place: Workplace, report: Callable[[Report], None]) -> None:
+def do_job(task: Task, place: JobSettings, report: Callable[[Report], None]) -> None:
     """Write the shards of a job that are not finished yet, `shard_bytes` ids each but for the last.
 
     Raises:
@@ -99,7 +99,7 @@ def do_job(task: Task, place: Workplace, report: Callable[[Report], None]) -> No
     report(Report(job=job.index, is_done=True))
 
 
-def do_jobs(tasks: Sequence[Task], place: Workplace, num_workers: int, handle: Callable[[Report], None]) -> None:
+def do_jobs(tasks: Sequence[Task], place: JobSettings, num_workers: int, handle: Callable[[Report], None]) -> None:
     """Do all tasks in `num_workers` processes (in this one, if that is 1); `handle` is called here for each report.
 
     Raises:
@@ -164,7 +164,7 @@ def _received(connection: Connection, process: SpawnProcess) -> Report:
     return message
 
 
-def _work(connection: Connection, place: Workplace) -> None:
+def _work(connection: Connection, place: JobSettings) -> None:
     """Do jobs until the caller closes the pipe."""
     # Ctrl-C reaches the whole process group; the caller alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

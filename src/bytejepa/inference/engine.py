@@ -14,6 +14,7 @@ out of the cut chunk, and then every logit equals that of scoring.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -172,7 +173,7 @@ class Engine:
             ),
         )
 
-    def _advance(self, state: EngineState, ids: Tensor):  # type: ignore[no-untyped-def]
+    def _advance(self, state: EngineState, ids: Tensor) -> Iterator[Tensor]:
         """Yield the last residuals of consecutive parts of `ids`, (L, n, D) each, injection included."""
         done, length = 0, ids.size(1)
         while done < length:

@@ -28,7 +28,8 @@ class ErrorSpread:
     factor: Float[Tensor, "columns columns"]
     """Upper triangular U with U^T U = H^-1, rows and columns in that order."""
     gain: float
-    """Error that counts, relative to plain rounding at the same step size: geometric against arithmetic mean, at most 1."""
+    """Error that counts, relative to plain rounding at the same step size: the mean variance of an input given the later ones,
+    over the mean variance of an input; at most 1."""
 
 
 def error_spread(moments: Float[Tensor, "columns columns"], *, damping: float = 0.01) -> ErrorSpread:

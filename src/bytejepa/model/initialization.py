@@ -25,6 +25,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from bytejepa.config_model import ModelConfig
 from bytejepa.model.transformer import ByteLM
 
 ORTHOGONAL_FROM = 64
@@ -65,7 +66,7 @@ def fill_sigreg_directions(model: ByteLM, seed: int) -> None:
         model.jepa.directions.copy_(directions / directions.norm(dim=0))
 
 
-def _initial_matrix(name: str, parameter: Tensor, config, random: torch.Generator) -> Tensor:  # type: ignore[no-untyped-def]
+def _initial_matrix(name: str, parameter: Tensor, config: ModelConfig, random: torch.Generator) -> Tensor:
     value = torch.empty(parameter.shape)
     if name == "token_embedding.weight":
         return value.normal_(0, config.embedding_std, generator=random)

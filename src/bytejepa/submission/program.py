@@ -32,9 +32,9 @@ from bytejepa.scoring.windows import window_and_stride
 from bytejepa.submission import log_lines
 from bytejepa.submission.environment import configured
 from bytejepa.training import schedule
+from bytejepa.training.averaging import averaged_weights
 from bytejepa.training.clock import Clock
 from bytejepa.training.distributed import Ranks, join, leave
-from bytejepa.training.gradient_step import averaged_weights
 from bytejepa.training.shared_scoring import score_on_ranks
 from bytejepa.training.trainer import PendingStep, Trainer
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -46,3 +49,18 @@ class WeightAverage:
         if self.is_kept:
             for name, value in zip(self.names, self.average, strict=True):
                 value.copy_(state[name])
+
+
+@contextlib.contextmanager
+def averaged_weights(model: nn.Module, average: list[Tensor]) -> Iterator[None]:
+    """Let `model` hold the averaged weights inside the block, and its own again after it."""
+    live = [parameter.detach().clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), average, strict=True):
+            parameter.copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), live, strict=True):
+                parameter.copy_(value)

@@ -92,7 +92,7 @@ class GradientBuckets:
                 for parameter in bucket.parameters:
                     parameter.register_post_accumulate_grad_hook(functools.partial(self._arrived, bucket))
 
-    def expect(self) -> None:
+    def begin_last_backward(self) -> None:
         """Say that the backward pass that comes next is the step's last: gradients leave as soon as they are complete."""
         self._is_last_backward = True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -134,24 +133,9 @@ class GradientStep:
         for number, (part_inputs, part_targets) in enumerate(micro_batches, start=1):
             total, *parts = self.weighted_loss(part_inputs, part_targets, weight, latent_losses, quantized)
             if self.buckets is not None and number == num_parts:
-                self.buckets.expect()
+                self.buckets.begin_last_backward()
             (total / num_parts).backward()
             sums = [so_far + part for so_far, part in zip(sums, parts[:3], strict=True)]
             latents = Latents(*parts[3:]) if len(parts) > 3 else None
         ce, prediction, regularizer = (value / num_parts for value in sums)
         return StepLosses(ce, prediction, regularizer, latents)
-
-
-@contextlib.contextmanager
-def averaged_weights(model: nn.Module, average: list[Tensor]):  # type: ignore[no-untyped-def]
-    """Let `model` hold the averaged weights inside the block, and its own again after it."""
-    live = [parameter.detach().clone() for parameter in model.parameters()]
-    with torch.no_grad():
-        for parameter, value in zip(model.parameters(), average, strict=True):
-            parameter.copy_(value)
-    try:
-        yield model
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(model.parameters(), live, strict=True):
-                parameter.copy_(value)

@@ -31,7 +31,7 @@ def learning_rate_scale(schedule: ScheduleConfig, *, progress: float, step: int,
         return mean_step_time_scale(schedule, step=step, elapsed_s=elapsed_s)
     scale = 1.0
     if schedule.warmup_fraction and progress < schedule.warmup_fraction:
-        # half a step in, so that the first step of a short run is not lost to a factor of zero
+        # never zero: a step without an effect would still be counted
         scale = max(progress / schedule.warmup_fraction, 1e-3)
     if schedule.warmdown_fraction and progress > 1 - schedule.warmdown_fraction:
         share = (1 - progress) / schedule.warmdown_fraction

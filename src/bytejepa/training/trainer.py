@@ -28,10 +28,10 @@ from bytejepa.scoring.evaluate import Score, Scorer
 from bytejepa.scoring.windows import window_and_stride
 from bytejepa.training import schedule
 from bytejepa.training.allocator import keep_freed_memory
-from bytejepa.training.averaging import WeightAverage
+from bytejepa.training.averaging import WeightAverage, averaged_weights
 from bytejepa.training.checkpoint import Position, as_parts
 from bytejepa.training.distributed import Ranks
-from bytejepa.training.gradient_step import GradientStep, StepLosses, averaged_weights
+from bytejepa.training.gradient_step import GradientStep, StepLosses
 from bytejepa.training.optimizers import Optimizers
 from bytejepa.training.shared_scoring import score_on_ranks
 
