@@ -27,7 +27,7 @@ FIGURES = {
     "weights_bytes": "artifact, bytes",
     "train_bytes_per_s": "bytes trained a second",
     "steps": "steps within the wallclock",
-    "seconds": "seconds in all",
+    "total_s": "seconds in all",
 }
 
 

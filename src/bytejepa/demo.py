@@ -47,7 +47,7 @@ class DemoResult:
     plot: Path
     sample: str
     """Generated text, the prompt included."""
-    seconds: float
+    total_s: float
     """From the first shard to the last byte generated."""
 
     @property
@@ -71,7 +71,7 @@ class DemoResult:
             "seed_run": str(self.training.run),
             "steps": self.training.steps,
             "train_bytes_read": self.training.num_bytes,
-            "train_seconds": self.training.elapsed_s,
+            "train_s": self.training.elapsed_s,
             "train_bytes_per_s": self.training.num_bytes / self.training.elapsed_s,
             "artifact_sliding_bpb": self.score.bpb,
             "artifact_sliding_bpb_without_bos": self.score.bpb_without_bos,
@@ -85,7 +85,7 @@ class DemoResult:
             "weights_bytes": self.exported.weights_bytes,
             "bits_per_parameter": self.exported.bits_per_parameter,
             "total_bytes": self.exported.total_bytes,
-            "seconds": self.seconds,
+            "total_s": self.total_s,
         }
 
 
@@ -132,7 +132,7 @@ def demo(
         compressed_bytes=compressed_bytes(text),
         plot=plot,
         sample=(PROMPT + continuation).decode("utf-8", errors="replace"),
-        seconds=time.perf_counter() - begin,
+        total_s=time.perf_counter() - begin,
     )
     record = folder / "result.json"
     with file_errors_as(CheckpointError, "write", record):

@@ -193,7 +193,7 @@ def _print(report: Any) -> None:
             print_table("parts, each waited for", ["part", "ms"], [[name, f"{ms:.2f}"] for name, ms in parts.items()])
     if "ways" in report:
         rows = [
-            [name, f"{way['seconds']:.2f}", f"{way['bytes_per_s']:,.0f}", f"{way['bpb']:.6f}", _gigabytes(way)]
+            [name, f"{way['elapsed_s']:.2f}", f"{way['bytes_per_s']:,.0f}", f"{way['bpb']:.6f}", _gigabytes(way)]
             for name, way in report["ways"].items()
         ]
         print_table("scoring", ["windows", "seconds", "bytes/s", "bpb", "peak memory"], rows)

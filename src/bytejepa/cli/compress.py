@@ -82,7 +82,7 @@ class _Common:
         with memory_errors_with(advice), progress_bar(what, total=total) as (bar, task):
             yield dataclasses.replace(settings, on_progress=lambda done: bar.advance(task, done))
 
-    def _report(self, seconds: float, compressed_bytes: int, content_bytes: int, *, stdout_is_free: bool) -> None:
+    def _report(self, elapsed_s: float, compressed_bytes: int, content_bytes: int, *, stdout_is_free: bool) -> None:
         from bytejepa.bits import bits_per_byte_of_size, format_bytes
         from bytejepa.cli.terminal import json_text, note, print_json
 
@@ -90,8 +90,8 @@ class _Common:
             "content_bytes": content_bytes,
             "compressed_bytes": compressed_bytes,
             "bpb": bits_per_byte_of_size(compressed_bytes, content_bytes),
-            "seconds": seconds,
-            "bytes_per_s": content_bytes / seconds,
+            "elapsed_s": elapsed_s,
+            "bytes_per_s": content_bytes / elapsed_s,
         }
         if self.json and stdout_is_free:
             print_json(record)
@@ -99,7 +99,7 @@ class _Common:
             note(json_text(record))
         elif sys.stderr.isatty():
             sizes = f"{format_bytes(content_bytes)}, compressed {format_bytes(compressed_bytes)}"
-            note(f"{sizes} ({record['bpb']:.4f} bits a byte), {format_bytes(content_bytes / seconds)}/s")
+            note(f"{sizes} ({record['bpb']:.4f} bits a byte), {format_bytes(content_bytes / elapsed_s)}/s")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,8 +129,8 @@ class Compress(_Common):
                 self.model, data, block_bytes=self.block_bytes, window=self.window, hop=self.hop, settings=settings
             )
         self._write(target, [blob])
-        seconds = time.perf_counter() - began
-        self._report(seconds, len(blob), len(data), stdout_is_free=target is not None)
+        elapsed_s = time.perf_counter() - began
+        self._report(elapsed_s, len(blob), len(data), stdout_is_free=target is not None)
         return 0
 
 
@@ -163,8 +163,8 @@ class Decompress(_Common):
             restored = restore(self.model, blob, settings=settings, keep_going=self.keep_going)
         if not self.test:
             self._write(target, restored.pieces())
-        seconds = time.perf_counter() - began
-        self._report(seconds, len(blob), restored.num_bytes, stdout_is_free=self.test or target is not None)
+        elapsed_s = time.perf_counter() - began
+        self._report(elapsed_s, len(blob), restored.num_bytes, stdout_is_free=self.test or target is not None)
         damaged = restored.damaged
         for block in damaged:
             note(f"{self.file}: bytes {block.begin} to {block.begin + block.num_bytes}: {block.reason}")

@@ -68,5 +68,5 @@ def print_result(result: DemoResult) -> None:
         *comparison(result.compressed_bytes, result.text_bytes, result.score.bpb),
     )
     rate = result.training.num_bytes / result.training.elapsed_s / 1e3
-    print(f"{result.training.steps} steps at {rate:.1f} kB/s; {result.seconds:.0f} s in all; curve: {result.plot}")
+    print(f"{result.training.steps} steps at {rate:.1f} kB/s; {result.total_s:.0f} s in all; curve: {result.plot}")
     print(f"\n{result.sample}")
