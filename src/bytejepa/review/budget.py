@@ -59,7 +59,9 @@ def shipped_code(submission: Submission) -> list[Path]:
 
 def packed_code_bytes(source: bytes) -> int:
     """Return what a script weighs as the usual wrapper of lzma and base85: what its author could have counted."""
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+    # a dictionary of the source's length packs it no worse, and need not be 64 MiB of memory
+    dictionary = max(len(source), 4096)
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": dictionary}]
     packed = base64.b85encode(lzma.compress(source, format=lzma.FORMAT_RAW, filters=filters))
     return len(packed) + 110  # the line that unpacks it
 
@@ -127,7 +129,9 @@ def _total_of(log: TrainingLog, code: int | None) -> int | None:
 def _claimed_total(submission: Submission) -> int | None:
     """Return the largest total that submission.json claims, of the whole or of any seed."""
     per_seed = submission.claims.get("seed_results")
-    parts = [submission.claims, *(per_seed.values() if isinstance(per_seed, dict) else per_seed or ())]
+    if isinstance(per_seed, dict):
+        per_seed = list(per_seed.values())
+    parts = [submission.claims, *(per_seed if isinstance(per_seed, list) else ())]
     found = [
         value
         for part in parts
@@ -192,7 +196,7 @@ def _code(submission: Submission, files: list[Path]) -> Finding:
     code, packed = sum(map(len, contents)), packed_code_bytes(b"".join(contents))
     counted = {log.code_bytes for log in submission.logs if log.code_bytes is not None}
     claimed = submission.claims.get("bytes_code")
-    counted |= {claimed} if isinstance(claimed, int) and claimed > 0 else set()
+    counted |= {claimed} if isinstance(claimed, int) and not isinstance(claimed, bool) and claimed > 0 else set()
     figures = {"raw_bytes": code, "packed_bytes": min(packed, code)}
     name = submission.script.relative_to(submission.root).as_posix()
     off = [value for value in counted if value not in (code, packed) and abs(value - code) > 0.02 * code]

@@ -8,7 +8,7 @@ from typing import Any
 
 from bytejepa.errors import ConfigError, DataError
 from bytejepa.review.budget import data_findings, folder_findings, size_findings, time_findings
-from bytejepa.review.claims import with_claimed_evaluation
+from bytejepa.review.claims import claimed_bpb, with_claimed_evaluation
 from bytejepa.review.findings import Evidence, Finding, Review, Status, Weight, judge
 from bytejepa.review.scores import score_findings
 from bytejepa.review.source_scan import scan_source
@@ -118,7 +118,7 @@ def _facts(submission: Submission, findings: list[Finding]) -> dict[str, Any]:
     finals = [log.final.bpb for log in submission.logs if log.final is not None]
     size = next((f for f in findings if f.check == "budget.bytes"), None)
     return {
-        "mean_bpb": statistics.fmean(finals) if finals else submission.claims.get("val_bpb"),
+        "mean_bpb": statistics.fmean(finals) if finals else claimed_bpb(submission),
         "deviation_bpb": statistics.stdev(finals) if len(finals) > 1 else None,
         "num_seeds": len(finals),
         "seeds": [log.seed for log in submission.logs if log.final is not None],

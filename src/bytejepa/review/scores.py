@@ -8,7 +8,7 @@ import statistics
 from typing import Any
 
 from bytejepa.bits import bits_from_nats
-from bytejepa.review.claims import claim_finding, claimed_bpb, tolerance_of, unscored_claim_findings
+from bytejepa.review.claims import bpb_in, claim_finding, claimed_bpb, tolerance_of, unscored_claim_findings
 from bytejepa.review.findings import Evidence, Finding, Status, Weight
 from bytejepa.review.log_parser import ScoreLine, TrainingLog
 from bytejepa.review.submission import Submission
@@ -282,8 +282,7 @@ def _seeds(reported: list[tuple[TrainingLog, ScoreLine]]) -> Finding:
 def baseline_of(submission: Submission) -> float | None:
     """Return the bpb that the submission says it improves on, None if it names none."""
     for key in ("baseline_bpb", "previous_record_bpb", "sota_bpb", "prior_sota_bpb", "record_bpb", "previous_sota_bpb"):
-        value = submission.claims.get(key)
-        if isinstance(value, float):
+        if (value := bpb_in(submission.claims, key)) is not None:
             return value
     claimed = claimed_bpb(submission)
     for match in _BASELINE.finditer(submission.readme):
