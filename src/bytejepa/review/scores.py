@@ -21,6 +21,8 @@ COVERAGE_TOLERANCE = 0.002
 """Tails cut to a multiple of the context are under 0.0001; the known wrong denominators are 4 % off and more."""
 OTHER_SPLIT_TOLERANCE = 0.01
 """How far one tokenizer's symbols per byte may differ between two samples of the same web text."""
+FEWEST_SYMBOLS = 1e-3
+"""A byte has more of them in any vocabulary; a loss without its bpb, or the reverse, has no ratio."""
 LARGEST_PART = 0.9
 """Fewer tokens than this share of the split's are a part of it, whose bytes only the author can count."""
 PART_TOLERANCE = 0.05
@@ -43,11 +45,11 @@ def vocabulary_of(submission: Submission) -> int | None:
     for log in submission.logs:
         if isinstance(size := log.settings.get("vocab_size"), int):
             return size
-    if submission.settings.get("VOCAB_SIZE", "").isdigit():
-        return int(submission.settings["VOCAB_SIZE"])
+    if re.fullmatch(r"\d{1,9}", stated := submission.settings.get("VOCAB_SIZE", "")):
+        return int(stated)
     source = submission.script.read_text(encoding="utf-8", errors="replace") if submission.script else ""
-    match = re.search(r"VOCAB_SIZE[\"'],\s*[\"']?(\d+)", source) or re.search(
-        r"fineweb10B_(?:sp|byte)(\d+)", source + submission.readme
+    match = re.search(r"VOCAB_SIZE[\"'],\s*[\"']?(\d{1,9})\b", source) or re.search(
+        r"fineweb10B_(?:sp|byte)(\d{1,9})", source + submission.readme
     )
     return int(match[1]) if match else None
 
@@ -188,7 +190,7 @@ def _coverage(submission: Submission, reported: list[tuple[TrainingLog, ScoreLin
         tokens = log.counts.get("tokens")
         counts = [("bytes", log.counts.get("bytes"), VALIDATION_BYTES)]
         counts.append(("documents", log.counts.get("documents"), VALIDATION_DOCUMENTS))
-        if tokens and final.loss_nats:  # whatever the tokenizer: tokens over tokens per byte
+        if tokens and FEWEST_SYMBOLS < _ratio(final) < math.inf:  # whatever the tokenizer: tokens over tokens per byte
             counts.append(("bytes in the logged tokens", round(tokens / _ratio(final)), VALIDATION_BYTES))
         for name, count, expected in counts:
             if count is not None and count < (1 - tolerances.get(name, COVERAGE_TOLERANCE)) * expected:
