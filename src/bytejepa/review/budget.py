@@ -31,7 +31,7 @@ _MEBIBYTES = re.compile(
 
 _IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+([A-Za-z_][\w.]*)", re.MULTILINE)
 _README_TOTAL = re.compile(
-    r"\b(?:artifact|submission|total|bytes_total)\b[^\n.;]{0,60}?(?<![\d.,])(\d{1,3}(?:,\d{3}){2,}|\d{7,9})(?:\s*(?:bytes|B)\b|\s*\||\W*$)",
+    r"\b(?:artifact|submission|total|bytes_total)\b[^\n.;]{0,60}?(?<![\d.,])(\d{1,3}(?:,\d{3}){2,6}|\d{7,9})(?:\s*(?:bytes|B)\b|\s*\||\W*$)",
     re.IGNORECASE | re.MULTILINE,
 )
 """A total in words: `Artifact size | 13,361,078 bytes`."""
@@ -46,12 +46,13 @@ def shipped_code(submission: Submission) -> list[Path]:
     if submission.script is None:
         return []
     found, texts = [submission.script], []
+    there = {path for path in submission.root.rglob("*.py") if path.is_file() and not path.is_symlink()}
     for path in found:  # grows while it is walked
         texts.append(path.read_text(encoding="utf-8", errors="replace"))
         for name in _IMPORT.findall(texts[-1]):
             relative = Path(*name.split("."))
             for helper in (submission.root / relative.with_suffix(".py"), submission.root / relative / "__init__.py"):
-                if helper.is_file() and not helper.is_symlink() and helper not in found:
+                if helper in there and helper not in found:
                     found.append(helper)
     foreign = (path for path in sorted(submission.root.rglob("*")) if path.suffix in _FOREIGN_SOURCES)
     return found + [path for path in foreign if path.is_file() and any(path.name in text for text in texts)]

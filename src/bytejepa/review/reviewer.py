@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bytejepa.errors import ConfigError, DataError
+from bytejepa.errors import ConfigError, DataError, file_errors_as
 from bytejepa.review.budget import data_findings, folder_findings, size_findings, time_findings
 from bytejepa.review.claims import claimed_bpb, with_claimed_evaluation
 from bytejepa.review.findings import Evidence, Finding, Review, Status, Weight, judge
@@ -49,7 +49,8 @@ def review(target: Path | str, *, run: bool = False) -> Review:
         raise DataError(
             f"{path} is an empty folder", hint="a submission has README.md, submission.json, train_gpt.py and logs"
         )
-    return review_submission(path, run=run)
+    with file_errors_as(DataError, "read", path):
+        return review_submission(path, run=run)
 
 
 def review_submission(path: Path, *, run: bool = False) -> Review:

@@ -45,7 +45,9 @@ def scan_source(
             check="source.syntax",
             status=Status.FAIL,
             weight=Weight.AUTHOR,
-            summary="the script is not valid Python",
+            summary="the script is not valid Python"
+            if isinstance(problem, SyntaxError)
+            else "the script cannot be read",
             evidence=evidence,
         )
         return [finding], None

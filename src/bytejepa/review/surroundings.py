@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from bytejepa.review.findings import Evidence, Finding, Status, Weight
-from bytejepa.review.operations import OPERATORS
+from bytejepa.review.operations import OPERATORS, compute
 from bytejepa.review.program import Module
 from bytejepa.review.rules import Facts
-from bytejepa.review.values import TRAINING, VALIDATION, Event, Function
+from bytejepa.review.values import TRAINING, UNKNOWN, VALIDATION, Event, Function
 
 _DOWNLOADS = re.compile(r"\b(?:curl|wget|pip3?|apt(?:-get)?|git clone|huggingface-cli|aws|gsutil|scp|rsync|ssh)\b")
 _HARMLESS = re.compile(r"\b(?:nvidia-smi|git|lscpu|nproc|free|uname|rocm-smi|df|cat|which|hostname)\b")
@@ -217,15 +217,21 @@ def _small_value(node: ast.expr, names: dict[str, int]) -> Any:
         case ast.Attribute(attr=name):
             return names[name]
         case ast.BinOp(left=left, op=operation, right=right) if type(operation) in OPERATORS:
-            return OPERATORS[type(operation)](_small_value(left, names), _small_value(right, names))
+            return _known(compute(type(operation), _small_value(left, names), _small_value(right, names)))
         case ast.Compare(left=left, ops=[operation], comparators=[right]):
-            return OPERATORS[type(operation)](_small_value(left, names), _small_value(right, names))
+            return _known(compute(type(operation), _small_value(left, names), _small_value(right, names)))
         case ast.BoolOp(op=operation, values=parts):
             values = [_small_value(part, names) for part in parts]
             return all(values) if isinstance(operation, ast.And) else any(values)
         case ast.Call(func=ast.Name(id=name), args=arguments) if name in ("min", "max"):
             return (min if name == "min" else max)(_small_value(argument, names) for argument in arguments)
     raise ValueError(type(node).__name__)
+
+
+def _known(value: Any) -> Any:
+    if value is UNKNOWN:
+        raise ValueError("no number, or a huge one")
+    return value
 
 
 def repeated_targets(plan: ast.ListComp, *, total: int = 4096, window: int = 512, stride: int = 64) -> int | None:
