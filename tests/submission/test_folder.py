@@ -1,5 +1,6 @@
 """The folder: complete, true to its runs, clean under review, and never half there."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -183,3 +184,14 @@ def test_the_command(seed_runs: list[Path], tmp_path, command) -> None:
     assert "exists already" in again.err
     shown = command(*words, "--force")
     assert "sliding" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"), [(0, "FineWeb, byte260 shards, the whole"), (1, "not the challenge's split")]
+)
+def test_the_challenges_split_is_told_by_its_counts(submission, missing: int, says: str) -> None:
+    from bytejepa.submission.folder import _dataset
+
+    seed = submission.seeds[0]
+    whole = dataclasses.replace(seed.sliding, num_bytes=151_080_891 - missing)
+    assert says in _dataset(seed.run, dataclasses.replace(seed, sliding=whole), 50_000)

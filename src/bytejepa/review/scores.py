@@ -7,15 +7,15 @@ import re
 import statistics
 from typing import Any
 
-from bytejepa.bits import bits_from_nats
+from bytejepa.bits import VALIDATION_BYTES, VALIDATION_DOCUMENTS, bits_from_nats
 from bytejepa.review.claims import bpb_in, claim_finding, claimed_bpb, tolerance_of, unscored_claim_findings
 from bytejepa.review.findings import Evidence, Finding, Status, Weight
 from bytejepa.review.log_parser import ScoreLine, TrainingLog
 from bytejepa.review.submission import Submission
 
-VALIDATION_BYTES = 151_080_891
-VALIDATION_DOCUMENTS = 50_000
-TOKENS_OF_VOCABULARY = {1024: 62_021_846, 8192: 40_540_803, 260: 151_130_891, 256: 151_080_891}
+TOKENS_OF_VOCABULARY = {
+    1024: 62_021_846, 8192: 40_540_803, 260: VALIDATION_BYTES + VALIDATION_DOCUMENTS, 256: VALIDATION_BYTES,
+}  # fmt: skip
 """Symbols of the whole validation split, by vocabulary (landscape, section 2)."""
 COVERAGE_TOLERANCE = 0.002
 """Tails cut to a multiple of the context are under 0.0001; the known wrong denominators are 4 % off and more."""
@@ -196,10 +196,11 @@ def _coverage(submission: Submission, reported: list[tuple[TrainingLog, ScoreLin
             if count is not None and count < (1 - tolerances.get(name, COVERAGE_TOLERANCE)) * expected:
                 evidence.append(Evidence(file=log.file, text=f"{count:,} {name}, the split has {expected:,}"))
     if evidence:
+        split = f"{VALIDATION_BYTES:,} bytes in {VALIDATION_DOCUMENTS:,} documents"
         return Finding(
             check=check,
             status=Status.FAIL,
-            summary="the score does not cover the validation split of 151,080,891 bytes in 50,000 documents",
+            summary=f"the score does not cover the validation split of {split}",
             evidence=tuple(evidence),
         )
     known = {name for log, _ in reported for name in log.counts}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -143,7 +144,7 @@ def pack_and_score(
     Raises: ArtifactError if weights and code are over the budget.
     """
     with ranks.agree():
-        config, average = run_weights(run.folder)
+        config, weights = run_weights(run.folder)
     with ranks.agree():
         if ranks.is_main:
             sequences = None
@@ -151,7 +152,7 @@ def pack_and_score(
                 place = shards_of(run, data)
                 sequences = calibration_sequences(IdStream.open(place, "train"), config, place)
             write_artifact(
-                artifact, average, config, sequences=sequences, code_bytes=code_bytes, device=ranks.device, force=True
+                artifact, weights, config, sequences=sequences, code_bytes=code_bytes, device=ranks.device, force=True
             )
     with ranks.agree():
         weights_bytes, limit_bytes = artifact.stat().st_size, config.artifact.limit_bytes
@@ -160,36 +161,47 @@ def pack_and_score(
                 f"{run.folder}: weights of {weights_bytes:,} bytes and code of {code_bytes:,} are over the budget of {limit_bytes:,}",
                 hint="--packed makes the code smaller; a smaller model or fewer bits the weights",
             )
-        averaged = Scorer(on_device(build(config, average, source=str(run.folder)), ranks.device))
+        averaged = Scorer(on_device(build(config, weights, source=str(run.folder)), ranks.device))
         packed = packed_scorer(artifact, config, ranks)
-    seconds: dict[str, float] = {}
-
-    def score(what: str, scorer: Scorer, stride: int | None) -> Score:
-        evaluation = config.evaluation
-        window = min(evaluation.window_bytes, len(ids) - 1)
-        begin = time.perf_counter()
-        result = score_on_ranks(
-            scorer,
-            ids,
-            ranks,
-            window=window,
-            stride=window if stride is None else min(stride, window),
-            batch_ids=evaluation.batch_bytes,
-            on_progress=_telling(on_progress, f"seed {config.training.seed}, {what}", len(ids) - 1),
-        )
-        seconds[what] = time.perf_counter() - begin
-        return result
-
+    score = functools.partial(_timed_score, config, ids, ranks, on_progress)
+    average, _ = score("averaged weights", averaged, None)
+    roundtrip, roundtrip_s = score("round trip", packed, None)
+    sliding, sliding_s = score("sliding windows", packed, config.evaluation.stride_bytes)
     return SeedResult(
         run=run,
         num_parameters=sum(parameter.numel() for parameter in packed.model.parameters()),
         weights_bytes=weights_bytes,
-        average=score("averaged weights", averaged, None),
-        roundtrip=score("round trip", packed, None),
-        sliding=score("sliding windows", packed, config.evaluation.stride_bytes),
-        roundtrip_s=seconds["round trip"],
-        sliding_s=seconds["sliding windows"],
+        average=average,
+        roundtrip=roundtrip,
+        sliding=sliding,
+        roundtrip_s=roundtrip_s,
+        sliding_s=sliding_s,
     )
+
+
+def _timed_score(
+    config: RunConfig,
+    ids: npt.NDArray[np.uint16],
+    ranks: Ranks,
+    on_progress: OnProgress | None,
+    what: str,
+    scorer: Scorer,
+    stride: int | None,
+) -> tuple[Score, float]:
+    """Return the score of ids[1:], `stride` targets a window (None: windows that do not overlap), and its seconds."""
+    evaluation = config.evaluation
+    window = min(evaluation.window_bytes, len(ids) - 1)
+    begin = time.perf_counter()
+    result = score_on_ranks(
+        scorer,
+        ids,
+        ranks,
+        window=window,
+        stride=window if stride is None else min(stride, window),
+        batch_ids=evaluation.batch_bytes,
+        on_progress=_telling(on_progress, f"seed {config.training.seed}, {what}", len(ids) - 1),
+    )
+    return result, time.perf_counter() - begin
 
 
 def _telling(on_progress: OnProgress | None, what: str, total: int) -> Callable[[int], None] | None:
