@@ -6,7 +6,6 @@ import ast
 import dataclasses
 from pathlib import Path
 
-from bytejepa.review.syntax import parse
 from bytejepa.review.wrappers import Unpacked, unpack
 
 MAX_SOURCE_BYTES = 16_000_000
@@ -52,12 +51,11 @@ def read_module(path: Path, root: Path) -> Module:
     source = path.read_text(encoding="utf-8")
     name = path.relative_to(root).as_posix()
     unpacked = unpack(source)
-    tree = parse(unpacked.source)
     return Module(
         file=f"packed:{name}" if unpacked.layers else name,
         path=name,
         source=unpacked.source,
-        tree=tree,
+        tree=unpacked.tree,
         unpacked=unpacked,
     )
 

@@ -38,6 +38,8 @@ class Unpacked:
 
     source: str
     """The innermost source that could be read; the script itself if it is not wrapped."""
+    tree: ast.Module
+    """Its syntax tree."""
     layers: tuple[str, ...]
     """The decoders peeled off, outermost first; empty for a plain script."""
     closed: tuple[str, ...]
@@ -82,6 +84,13 @@ def _brotli(data: bytes) -> bytes:
     return bytes(unpacked[:MAX_UNPACKED_BYTES])  # the limit of a piece is rounded up to a buffer
 
 
+def _codecs(data: Any, encoding: str = "utf-8", errors: str = "strict") -> Any:
+    name = encoding.lower().removesuffix("_codec")
+    if name in ("zip", "zlib", "bz2"):  # these alone make more of what they are given
+        return (_bz2 if name == "bz2" else _zlib)(data)
+    return codecs.decode(data, encoding, errors)
+
+
 DECODERS: Mapping[str, Callable[..., Any]] = {
     "lzma.decompress": _lzma,
     "zlib.decompress": _zlib,
@@ -100,7 +109,7 @@ DECODERS: Mapping[str, Callable[..., Any]] = {
     "binascii.a2b_base64": binascii.a2b_base64,
     "binascii.unhexlify": binascii.unhexlify,
     "bytes.fromhex": bytes.fromhex,
-    "codecs.decode": codecs.decode,
+    "codecs.decode": _codecs,
 }
 CONSTANTS: Mapping[str, Any] = {
     f"lzma.{name}": getattr(lzma, name)
@@ -277,21 +286,22 @@ def unpack(source: str) -> Unpacked:
 
 def _peeled(source: str) -> Unpacked:
     layers: list[str] = []
+    tree = parse(source)
     for _ in range(MAX_DEPTH):
-        tree = parse(source)
         defines = any(isinstance(s, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) for s in tree.body)
         packed = [] if defines else executed(tree)
         if not packed:
-            return Unpacked(source=source, layers=tuple(layers), closed=())
+            return Unpacked(source=source, tree=tree, layers=tuple(layers), closed=())
         try:
             inner = literal_value(tree, packed[0])
             if isinstance(inner, bytes | bytearray):
                 inner = bytes(inner).decode("utf-8")
             if not isinstance(inner, str):
                 raise Closed("what is executed is not text")
-            parse(inner)
+            inner_tree = parse(inner)
         except (Closed, SyntaxError, ValueError) as problem:
-            return Unpacked(source=source, layers=tuple(layers), closed=(str(problem) or type(problem).__name__,))
+            why = str(problem) or type(problem).__name__
+            return Unpacked(source=source, tree=tree, layers=tuple(layers), closed=(why,))
         layers.extend(_layers_of(tree, packed[0]))
-        source = inner
-    return Unpacked(source=source, layers=tuple(layers), closed=(f"more than {MAX_DEPTH} layers",))
+        source, tree = inner, inner_tree
+    return Unpacked(source=source, tree=tree, layers=tuple(layers), closed=(f"more than {MAX_DEPTH} layers",))
