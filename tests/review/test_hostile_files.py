@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bytejepa.review import Review, Status, Word, review
+from bytejepa.config import RunConfig
+from bytejepa.review import Review, Status, Word, review, wrappers
 from bytejepa.review.budget import packed_code_bytes
 from bytejepa.review.report_forms import as_json, as_markdown, print_terminal
+from bytejepa.training.runlog import RunFolder, run_manifest
 from review.folders import Folder
 from review.scripts import script
 
@@ -233,7 +235,8 @@ def test_what_would_be_huge_is_not_computed(lines: str, tmp_path: Path) -> None:
     assert found.finding("source.scoring") is not None
 
 
-def test_a_wrapper_of_sums_of_sums_stays_closed(tmp_path: Path) -> None:
+def test_a_wrapper_of_sums_of_sums_stays_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wrappers, "MAX_COMPUTED", 20_000)
     sums = "".join(f"a{i + 1} = a{i} + a{i}\n" for i in range(24))
     assert "too much to compute" in visible(f"a0 = 'x'\n{sums}exec(a24)\n", tmp_path)
 
@@ -243,3 +246,24 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, refuses: Callabl
     (path / "train_gpt.py").unlink()
     (path / "train_gpt.py").symlink_to("/proc/self/mem")  # opens, and gives an error when read
     assert f"cannot read {path}: Input/output error" in refuses(3, "review", path)
+
+
+@pytest.fixture
+def run_folder(minimal_config: RunConfig, tmp_path: Path) -> RunFolder:
+    """A run folder without a checkpoint."""
+    folder = RunFolder(tmp_path / "run")
+    folder.create(minimal_config, run_manifest(minimal_config, {}, {}))
+    folder.append_metrics({"step": 1, "elapsed_s": 1.0, "val_bpb_average": 2.5})
+    return folder
+
+
+@pytest.mark.parametrize("value", ["2.5", [2.5], {}, 10**400, float("nan")])
+def test_a_score_of_a_run_that_is_no_rate_is_left_out(value: Any, run_folder: RunFolder) -> None:
+    run_folder.append_metrics({"step": 2, "elapsed_s": 2.0, "val_bpb_average": value})
+    assert reported(run_folder.path).facts["mean_bpb"] == 2.5
+
+
+@pytest.mark.parametrize("name", ["config.json", "manifest.json", "metrics.jsonl"])
+def test_records_of_a_run_that_nest_too_deeply_need_its_author(name: str, run_folder: RunFolder) -> None:
+    (run_folder.path / name).write_text("[" * 100_000 + "\n")
+    assert reported(run_folder.path).verdict.word is Word.AUTHOR

@@ -21,7 +21,7 @@ OTHER_SEEDS_BPB = 0.005
 
 
 def bpb_in(claims: dict[str, Any], key: str) -> float | None:
-    """Return what submission.json states under `key` if it can be bits per byte; it may be of any type."""
+    """Return what a file states under `key` if it can be bits per byte; it may be of any type."""
     value = claims.get(key)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None

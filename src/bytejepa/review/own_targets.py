@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bytejepa.bits import ARTIFACT_LIMIT_BYTES
 from bytejepa.errors import BytejepaError
+from bytejepa.review.claims import bpb_in
 from bytejepa.review.findings import Evidence, Finding, Review, Status, Weight, judge
 
 if TYPE_CHECKING:
@@ -50,12 +51,12 @@ def review_run(path: Path) -> Review:
     folder = RunFolder(path)
     try:
         config, metrics, manifest = folder.read_config(), folder.read_metrics(), folder.read_manifest()
-    except (BytejepaError, ValueError, OSError) as problem:
+    except (BytejepaError, ValueError, OSError, RecursionError) as problem:
         return _unreadable(path, "run", problem)
     findings = [_manifest(config, manifest), _metrics(metrics)]
     findings += [_budget(artifact) for artifact in sorted(path.rglob("*.bjm"))]
     findings += _behaviour(path, run_round_trip)
-    values = [line["val_bpb_average"] for line in metrics if line.get("val_bpb_average") is not None]
+    values = [bpb for line in metrics if (bpb := bpb_in(line, "val_bpb_average")) is not None]
     facts: dict[str, Any] = {
         "mean_bpb": values[-1] if values else None,
         "num_seeds": 1,
