@@ -7,6 +7,8 @@ import math
 NATS_PER_BIT = math.log(2.0)
 ARTIFACT_LIMIT_BYTES = 16_000_000
 """The challenge's budget for code plus compressed weights, in decimal bytes (spec section 1)."""
+VALIDATION_BYTES, VALIDATION_DOCUMENTS = 151_080_891, 50_000
+"""The challenge's validation split (spec section 7, item 8)."""
 
 
 def bits_from_nats(nats: float) -> float:

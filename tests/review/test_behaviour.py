@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from bytejepa.config import replace
+from bytejepa.config import RunConfig, replace
 from bytejepa.model.initialization import initialize
 from bytejepa.model.transformer import ByteLM
 from bytejepa.presets import preset
@@ -81,8 +81,10 @@ def test_a_leak_at_borders_beyond_a_short_window_is_caught(model: ByteLM, monkey
 
     assert model.config.evaluation.window_bytes == 512
     monkeypatch.setattr(model, "logits", leaky)
-    leaks = [found for found in model_findings(model) if found.check == "behaviour.future_change"]
+    findings = model_findings(model)
+    leaks = [found for found in findings if found.check == "behaviour.future_change"]
     assert [found.status is Status.FAIL for found in leaks] == [False, True]
+    assert [found for found in findings if found.status is not Status.PASS] == leaks[1:]
 
 
 def test_the_positions_lie_on_every_kind_of_border_and_few_are_the_most_telling() -> None:
@@ -177,22 +179,22 @@ def test_the_model_is_left_as_it_was(model: ByteLM) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_an_artifact_is_reviewed_from_the_file(model: ByteLM, tmp_path) -> None:
-    from bytejepa.artifact.container import write_container
-    from bytejepa.artifact.store import store_weights
-    from bytejepa.config_json import to_dict
+def test_an_artifact_is_reviewed_from_the_file(minimal_artifact: Path, minimal_config: RunConfig, tmp_path) -> None:
+    from bytejepa.artifact.container import read_container, write_container
     from bytejepa.review import Word, review
 
-    path = tmp_path / "model.bjm"
-    weights = {name: value.detach() for name, value in model.named_parameters()}
-    stored = store_weights(weights, model.config)
-    write_container(path, configuration=to_dict(model.config), tensors=stored, metadata={"seed": 1})
-    found = review(path)
+    found = review(minimal_artifact)
+    assert found.facts["seeds"] == [minimal_config.training.seed]
     assert found.verdict.word is Word.CLEAN, found.verdict
     assert found.kind == "artifact"
     assert found.finding("behaviour.future_change").status is Status.PASS
     assert found.finding("behaviour.round_trip").status is Status.PASS
-    damaged = bytearray(path.read_bytes())
+    path = tmp_path / "model.bjm"
+    read = read_container(minimal_artifact)
+    origin = {"imported_from": "final_model.pt"}
+    write_container(path, configuration=read.configuration, tensors=read.stored, metadata=origin)
+    assert review(path).facts["seeds"] == [None]  # a configuration, but no run of it
+    damaged = bytearray(minimal_artifact.read_bytes())
     damaged[-100] ^= 1
     path.write_bytes(bytes(damaged))
     assert review(path).verdict.word is Word.AUTHOR

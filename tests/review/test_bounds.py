@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import bz2
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +33,16 @@ def test_no_more_is_unpacked_than_a_submission_can_be(name: str, compress: Calla
     tracemalloc.stop()
     assert unpacked == bytes(MAX_UNPACKED_BYTES)
     assert peak_bytes < 6 * MAX_UNPACKED_BYTES
+
+
+@pytest.mark.parametrize(
+    ("codec", "compress"), [("zip", zlib.compress), ("zlib_codec", zlib.compress), ("bz2", bz2.compress)]
+)
+def test_no_more_is_unpacked_by_a_codec_either(codec: str, compress: Callable[[bytes], bytes]) -> None:
+    decode = DECODERS["codecs.decode"]
+    assert decode(compress(b"print()"), codec) == b"print()"
+    assert decode("cevag()", "rot13") == "print()"
+    assert len(decode(compress(bytes(2 * MAX_UNPACKED_BYTES)), codec)) == MAX_UNPACKED_BYTES
 
 
 def test_brotli_data_that_end_too_early_stay_closed() -> None:

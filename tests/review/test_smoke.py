@@ -39,10 +39,6 @@ def test_a_good_script_passes_with_its_figures(tmp_path) -> None:
     assert "SMOKE_TEST_PASS" in found.facts["smoke"]
 
 
-def test_a_wrapped_script_is_tried_too(tmp_path) -> None:
-    assert smoke(tmp_path, wrap(script()))["stage"] == "done"
-
-
 def test_a_script_that_cannot_be_imported_needs_its_author(tmp_path) -> None:
     found = review(
         Folder(source="import a_module_that_nobody_has\n" + script()).write(tmp_path / "submission"), run=True
@@ -116,9 +112,10 @@ def test_isolation_is_claimed_only_where_it_holds(tmp_path: Path, monkeypatch: p
     assert smoke(tmp_path, "pass")["isolation"] == expected
 
 
-def test_a_script_that_initialises_its_model_is_asked_to(tmp_path: Path) -> None:
+def test_a_script_that_initialises_its_model_is_asked_to_and_may_be_wrapped(tmp_path: Path) -> None:
     own = "\ndef initialize(model, seed):\n    for p in model.parameters():\n        p.data.zero_()\n"
-    result = smoke(tmp_path, script() + own)
+    result = smoke(tmp_path, wrap(script() + own))
+    assert result["stage"] == "done"
     assert result["forward_loss_nats"] == pytest.approx(math.log(260), abs=1e-3)
 
 

@@ -1,5 +1,6 @@
 """The folder: complete, true to its runs, clean under review, and never half there."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bytejepa.errors import ArtifactError, CheckpointError, DataError
-from bytejepa.review import Word, review
+from bytejepa.review import Review, Word, review
 from bytejepa.submission.folder import Author, make_submission
 from submission.seeds_of_one_run import finished_run
 
@@ -18,8 +19,14 @@ KEYS = {
 }  # fmt: skip
 
 
-def test_review_finds_it_clean(submission) -> None:
-    outcome = review(submission.path)
+@pytest.fixture(scope="module")
+def reviewed(submission) -> Review:
+    """Its review, where it is packed with the smoke test."""
+    return review(submission.path, run=(submission.path / "train_gpt_readable.py").exists())
+
+
+def test_review_finds_it_clean(reviewed) -> None:
+    outcome = reviewed
     assert outcome.verdict.word is Word.CLEAN, outcome.verdict
     statuses = {finding.check: finding.status.value for finding in outcome.findings}
     assert {name for name, status in statuses.items() if status == "fail"} == set()
@@ -28,15 +35,14 @@ def test_review_finds_it_clean(submission) -> None:
         assert statuses[check] == "pass", check
 
 
+@pytest.mark.parametrize("submission", ["packed"], indirect=True)
 def test_review_sees_what_is_hidden_in_it(submission, tmp_path) -> None:
     """The clean verdict means something: the same script with one step on validation data before packing is flagged."""
     from bytejepa.submission.script import packed_script
 
-    is_packed = (submission.path / "train_gpt_readable.py").exists()
     folder = tmp_path / "doctored"
     shutil.copytree(submission.path, folder)
-    readable = folder / ("train_gpt_readable.py" if is_packed else "train_gpt.py")
-    source = readable.read_text()
+    source = (folder / "train_gpt_readable.py").read_text()
     honest = "    path = Path(ARTIFACT)\n"
     assert source.count(honest) == 1
     sly = (
@@ -47,16 +53,15 @@ def test_review_sees_what_is_hidden_in_it(submission, tmp_path) -> None:
         "        loss.backward()\n"
         "        sgd.step()\n"
     )
-    doctored = source.replace(honest, sly + honest)
-    (folder / "train_gpt.py").write_text(packed_script(doctored) if is_packed else doctored)
+    (folder / "train_gpt.py").write_text(packed_script(source.replace(honest, sly + honest)))
     outcome = review(folder)
     assert outcome.verdict.word is Word.FLAG
     assert "source.pre_quant_training" in {f.check for f in outcome.findings if f.status.value == "fail"}
 
 
 @pytest.mark.parametrize("submission", ["packed"], indirect=True)
-def test_the_smoke_test_builds_its_model(submission) -> None:
-    finding = review(submission.path, run=True).finding("smoke.cpu")
+def test_the_smoke_test_builds_its_model(submission, reviewed) -> None:
+    finding = reviewed.finding("smoke.cpu")
     assert finding is not None
     assert finding.status.value == "pass", finding.summary
     assert f"params={submission.seeds[0].num_parameters:,}" in finding.summary
@@ -183,3 +188,14 @@ def test_the_command(seed_runs: list[Path], tmp_path, command) -> None:
     assert "exists already" in again.err
     shown = command(*words, "--force")
     assert "sliding" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"), [(0, "FineWeb, byte260 shards, the whole"), (1, "not the challenge's split")]
+)
+def test_the_challenges_split_is_told_by_its_counts(submission, missing: int, says: str) -> None:
+    from bytejepa.submission.folder import _dataset
+
+    seed = submission.seeds[0]
+    whole = dataclasses.replace(seed.sliding, num_bytes=151_080_891 - missing)
+    assert says in _dataset(seed.run, dataclasses.replace(seed, sliding=whole), 50_000)

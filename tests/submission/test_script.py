@@ -22,16 +22,16 @@ from bytejepa.submission.bundle import bundle
 from bytejepa.submission.folder import Author, make_submission
 from bytejepa.submission.program import main
 from bytejepa.submission.script import PERMITTED, packed_script, readable_script
+from submission import script_process
 from submission.seeds_of_one_run import finished_run, seed_config
 
-ALONE = """
+ALONE = f"""
 import runpy, sys
 
 class OnlyWhatIsPermitted:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"bytejepa", "jaxtyping", "safetensors", "cattrs", "tyro", "rich", "filelock", "psutil",
-                                      "scipy", "matplotlib", "jinja2", "brotli"}:
-            raise ImportError(f"{name} is not there")
+        if name.partition(".")[0] in {sorted(script_process.MISSING)}:
+            raise ImportError(name + " is not there")
 
 sys.meta_path.insert(0, OnlyWhatIsPermitted())
 sys.argv = sys.argv[1:]
@@ -83,9 +83,10 @@ def test_alone_it_repeats_the_run_and_its_score(submission, tiny_shards, tmp_pat
 def test_it_fills_its_budget_as_the_package_does(tiny_shards, tmp_path) -> None:
     artifact = dataclasses.asdict(presets.compact(seed_config(7)).artifact)
     artifact |= {"small_tensor_elements": 512, "calibration_bytes": 512, "fit": True, "limit_bytes": LIMIT_BYTES}
-    run = finished_run(tmp_path / "run", tiny_shards, 7, artifact={**artifact, "codecs": ("rans", "zstd")})
+    artifact["codecs"] = ("rans", "zstd")
+    run = finished_run(tmp_path / "run", tiny_shards, 7, artifact=artifact, model={"num_layers": 1, "bigram_rows": 32})
     made = make_submission([run], tmp_path / "folder", AUTHOR, packed=True)
-    log = logged(start(made.path / "train_gpt.py", tmp_path, DATA_PATH=str(tiny_shards)))
+    log = logged(script_process.run(made.path / "train_gpt.py", tmp_path, DATA_PATH=str(tiny_shards)))
     assert log.model_bytes == made.seeds[0].weights_bytes
     assert log.total_bytes == log.code_bytes + log.model_bytes <= LIMIT_BYTES
     assert log.total_bytes > LIMIT_BYTES - 1000  # so few codes are packed in steps of some hundred bytes
@@ -106,8 +107,8 @@ def test_two_ranks_under_torchrun_score_the_same(submission, tiny_shards, tmp_pa
 @pytest.mark.parametrize("submission", ["readable"], indirect=True)
 def test_environment_variables_change_the_run(submission, tiny_shards, tmp_path) -> None:
     variables = {"ITERATIONS": "2", "NUM_LAYERS": "1", "SEED": "5", "WARMDOWN_ITERS": "3", "TRAIN_LOG_EVERY": "1"}
-    log_text = start(submission.path / "train_gpt.py", tmp_path, DATA_PATH=str(tiny_shards), **variables).stdout
-    log = parse_log(log_text, "train.log")
+    done = script_process.run(submission.path / "train_gpt.py", tmp_path, DATA_PATH=str(tiny_shards), **variables)
+    log, log_text = logged(done), done.stdout
     assert (log.steps, log.planned_steps, log.seed, log.settings["num_layers"]) == (2, 2, 5, 1)
     assert log.parameters is not None
     assert log.parameters < submission.seeds[0].num_parameters

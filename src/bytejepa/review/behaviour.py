@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bytejepa.config import RunConfig
+from bytejepa.data.vocabulary import VOCABULARY_SIZE
 from bytejepa.model.blocked_attention import BLOCK
 from bytejepa.model.transformer import ByteLM
 from bytejepa.review.findings import Evidence, Finding, Status, Weight
@@ -82,7 +83,7 @@ def future_change(
     logits: Logits,
     *,
     length: int,
-    vocabulary: int = 260,
+    vocabulary: int = VOCABULARY_SIZE,
     distances: Sequence[int] = (8,),
     at_most: int | None = None,
     batch_ids: int = 65_536,
@@ -111,7 +112,7 @@ def future_change(
 
 
 @torch.no_grad()
-def normalised(probabilities: Logits, *, length: int, vocabulary: int = 260) -> Finding:
+def normalised(probabilities: Logits, *, length: int, vocabulary: int = VOCABULARY_SIZE) -> Finding:
     """Judge whether the probabilities over the whole vocabulary are finite, not negative and sum to one (C2)."""
     table = probabilities(probe_ids(2, length, vocabulary)).double()
     problems = []
@@ -156,7 +157,7 @@ def scored_once(
 
 
 @torch.no_grad()
-def batch_order(losses: Callable[[Tensor], Tensor], *, length: int, vocabulary: int = 260) -> Finding:
+def batch_order(losses: Callable[[Tensor], Tensor], *, length: int, vocabulary: int = VOCABULARY_SIZE) -> Finding:
     """Judge whether the loss of a sequence depends on the other sequences of its batch or on their order.
 
     `losses(ids)` returns the nats of ids (B, T): (B,) or (B, T - 1). The whole batch, each row alone, and the batch
@@ -181,7 +182,7 @@ def round_trip(
     reference: Predictions,
     *,
     length: int,
-    vocabulary: int = 260,
+    vocabulary: int = VOCABULARY_SIZE,
 ) -> Finding:
     """Judge whether a model that was exported and loaded again predicts what the stored weights say.
 
@@ -197,7 +198,7 @@ def round_trip(
 
 
 def dead_parameters(
-    model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor], *, length: int, vocabulary: int = 260
+    model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor], *, length: int, vocabulary: int = VOCABULARY_SIZE
 ) -> Finding:
     """Judge whether every parameter gets a gradient within a few steps; a copy of the model is trained, not the model.
 

@@ -31,7 +31,7 @@ _MEBIBYTES = re.compile(
 
 _IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+([A-Za-z_][\w.]*)", re.MULTILINE)
 _README_TOTAL = re.compile(
-    r"\b(?:artifact|submission|total|bytes_total)\b[^\n.;]{0,60}?(?<![\d.,])(\d{1,3}(?:,\d{3}){2,}|\d{7,9})(?:\s*(?:bytes|B)\b|\s*\||\W*$)",
+    r"\b(?:artifact|submission|total|bytes_total)\b[^\n.;]{0,60}?(?<![\d.,])(\d{1,3}(?:,\d{3}){2,6}|\d{7,9})(?:\s*(?:bytes|B)\b|\s*\||\W*$)",
     re.IGNORECASE | re.MULTILINE,
 )
 """A total in words: `Artifact size | 13,361,078 bytes`."""
@@ -46,12 +46,13 @@ def shipped_code(submission: Submission) -> list[Path]:
     if submission.script is None:
         return []
     found, texts = [submission.script], []
+    there = {path for path in submission.root.rglob("*.py") if path.is_file() and not path.is_symlink()}
     for path in found:  # grows while it is walked
         texts.append(path.read_text(encoding="utf-8", errors="replace"))
         for name in _IMPORT.findall(texts[-1]):
             relative = Path(*name.split("."))
             for helper in (submission.root / relative.with_suffix(".py"), submission.root / relative / "__init__.py"):
-                if helper.is_file() and not helper.is_symlink() and helper not in found:
+                if helper in there and helper not in found:
                     found.append(helper)
     foreign = (path for path in sorted(submission.root.rglob("*")) if path.suffix in _FOREIGN_SOURCES)
     return found + [path for path in foreign if path.is_file() and any(path.name in text for text in texts)]
@@ -59,7 +60,9 @@ def shipped_code(submission: Submission) -> list[Path]:
 
 def packed_code_bytes(source: bytes) -> int:
     """Return what a script weighs as the usual wrapper of lzma and base85: what its author could have counted."""
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+    # a dictionary of the source's length packs it no worse, and need not be 64 MiB of memory
+    dictionary = max(len(source), 4096)
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": dictionary}]
     packed = base64.b85encode(lzma.compress(source, format=lzma.FORMAT_RAW, filters=filters))
     return len(packed) + 110  # the line that unpacks it
 
@@ -127,7 +130,9 @@ def _total_of(log: TrainingLog, code: int | None) -> int | None:
 def _claimed_total(submission: Submission) -> int | None:
     """Return the largest total that submission.json claims, of the whole or of any seed."""
     per_seed = submission.claims.get("seed_results")
-    parts = [submission.claims, *(per_seed.values() if isinstance(per_seed, dict) else per_seed or ())]
+    if isinstance(per_seed, dict):
+        per_seed = list(per_seed.values())
+    parts = [submission.claims, *(per_seed if isinstance(per_seed, list) else ())]
     found = [
         value
         for part in parts
@@ -192,7 +197,7 @@ def _code(submission: Submission, files: list[Path]) -> Finding:
     code, packed = sum(map(len, contents)), packed_code_bytes(b"".join(contents))
     counted = {log.code_bytes for log in submission.logs if log.code_bytes is not None}
     claimed = submission.claims.get("bytes_code")
-    counted |= {claimed} if isinstance(claimed, int) and claimed > 0 else set()
+    counted |= {claimed} if isinstance(claimed, int) and not isinstance(claimed, bool) and claimed > 0 else set()
     figures = {"raw_bytes": code, "packed_bytes": min(packed, code)}
     name = submission.script.relative_to(submission.root).as_posix()
     off = [value for value in counted if value not in (code, packed) and abs(value - code) > 0.02 * code]

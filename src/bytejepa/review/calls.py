@@ -11,7 +11,7 @@ from bytejepa.review.free_tensors import ADDING_METHODS, MIXING_METHODS
 from bytejepa.review.library import Library
 from bytejepa.review.library_names import REDUCTIONS, TEXT_METHODS
 from bytejepa.review.machine import MAX_CALL_DEPTH
-from bytejepa.review.operations import WIDE_FIELD
+from bytejepa.review.operations import call_on_text
 from bytejepa.review.values import (
     CHOSEN,
     FORWARD,
@@ -206,14 +206,8 @@ class Calls(Library):
     @staticmethod
     def _text(owner: Value, name: str, arguments: list[Value]) -> Value:
         result = combine(owner, *arguments)
-        is_wide = name == "format" and WIDE_FIELD.search(owner.constant)
-        if all(argument.is_known for argument in arguments) and not is_wide:
-            try:
-                result.constant = getattr(owner.constant, name)(*(argument.constant for argument in arguments))
-                if isinstance(result.constant, list):
-                    result.constant = tuple(result.constant)
-            except Exception:  # the script's own mistake
-                result.constant = UNKNOWN
+        if all(argument.is_known for argument in arguments):
+            result.constant = call_on_text(owner.constant, name, [argument.constant for argument in arguments])
         return result
 
     def _take(self, owner: Value, name: str, everything: list[Value], node: ast.AST) -> Value:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import reprlib
 import statistics
+from typing import Any
 
 from bytejepa.review.findings import Evidence, Finding, Status, Weight
 from bytejepa.review.log_parser import ScoreLine, TrainingLog
@@ -12,8 +14,22 @@ from bytejepa.review.submission import Submission
 
 _MEAN_KEY = re.compile(r"(?:mean|average|avg)_(?:val_)?bpb|(?:val_)?bpb(?:_\d+_?seeds?)?_(?:mean|average|avg)")
 """Names under which the mean over the seeds is claimed: `mean_val_bpb`, `val_bpb_mean`, `val_bpb_3seed_mean`."""
+LARGEST_BPB = 100.0
+"""No text has a rate from here on: what is claimed to be one is a mistake, or no number."""
 OTHER_SEEDS_BPB = 0.005
 """How far the mean over seeds may lie from the figure of one of them."""
+
+
+def bpb_in(claims: dict[str, Any], key: str) -> float | None:
+    """Return what a file states under `key` if it can be bits per byte; it may be of any type."""
+    value = claims.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value) if 0 < value < LARGEST_BPB else None
+
+
+def _claiming_keys(submission: Submission) -> list[str]:
+    return ["val_bpb", "bpb", *(key for key in submission.claims if _MEAN_KEY.fullmatch(key))]
 
 
 def claimed_bpb(submission: Submission) -> float | None:
@@ -21,12 +37,8 @@ def claimed_bpb(submission: Submission) -> float | None:
 
     null and 0 are no claims: they are what a template leaves.
     """
-    means = [key for key in submission.claims if _MEAN_KEY.fullmatch(key)]
-    for key in ("val_bpb", "bpb", *means):
-        claimed = submission.claims.get(key)
-        if isinstance(claimed, int | float) and not isinstance(claimed, bool) and claimed > 0:
-            return claimed
-    return None
+    values = (bpb_in(submission.claims, key) for key in _claiming_keys(submission))
+    return next((value for value in values if value is not None), None)
 
 
 def tolerance_of(claimed: float) -> float:
@@ -90,7 +102,9 @@ def _no_claim(submission: Submission) -> Finding:
     check, summary = "scores.claims", "submission.json claims no val_bpb"
     if submission.claims_problem:
         return Finding(check=check, status=Status.UNKNOWN, weight=Weight.NOTE, summary=summary)
-    evidence = (Evidence(file="submission.json"),)
+    stated = {key: value for key in _claiming_keys(submission) if (value := submission.claims.get(key))}
+    text = "; ".join(f"{key} is {reprlib.repr(value)}" for key, value in stated.items())
+    evidence = (Evidence(file="submission.json", text=text),)
     return Finding(check=check, status=Status.FAIL, weight=Weight.AUTHOR, summary=summary, evidence=evidence)
 
 
@@ -144,9 +158,10 @@ def _claimed_loss(
     loss = submission.claims.get("val_loss")
     losses = [score.loss_nats for log, _ in reported for score in log.scores]
     losses.append(statistics.fmean(final.loss_nats for _, final in reported))
-    if isinstance(loss, float) and min(abs(value - loss) for value in losses) > max(
-        0.6 * 10.0 ** -len(str(loss).partition(".")[2]), 1.1e-4
-    ):
+    if not isinstance(loss, float):
+        return None
+    tolerance = max(0.6 * 10.0 ** -len(str(loss).partition(".")[2]), 1.1e-4)
+    if not min(abs(value - loss) for value in losses) <= tolerance:  # NaN is no loss either
         of_claim = min((f for _, f in reported), key=lambda score: abs(score.bpb - claimed))
         return Finding(
             check="scores.claims",

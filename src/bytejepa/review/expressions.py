@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from bytejepa.review.machine import Machine
-from bytejepa.review.operations import compute, operate, path_labels
+from bytejepa.review.operations import MAX_CONSTANT_LENGTH, compute, operate, path_labels
 from bytejepa.review.values import (
     AHEAD,
     BEHIND,
@@ -34,8 +34,8 @@ from bytejepa.review.values import (
     merge,
 )
 
-MAX_CONSTANT_LENGTH = 1_000_000
-
+MAX_LEAVES = 10_000
+"""Constants in a tuple of tuples that is known as a whole: two of the last one in each of thirty are a billion."""
 _TARGET_NAME = re.compile(r"(?:^|_)(?:tgt|target|targets|tgts|label|labels|y|yb|next)(?:_|$)")
 _VALIDATION_NAME = re.compile(r"^(?:val|valid|validation)_(?:tokens?|ids|data|bytes|stream|np|toks)(?:_.*)?$")
 
@@ -45,6 +45,16 @@ def within(item: Value, loops: frozenset[int]) -> Value:
     if item.kind not in ("data", "sequence") or (item.kind == "data" and item.origin) or loops <= item.loops:
         return item
     return dataclasses.replace(item, loops=item.loops | loops)
+
+
+def _leaves(items: tuple[Any, ...]) -> int:
+    """Return how many constants stand in a tuple of tuples; the count ends soon after MAX_LEAVES."""
+    count, pending = 0, [items]
+    while pending and count <= MAX_LEAVES:
+        part = pending.pop()
+        count += len(part)
+        pending.extend(item for item in part if isinstance(item, tuple))
+    return count
 
 
 class Expressions(Machine):
@@ -214,7 +224,8 @@ class Expressions(Machine):
         elif all(part.is_known for part in parts) and (
             parts or isinstance(node, ast.Tuple)
         ):  # [] is there to be filled
-            result.constant = tuple(part.constant for part in parts)
+            items = tuple(part.constant for part in parts)
+            result.constant = items if _leaves(items) <= MAX_LEAVES else UNKNOWN
         return result
 
     _list = _set = _tuple

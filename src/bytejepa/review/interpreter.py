@@ -18,6 +18,7 @@ from bytejepa.review.binding import Binding
 from bytejepa.review.machine import MAX_STATEMENTS, Frame, OutOfSteps
 from bytejepa.review.operations import operate
 from bytejepa.review.program import Module, Program
+from bytejepa.review.syntax import parse
 from bytejepa.review.values import (
     CHOSEN,
     FORWARD,
@@ -65,8 +66,8 @@ class Interpreter(Binding):
     def execute_source(self, source: str, node: ast.AST) -> None:
         """Walk source text that the script executes, in the current scope."""
         try:
-            tree = ast.parse(source)
-        except (SyntaxError, ValueError, RecursionError):
+            tree = parse(source)
+        except (SyntaxError, ValueError):
             self.emit("closed", node, Value(), "what is executed is not Python")
             return
         self._kept = [*getattr(self, "_kept", []), tree]  # node identities must stay unique

@@ -28,6 +28,7 @@ from bytejepa.review.library_names import (
     REDUCTIONS,
     SAME,
 )
+from bytejepa.review.operations import bounded
 from bytejepa.review.values import (
     ARTIFACT,
     FORWARD,
@@ -223,7 +224,7 @@ class Library(Choices):
         result.labels -= {PREDICTED}
         if arguments and not options and all(argument.is_known for argument in arguments):
             try:
-                result.constant = PLAIN[name](*(argument.constant for argument in arguments))
+                result.constant = bounded(PLAIN[name](*(argument.constant for argument in arguments)))
             except Exception:  # the script's own mistake
                 result.constant = UNKNOWN
         elif name == "bool" and not arguments:
@@ -325,7 +326,7 @@ class Library(Choices):
             try:
                 result.payload = len(range(*known))
                 result.kind = "range"
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, OverflowError):
                 pass
         return result
 

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any
 
 MAX_LOG_BYTES = 50_000_000
+MAX_LINE_CHARACTERS = 2000
+_ENDLESS = re.compile(r"\d[\d,_]{39}")
+"""Forty digits: no figure of a training run."""
+_DIVERGED = 1e6
+"""A loss from here on, in nats or bits, is no score."""
 _NUMBER = r"(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)"
 _SCORE = re.compile(
     r"^(?P<label>[^=\n]*?)\s*(?:stride[:=]\d+\s+)?\bval_loss[:=]\s*" + _NUMBER + r",?\s+val_bpb[:=]\s*" + _NUMBER
@@ -23,7 +29,7 @@ _EVAL_TIME = re.compile(r"\b(?:eval_time|elapsed)[:=]\s*" + _NUMBER + r"\s*(ms|s
 _TOTAL_EVAL_TIME = re.compile(r"\btotal_eval_time[:=]\s*" + _NUMBER + r"\s*(ms|s)\b", re.IGNORECASE)
 _STEP_AVERAGE = re.compile(r"\bstep_avg[:=]\s*" + _NUMBER + r"\s*ms")
 _SIZE = re.compile(
-    r"^(?P<what>Serialized model|Total submission size|Code size|Submission size)(?P<how>[^:]*):\s*([\d,_]+)\s*bytes",
+    r"^(?P<what>Serialized model|Total submission size|Code size|Submission size)(?P<how>[^:]*):\s*(\d[\d,_]*)\s*bytes",
     re.IGNORECASE,
 )
 _SUM = re.compile(
@@ -33,13 +39,13 @@ _SUM = re.compile(
 """A size taken apart: `A bytes + B code = C total`, `model:A code:B total:C`."""
 _OTHER_BPB = re.compile(r"\b(?P<name>[a-z_]+bpb)\s*[:=≈]\s*(?P<value>\d+\.\d+)", re.IGNORECASE)
 _SEED = re.compile(r"(?:^|[\s,(])seed\s*[:=]\s*(\d+)")
-_PARAMETERS = re.compile(r"\bmodel_params[:=]\s*([\d,_]+)")
+_PARAMETERS = re.compile(r"\bmodel_params[:=]\s*(\d[\d,_]*)")
 _PAIR = re.compile(r"^([a-z][a-z0-9_]*)[:=](-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|True|False|None)$")
 _SETTING = re.compile(r"^\s*([a-z][a-z0-9_]*):\s+(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|True|False)\s*$")
 _COUNTS = {
-    "bytes": re.compile(r"\b(?:val|scored|eval)_?bytes[:=]\s*([\d,_]+)"),
-    "documents": re.compile(r"\b(?:val_)?(?:docs|documents)[:=]\s*([\d,_]+)"),
-    "tokens": re.compile(r"\bval_loader:.*\btokens[:=]\s*([\d,_]+)|\bval_tokens[:=]\s*([\d,_]+)"),
+    "bytes": re.compile(r"\b(?:val|scored|eval)_?bytes[:=]\s*(\d[\d,_]*)"),
+    "documents": re.compile(r"\b(?:val_)?(?:docs|documents)[:=]\s*(\d[\d,_]*)"),
+    "tokens": re.compile(r"\bval_loader:.*\btokens[:=]\s*(\d[\d,_]*)|\bval_tokens[:=]\s*(\d[\d,_]*)"),
 }
 _RUNTIME_KEYS = re.compile(
     r"seed|run_id|time|loss|bpb|^step$|rank|params|memory|pid|port|tokens_per|elapsed|^lr$|momentum_now|scale|^eta|bytes|_ms$|_s$|reserved|allocated"
@@ -124,69 +130,121 @@ def _literal(text: str) -> Any:
     return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
 
 
+@dataclasses.dataclass(slots=True)
+class _Sizes:
+    """The bytes of code, model and both, as the lines of a log come in."""
+
+    code: int | None = None
+    model: int | None = None
+    total: int | None = None
+    line: int | None = None
+    """Where the total stands."""
+    is_packed: bool = False
+    """Whether the model's size is that of the packed one."""
+    model_by: str = ""
+    """Compressor that the model's line names."""
+    total_by: str = ""
+    """Compressor that the total's line names."""
+
+    def read(self, line: str, number: int) -> None:
+        """Take over what a line says about sizes."""
+        if match := _SIZE.match(line):
+            self._named(match, number)
+        elif "code" in line.lower() and (match := _SUM.search(line)):
+            self._summed(match, line, number)
+
+    def _named(self, match: re.Match[str], number: int) -> None:
+        what, how, size = match["what"].lower(), match["how"].lower(), _integer(match[3])
+        packed = _COMPRESSOR.search(how)
+        compressor = packed[1] if packed else ""
+        if what == "code size":
+            self.code = size
+        elif what == "serialized model":
+            is_packed = bool(packed or (how.strip() and not _RAW.search(how)))
+            if is_packed or self.model is None:  # the packed size comes after the raw one
+                self.model = size
+            self.is_packed = self.is_packed or is_packed
+            self.model_by = compressor or self.model_by
+        else:
+            if packed or self.total is None or self.is_packed:  # nor is a total of the raw size the last word
+                self.total, self.line = size, number
+            # "int8+zlib" often stays in the text of the total when the packing has changed: the model's line comes first
+            self.total_by = compressor or self.total_by
+
+    def _summed(self, match: re.Match[str], line: str, number: int) -> None:
+        """Take a total that a line adds up; the total of the weights as they were before packing gives way to it."""
+        model, code, total = (_integer(match[name]) for name in ("model", "code", "total"))
+        if model + code != total or "comparison" in line.lower():
+            return
+        packed = _COMPRESSOR.search(line.lower())
+        self.model, self.code, self.total, self.line = model, code, total, number
+        self.model_by = packed[1] if packed else self.model_by
+
+
+@dataclasses.dataclass(slots=True)
+class _Progress:
+    """Seed, steps and seconds, as the lines of a log come in: the last of each counts, of seeds the first."""
+
+    seed: int | None = None
+    steps: int | None = None
+    planned_steps: int | None = None
+    train_s: float | None = None
+    step_ms: float | None = None
+    evaluation_s: float | None = None
+    parameters: int | None = None
+
+    def read(self, line: str) -> None:
+        """Take over what a line says."""
+        if (match := _STEP.search(line)) and ("train_time" in line or "val_loss" in line):
+            self.steps, self.planned_steps = int(match[1]), int(match[2])
+        if match := _TRAIN_TIME.search(line):
+            self.train_s = _seconds(match[1], match[2])
+        if match := _TOTAL_EVAL_TIME.search(line):
+            self.evaluation_s = _seconds(match[1], match[2])
+        if match := _STEP_AVERAGE.search(line):
+            self.step_ms = float(match[1])
+        if self.seed is None and not re.search(r"[(\[{]", line) and (match := _SEED.search(line)):
+            self.seed = int(match[1])
+        if match := _PARAMETERS.search(line):
+            self.parameters = _integer(match[1])
+
+
 def parse_log(text: str, file: str) -> TrainingLog:
     """Return the facts of a log; what it does not say is None or empty."""
-    found: dict[str, Any] = dict.fromkeys(
-        (
-            "seed",
-            "steps",
-            "planned",
-            "train_s",
-            "step_ms",
-            "evaluation_s",
-            "code",
-            "model",
-            "total",
-            "line",
-            "packed_by",
-            "is_packed",
-            "total_by",
-            "parameters",
-        )
-    )
+    sizes, progress = _Sizes(), _Progress()
     others: dict[str, float] = {}
     scores: list[ScoreLine] = []
     settings: dict[str, Any] = {}
     counts: dict[str, int] = {}
     for number, raw in enumerate(text.splitlines(), start=1):
-        line = raw.strip()[:2000]
-        if not line or line.startswith("#"):
+        line = raw.strip()[:MAX_LINE_CHARACTERS]
+        if not line or line.startswith("#") or _ENDLESS.search(line):
             continue
         if score := _score(line, number):
             scores.append(score)
-        if (match := _STEP.search(line)) and ("train_time" in line or "val_loss" in line):
-            found["steps"], found["planned"] = int(match[1]), int(match[2])
-        if match := _TRAIN_TIME.search(line):
-            found["train_s"] = _seconds(match[1], match[2])
-        if match := _TOTAL_EVAL_TIME.search(line):
-            found["evaluation_s"] = _seconds(match[1], match[2])
-        if match := _STEP_AVERAGE.search(line):
-            found["step_ms"] = float(match[1])
-        if match := _SIZE.match(line):
-            _sizes(match, number, found)
-        elif "code" in line.lower() and (match := _SUM.search(line)):
-            _sum(match, line, number, found)
-        if "bpb" in line.lower() and not (scores and scores[-1].line == number):
+        elif "bpb" in line.lower():
             others |= {match["name"].lower(): float(match["value"]) for match in _OTHER_BPB.finditer(line)}
-        if found["seed"] is None and not re.search(r"[(\[{]", line) and (match := _SEED.search(line)):
-            found["seed"] = int(match[1])
-        if match := _PARAMETERS.search(line):
-            found["parameters"] = _integer(match[1])
-        for name, pattern in _COUNTS.items():
-            if match := pattern.search(line):
-                count = _integer(next(group for group in match.groups() if group))
-                counts[name] = max(count, counts.get(name, 0))  # parts are logged beside the whole
-        if found["steps"] is None:  # what is printed during training differs from seed to seed
+        progress.read(line)
+        sizes.read(line, number)
+        for name, count in _counts(line):
+            counts[name] = max(count, counts.get(name, 0))  # parts are logged beside the whole
+        if progress.steps is None:  # what is printed during training differs from seed to seed
             settings |= _settings(line)
     seed_in_name = re.search(r"seed[_-]?(\d+)|_s(\d+)\b", file)
-    seed = int(seed_in_name[1] or seed_in_name[2]) if seed_in_name else found["seed"]
     return TrainingLog(
-        file=file, seed=seed, scores=tuple(scores), steps=found["steps"], planned_steps=found["planned"], train_s=found["train_s"],
-        step_ms=found["step_ms"], evaluation_s=found["evaluation_s"], code_bytes=found["code"], model_bytes=found["model"],
-        total_bytes=found["total"], size_line=found["line"], compressor=found["packed_by"] or found["total_by"] or "",
-        parameters=found["parameters"],
-        settings=settings, counts=counts, other_bpbs=others,
+        file=file, seed=int(seed_in_name[1] or seed_in_name[2]) if seed_in_name else progress.seed, scores=tuple(scores),
+        steps=progress.steps, planned_steps=progress.planned_steps, train_s=progress.train_s, step_ms=progress.step_ms,
+        evaluation_s=progress.evaluation_s, code_bytes=sizes.code, model_bytes=sizes.model, total_bytes=sizes.total,
+        size_line=sizes.line, compressor=sizes.model_by or sizes.total_by, parameters=progress.parameters, settings=settings,
+        counts=counts, other_bpbs=others,
     )  # fmt: skip
+
+
+def _counts(line: str) -> Iterator[tuple[str, int]]:
+    """Yield how much of what was scored, as far as a line says it."""
+    for name, pattern in _COUNTS.items():
+        if match := pattern.search(line):
+            yield name, _integer(next(group for group in match.groups() if group))
 
 
 def _score(line: str, number: int) -> ScoreLine | None:
@@ -195,39 +253,12 @@ def _score(line: str, number: int) -> ScoreLine | None:
         return None
     seconds = _EVAL_TIME.search(line)
     loss, bpb = float(match[2]), float(match[3])
+    if not (loss < _DIVERGED and bpb < _DIVERGED):
+        return None
     return ScoreLine(
         label=match["label"].strip(" :"), loss_nats=loss, bpb=bpb, line=number, text=line[:160],
         evaluation_s=_seconds(seconds[1], seconds[2]) if seconds else None, digits=len(match[3].partition(".")[2]),
     )  # fmt: skip
-
-
-def _sizes(match: re.Match[str], number: int, found: dict[str, Any]) -> None:
-    what, how, size = match["what"].lower(), match["how"].lower(), _integer(match[3])
-    if what == "code size":
-        found["code"] = size
-        return
-    packed = _COMPRESSOR.search(how)
-    if what == "serialized model":
-        is_packed = bool(packed or (how.strip() and not _RAW.search(how)))
-        if is_packed or found["model"] is None:  # the packed size comes after the raw one
-            found["model"] = size
-        found["is_packed"] = found["is_packed"] or is_packed
-        found["packed_by"] = packed[1] if packed else found["packed_by"]
-        return
-    if packed or found["total"] is None or found["is_packed"]:  # nor is a total of the raw size the last word
-        found["total"], found["line"] = size, number
-    # "int8+zlib" often stays in the text of the total when the packing has changed: the model's own line comes first
-    found["total_by"] = packed[1] if packed else found["total_by"]
-
-
-def _sum(match: re.Match[str], line: str, number: int, found: dict[str, Any]) -> None:
-    """Take a total that a line itself adds up; the total of the weights as they were before packing gives way to it."""
-    model, code, total = (_integer(match[name]) for name in ("model", "code", "total"))
-    if model + code != total or "comparison" in line.lower():
-        return
-    packed = _COMPRESSOR.search(line.lower())
-    found["model"], found["code"], found["total"], found["line"] = model, code, total, number
-    found["packed_by"] = packed[1] if packed else found["packed_by"]
 
 
 def _settings(line: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from bytejepa.review.syntax import is_huge
 from bytejepa.review.values import AHEAD, BEHIND, FORWARD, HASHED, PREFIX, TRAINING, UNKNOWN, VALIDATION, Value, combine
 
 OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
@@ -19,11 +20,13 @@ OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.IsNot: lambda a, b: a is not b if None in (a, b) else a != b,
     ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b,
 }  # fmt: skip
-MAX_CONSTANT_BITS = 4096
-"""Larger whole numbers are not computed with: a few powers of powers would fill the memory."""
+MAX_CONSTANT_LENGTH = 1_000_000
+"""Longer text, bytes and tuples are not kept: a few sums with themselves would fill the memory."""
+MAX_REPEATED = 100_000_000
+"""Characters of an argument that stands at every character of a text, as `replace` can put it."""
 _WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(?:\*|\d{4})")
 """A conversion whose width is thousands of characters, or given as an argument."""
-WIDE_FIELD = re.compile(r"\{[^{}]*(?:\{|:[^{}]*\d{4})")
+_WIDE_FIELD = re.compile(r"\{[^{}]*(?:\{|:[^{}]*\d{4})")
 """The same of `str.format`."""
 _VALIDATION_PATH = re.compile(r"(?:^|[^a-z])val(?:id|idation)?(?:[^a-z]|$)")
 _TRAINING_PATH = re.compile(r"(?:^|[^a-z])train(?:ing)?(?:[^a-z]|$)")
@@ -44,16 +47,34 @@ def compute(operation: type[ast.AST], left: Any, right: Any) -> Any:
     """Return the constant result of an operator, UNKNOWN where there is none or it would be huge."""
     if operation in (ast.Pow, ast.LShift) and not (isinstance(right, int | float) and abs(right) <= 64):
         return UNKNOWN
-    if any(isinstance(part, int) and part.bit_length() > MAX_CONSTANT_BITS for part in (left, right)):
+    if is_huge(left) or is_huge(right):
         return UNKNOWN
     if operation is ast.Mod and isinstance(left, str | bytes) and _WIDE_FORMAT.search(str(left)):
         return UNKNOWN
     if operation is ast.Mult and any(isinstance(part, str | bytes | list | tuple) for part in (left, right)):
         return UNKNOWN
     try:
-        return OPERATORS[operation](left, right)
+        return bounded(OPERATORS[operation](left, right))
     except Exception:  # whatever the script's own operands provoke
         return UNKNOWN
+
+
+def bounded(value: Any) -> Any:
+    """Return a constant that was computed, UNKNOWN if it is too large to go on with."""
+    is_long = isinstance(value, str | bytes | tuple) and len(value) > MAX_CONSTANT_LENGTH
+    return UNKNOWN if is_long or is_huge(value) else value
+
+
+def call_on_text(text: str, method: str, arguments: list[Any]) -> Any:
+    """Return the constant result of a method of a text, UNKNOWN where there is none or it would be huge."""
+    longest = max((len(argument) for argument in arguments if isinstance(argument, str | tuple)), default=0)
+    if len(text) * longest > MAX_REPEATED or (method == "format" and _WIDE_FIELD.search(text)):
+        return UNKNOWN
+    try:
+        answer = getattr(text, method)(*arguments)
+    except Exception:  # whatever the script's own arguments provoke
+        return UNKNOWN
+    return bounded(tuple(answer) if isinstance(answer, list) else answer)
 
 
 def operate(operation: ast.operator, left: Value, right: Value) -> Value:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bytejepa.bits import ARTIFACT_LIMIT_BYTES
 from bytejepa.errors import BytejepaError
+from bytejepa.review.claims import bpb_in
 from bytejepa.review.findings import Evidence, Finding, Review, Status, Weight, judge
+
+if TYPE_CHECKING:
+    from bytejepa.artifact.container import Container
 
 _CLEAN = "Track A: fixed predictor; the model was built and tried out"
 
@@ -31,7 +34,12 @@ def review_artifact(path: Path) -> Review:
         *_behaviour(path, artifact_round_trip),
     ]
     parameters = sum(tensor.numel() for tensor in container.tensors.values())
-    facts = _facts(container.metadata) | {"parameters": parameters, "artifact_bytes": path.stat().st_size}
+    facts: dict[str, Any] = {
+        "num_seeds": 1,
+        "seeds": [_seed_of(container)],
+        "parameters": parameters,
+        "artifact_bytes": path.stat().st_size,
+    }
     return _review(path, "artifact", findings, facts)
 
 
@@ -43,12 +51,12 @@ def review_run(path: Path) -> Review:
     folder = RunFolder(path)
     try:
         config, metrics, manifest = folder.read_config(), folder.read_metrics(), folder.read_manifest()
-    except (BytejepaError, ValueError, OSError) as problem:
+    except (BytejepaError, ValueError, OSError, RecursionError) as problem:
         return _unreadable(path, "run", problem)
     findings = [_manifest(config, manifest), _metrics(metrics)]
     findings += [_budget(artifact) for artifact in sorted(path.rglob("*.bjm"))]
     findings += _behaviour(path, run_round_trip)
-    values = [line["val_bpb_average"] for line in metrics if line.get("val_bpb_average") is not None]
+    values = [bpb for line in metrics if (bpb := bpb_in(line, "val_bpb_average")) is not None]
     facts: dict[str, Any] = {
         "mean_bpb": values[-1] if values else None,
         "num_seeds": 1,
@@ -59,13 +67,11 @@ def review_run(path: Path) -> Review:
     return _review(path, "run", findings, facts)
 
 
-def _facts(metadata: dict[str, Any]) -> dict[str, Any]:
-    scores = [value for key, value in metadata.items() if key.endswith("bpb") and isinstance(value, float)]
-    return {
-        "mean_bpb": statistics.fmean(scores[-1:]) if scores else None,
-        "num_seeds": 1,
-        "seeds": [metadata.get("seed")],
-    }
+def _seed_of(container: Container) -> int | None:
+    """Return the seed of the run; weights that were imported have a configuration, but no run of it."""
+    training = None if "imported_from" in container.metadata else container.configuration.get("training")
+    seed = training.get("seed") if isinstance(training, dict) else None
+    return seed if type(seed) is int else None
 
 
 def _review(path: Path, kind: str, findings: list[Finding], facts: dict[str, Any]) -> Review:

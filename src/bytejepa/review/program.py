@@ -49,17 +49,13 @@ def read_module(path: Path, root: Path) -> Module:
     if path.stat().st_size > MAX_SOURCE_BYTES:
         raise ValueError(f"more than {MAX_SOURCE_BYTES} bytes of source")
     source = path.read_text(encoding="utf-8")
-    unpacked = unpack(source)
     name = path.relative_to(root).as_posix()
-    try:
-        tree = ast.parse(unpacked.source)
-    except (RecursionError, MemoryError) as problem:
-        raise ValueError("nested too deeply for the parser") from problem
+    unpacked = unpack(source)
     return Module(
         file=f"packed:{name}" if unpacked.layers else name,
         path=name,
         source=unpacked.source,
-        tree=tree,
+        tree=unpacked.tree,
         unpacked=unpacked,
     )
 

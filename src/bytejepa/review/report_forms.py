@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from typing import Any
 
 from rich.console import Console
@@ -18,12 +20,28 @@ _RECOMMENDATION = {
     Word.HOLD: "HOLD until a ruling, or until the code can be seen",
     Word.AUTHOR: "HOLD until the author has acted",
 }
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _ORDER = {Status.FAIL: 0, Status.UNKNOWN: 1, Status.PASS: 2}
 
 
 def as_json(review: Review) -> dict[str, Any]:
-    """Return the review as plain JSON values."""
-    return dataclasses.asdict(review)
+    """Return the review as plain JSON values; a figure that is no finite number is null."""
+    values = _without_infinities(dataclasses.asdict(review))
+    assert isinstance(values, dict)
+    return values
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinities(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _printable(text: str) -> str:
+    """Return what a terminal or a file can take: authors' names and files may hold control characters and surrogates."""
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def print_terminal(review: Review, console: Console | None = None) -> None:
@@ -32,15 +50,17 @@ def print_terminal(review: Review, console: Console | None = None) -> None:
     if not console.is_terminal:
         console.width = 120
     colour = "green" if review.is_clean else "red" if review.verdict.word is Word.FLAG else "yellow"
-    console.print(Text.assemble((review.verdict.word.value, f"bold {colour}"), f"  {review.verdict.reason}"))
-    table = Table(title=f"{review.title} ({review.kind})", title_justify="left", title_style="bold")
+    reason = _printable(review.verdict.reason)
+    console.print(Text.assemble((review.verdict.word.value, f"bold {colour}"), f"  {reason}"))
+    title = Text(_printable(f"{review.title} ({review.kind})"), style="bold")
+    table = Table(title=title, title_justify="left")
     for column in ("status", "check", "finding"):
         table.add_column(column, overflow="fold", no_wrap=column != "finding")
     for finding in _sorted(review):
-        cell = Text(finding.summary)
+        cell = Text(_printable(finding.summary))
         if finding.status is not Status.PASS:
             for evidence in finding.evidence:
-                cell.append(f"\n  {evidence}", style="dim")
+                cell.append(_printable(f"\n  {evidence}"), style="dim")
         status = finding.status.value + (
             " (note)" if finding.weight == "note" and finding.status is not Status.PASS else ""
         )
@@ -82,7 +102,7 @@ def as_markdown(review: Review) -> str:
         "Reviewed by `bytejepa review`.*",
         "",
     ]
-    return "\n".join(lines)
+    return _printable("\n".join(lines))
 
 
 def _head(review: Review) -> str:

@@ -6,9 +6,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bytejepa.errors import ConfigError, DataError
+from bytejepa.errors import ConfigError, DataError, file_errors_as
 from bytejepa.review.budget import data_findings, folder_findings, size_findings, time_findings
-from bytejepa.review.claims import with_claimed_evaluation
+from bytejepa.review.claims import claimed_bpb, with_claimed_evaluation
 from bytejepa.review.findings import Evidence, Finding, Review, Status, Weight, judge
 from bytejepa.review.scores import score_findings
 from bytejepa.review.source_scan import scan_source
@@ -49,7 +49,8 @@ def review(target: Path | str, *, run: bool = False) -> Review:
         raise DataError(
             f"{path} is an empty folder", hint="a submission has README.md, submission.json, train_gpt.py and logs"
         )
-    return review_submission(path, run=run)
+    with file_errors_as(DataError, "read", path):
+        return review_submission(path, run=run)
 
 
 def review_submission(path: Path, *, run: bool = False) -> Review:
@@ -118,7 +119,7 @@ def _facts(submission: Submission, findings: list[Finding]) -> dict[str, Any]:
     finals = [log.final.bpb for log in submission.logs if log.final is not None]
     size = next((f for f in findings if f.check == "budget.bytes"), None)
     return {
-        "mean_bpb": statistics.fmean(finals) if finals else submission.claims.get("val_bpb"),
+        "mean_bpb": statistics.fmean(finals) if finals else claimed_bpb(submission),
         "deviation_bpb": statistics.stdev(finals) if len(finals) > 1 else None,
         "num_seeds": len(finals),
         "seeds": [log.seed for log in submission.logs if log.final is not None],

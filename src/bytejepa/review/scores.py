@@ -7,20 +7,22 @@ import re
 import statistics
 from typing import Any
 
-from bytejepa.bits import bits_from_nats
-from bytejepa.review.claims import claim_finding, claimed_bpb, tolerance_of, unscored_claim_findings
+from bytejepa.bits import VALIDATION_BYTES, VALIDATION_DOCUMENTS, bits_from_nats
+from bytejepa.review.claims import bpb_in, claim_finding, claimed_bpb, tolerance_of, unscored_claim_findings
 from bytejepa.review.findings import Evidence, Finding, Status, Weight
 from bytejepa.review.log_parser import ScoreLine, TrainingLog
 from bytejepa.review.submission import Submission
 
-VALIDATION_BYTES = 151_080_891
-VALIDATION_DOCUMENTS = 50_000
-TOKENS_OF_VOCABULARY = {1024: 62_021_846, 8192: 40_540_803, 260: 151_130_891, 256: 151_080_891}
+TOKENS_OF_VOCABULARY = {
+    1024: 62_021_846, 8192: 40_540_803, 260: VALIDATION_BYTES + VALIDATION_DOCUMENTS, 256: VALIDATION_BYTES,
+}  # fmt: skip
 """Symbols of the whole validation split, by vocabulary (landscape, section 2)."""
 COVERAGE_TOLERANCE = 0.002
 """Tails cut to a multiple of the context are under 0.0001; the known wrong denominators are 4 % off and more."""
 OTHER_SPLIT_TOLERANCE = 0.01
 """How far one tokenizer's symbols per byte may differ between two samples of the same web text."""
+FEWEST_SYMBOLS = 1e-3
+"""A byte has more of them in any vocabulary; a loss without its bpb, or the reverse, has no ratio."""
 LARGEST_PART = 0.9
 """Fewer tokens than this share of the split's are a part of it, whose bytes only the author can count."""
 PART_TOLERANCE = 0.05
@@ -43,11 +45,11 @@ def vocabulary_of(submission: Submission) -> int | None:
     for log in submission.logs:
         if isinstance(size := log.settings.get("vocab_size"), int):
             return size
-    if submission.settings.get("VOCAB_SIZE", "").isdigit():
-        return int(submission.settings["VOCAB_SIZE"])
+    if re.fullmatch(r"\d{1,9}", stated := submission.settings.get("VOCAB_SIZE", "")):
+        return int(stated)
     source = submission.script.read_text(encoding="utf-8", errors="replace") if submission.script else ""
-    match = re.search(r"VOCAB_SIZE[\"'],\s*[\"']?(\d+)", source) or re.search(
-        r"fineweb10B_(?:sp|byte)(\d+)", source + submission.readme
+    match = re.search(r"VOCAB_SIZE[\"'],\s*[\"']?(\d{1,9})\b", source) or re.search(
+        r"fineweb10B_(?:sp|byte)(\d{1,9})", source + submission.readme
     )
     return int(match[1]) if match else None
 
@@ -188,16 +190,17 @@ def _coverage(submission: Submission, reported: list[tuple[TrainingLog, ScoreLin
         tokens = log.counts.get("tokens")
         counts = [("bytes", log.counts.get("bytes"), VALIDATION_BYTES)]
         counts.append(("documents", log.counts.get("documents"), VALIDATION_DOCUMENTS))
-        if tokens and final.loss_nats:  # whatever the tokenizer: tokens over tokens per byte
+        if tokens and FEWEST_SYMBOLS < _ratio(final) < math.inf:  # whatever the tokenizer: tokens over tokens per byte
             counts.append(("bytes in the logged tokens", round(tokens / _ratio(final)), VALIDATION_BYTES))
         for name, count, expected in counts:
             if count is not None and count < (1 - tolerances.get(name, COVERAGE_TOLERANCE)) * expected:
                 evidence.append(Evidence(file=log.file, text=f"{count:,} {name}, the split has {expected:,}"))
     if evidence:
+        split = f"{VALIDATION_BYTES:,} bytes in {VALIDATION_DOCUMENTS:,} documents"
         return Finding(
             check=check,
             status=Status.FAIL,
-            summary="the score does not cover the validation split of 151,080,891 bytes in 50,000 documents",
+            summary=f"the score does not cover the validation split of {split}",
             evidence=tuple(evidence),
         )
     known = {name for log, _ in reported for name in log.counts}
@@ -282,8 +285,7 @@ def _seeds(reported: list[tuple[TrainingLog, ScoreLine]]) -> Finding:
 def baseline_of(submission: Submission) -> float | None:
     """Return the bpb that the submission says it improves on, None if it names none."""
     for key in ("baseline_bpb", "previous_record_bpb", "sota_bpb", "prior_sota_bpb", "record_bpb", "previous_sota_bpb"):
-        value = submission.claims.get(key)
-        if isinstance(value, float):
+        if (value := bpb_in(submission.claims, key)) is not None:
             return value
     claimed = claimed_bpb(submission)
     for match in _BASELINE.finditer(submission.readme):

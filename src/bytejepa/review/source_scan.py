@@ -20,8 +20,6 @@ from bytejepa.review.surroundings import (
 )
 from bytejepa.review.table_rules import table_findings
 
-FULL_TARGETS = 151_080_891
-
 
 def scan_source(
     main: Path,
@@ -45,7 +43,9 @@ def scan_source(
             check="source.syntax",
             status=Status.FAIL,
             weight=Weight.AUTHOR,
-            summary="the script is not valid Python",
+            summary="the script is not valid Python"
+            if isinstance(problem, SyntaxError)
+            else "the script cannot be read",
             evidence=evidence,
         )
         return [finding], None
@@ -68,7 +68,7 @@ def scan_source(
         *state_findings(facts),
         *compressor_findings(facts, compressor),
         *switch_findings(facts),
-        *tail_findings(facts, None, None, FULL_TARGETS),
+        *tail_findings(facts),
     ]
     if findings[1].status is Status.UNKNOWN or not facts.scores:  # a pass means nothing about what was not seen
         findings = [

@@ -12,6 +12,7 @@ from bytejepa.errors import DataError
 from bytejepa.review.log_parser import MAX_LOG_BYTES, TrainingLog, parse_log
 
 MAX_TEXT_BYTES = 4_000_000
+MAX_TITLE_CHARACTERS = 200
 _ENVIRONMENT = re.compile(r"(?:^|[\s;&])(?:export\s+)?([A-Z][A-Z0-9_]{1,60})=(\"[^\"]*\"|'[^']*'|[^\s\\;&]*)")
 _DEFAULT = re.compile(r"^\$\{[A-Z][A-Z0-9_]*:?[-=]([^{}$]*)\}$")
 """A value that a shell script falls back on: `${EVAL_STRIDE:-64}`."""
@@ -58,9 +59,10 @@ class Submission:
 
     @property
     def title(self) -> str:
-        """The name claimed, or the folder's."""
+        """The name claimed, in one line, or the folder's."""
         name = self.claims.get("name")
-        return name if isinstance(name, str) and name else self.root.resolve().name
+        words = name.split() if isinstance(name, str) else []
+        return " ".join(words)[:MAX_TITLE_CHARACTERS] or self.root.resolve().name
 
     @property
     def is_non_record(self) -> bool:

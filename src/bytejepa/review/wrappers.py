@@ -19,9 +19,13 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bytejepa.review.syntax import parse
+
 MAX_UNPACKED_BYTES = 8_000_000
 """Half the budget of a whole submission; more than that is a bomb, not code."""
 MAX_DEPTH = 8
+MAX_COMPUTED = 500_000
+"""Expressions computed for one value: twice the same name in each of thirty sums would be a billion."""
 
 
 class Closed(Exception):  # noqa: N818 - says that the wrapper stays closed
@@ -34,6 +38,8 @@ class Unpacked:
 
     source: str
     """The innermost source that could be read; the script itself if it is not wrapped."""
+    tree: ast.Module
+    """Its syntax tree."""
     layers: tuple[str, ...]
     """The decoders peeled off, outermost first; empty for a plain script."""
     closed: tuple[str, ...]
@@ -78,6 +84,13 @@ def _brotli(data: bytes) -> bytes:
     return bytes(unpacked[:MAX_UNPACKED_BYTES])  # the limit of a piece is rounded up to a buffer
 
 
+def _codecs(data: Any, encoding: str = "utf-8", errors: str = "strict") -> Any:
+    name = encoding.lower().removesuffix("_codec")
+    if name in ("zip", "zlib", "bz2"):  # these alone make more of what they are given
+        return (_bz2 if name == "bz2" else _zlib)(data)
+    return codecs.decode(data, encoding, errors)
+
+
 DECODERS: Mapping[str, Callable[..., Any]] = {
     "lzma.decompress": _lzma,
     "zlib.decompress": _zlib,
@@ -96,7 +109,7 @@ DECODERS: Mapping[str, Callable[..., Any]] = {
     "binascii.a2b_base64": binascii.a2b_base64,
     "binascii.unhexlify": binascii.unhexlify,
     "bytes.fromhex": bytes.fromhex,
-    "codecs.decode": codecs.decode,
+    "codecs.decode": _codecs,
 }
 CONSTANTS: Mapping[str, Any] = {
     f"lzma.{name}": getattr(lzma, name)
@@ -110,6 +123,7 @@ class _Literals:
     """Computes values from literals, decoders and names bound to such values before."""
 
     def __init__(self, tree: ast.Module) -> None:
+        self.computed = 0
         self.modules: dict[str, str] = {}
         self.names: dict[str, ast.expr] = {}
         for node in ast.walk(tree):
@@ -125,34 +139,34 @@ class _Literals:
                 if isinstance(target, ast.Name):
                     self.names[target.id] = statement.value
 
-    def dotted(self, node: ast.expr) -> str:
-        """Return the full name that an expression denotes, "" if it denotes none."""
+    def dotted(self, node: ast.expr, followed: frozenset[str] = frozenset()) -> str:
+        """Return the full name that an expression denotes, "" if it denotes none: names in `followed` lead back here."""
         if isinstance(node, ast.Name):
             bound = self.names.get(node.id)
             if node.id in self.modules:
                 return self.modules[node.id]
-            return self.dotted(bound) if isinstance(bound, ast.Name | ast.Attribute | ast.Call) else node.id
+            if not isinstance(bound, ast.Name | ast.Attribute | ast.Call):
+                return node.id
+            return "" if node.id in followed else self.dotted(bound, followed | {node.id})
         if isinstance(node, ast.Attribute):
-            base = self.dotted(node.value)
+            base = self.dotted(node.value, followed)
             return f"{base}.{node.attr}" if base else ""
-        if (
-            isinstance(node, ast.Call)
-            and node.args
-            and self.dotted(node.func) in ("__import__", "importlib.import_module")
-        ):
-            name = node.args[0]
-            return name.value if isinstance(name, ast.Constant) and isinstance(name.value, str) else ""
-        if isinstance(node, ast.Call) and self.dotted(node.func) == "getattr" and len(node.args) == 2:
-            name = node.args[1]
-            base = self.dotted(node.args[0])
-            known = isinstance(name, ast.Constant) and isinstance(name.value, str)
-            return f"{base}.{name.value!s}" if base and known and isinstance(name, ast.Constant) else ""
+        if not isinstance(node, ast.Call) or not node.args:
+            return ""
+        function, last = self.dotted(node.func, followed), node.args[-1]
+        name = last.value if isinstance(last, ast.Constant) and isinstance(last.value, str) else ""
+        if function in ("__import__", "importlib.import_module") and len(node.args) == 1:
+            return name
+        if function == "getattr" and len(node.args) == 2:
+            base = self.dotted(node.args[0], followed)
+            return f"{base}.{name}" if base and name else ""
         return ""
 
     def value(self, node: ast.expr, depth: int = 0) -> Any:
         """Return the value of an expression. Raises: Closed if literals and decoders do not give it."""
-        if depth > 50:
-            raise Closed("nested too deeply")
+        self.computed += 1
+        if depth > 50 or self.computed > MAX_COMPUTED:
+            raise Closed("nested too deeply" if depth > 50 else "too much to compute")
         match node:
             case ast.Constant(value=value):
                 return value
@@ -182,6 +196,8 @@ class _Literals:
     def _sum(left: Any, right: Any) -> Any:
         for kind in (str, bytes, list, int):
             if isinstance(left, kind) and isinstance(right, kind):
+                if kind is not int and len(left) + len(right) > MAX_UNPACKED_BYTES:  # type: ignore[arg-type]
+                    raise Closed("more text than a submission can be")
                 return left + right  # type: ignore[operator]
         raise Closed("a sum of different types")
 
@@ -260,24 +276,32 @@ def unpack(source: str) -> Unpacked:
 
     A script counts as wrapped if it defines nothing itself and executes packed text; an `exec` inside a script with
     functions of its own is followed by the interpreter, where it stands.
-    Raises: SyntaxError if the outermost script is not Python.
+    Raises: SyntaxError if the outermost script is not Python, ValueError if it is too large or too deep to follow.
     """
+    try:
+        return _peeled(source)
+    except RecursionError as problem:  # names that lead to names that lead to names
+        raise ValueError("names lead too far to follow") from problem
+
+
+def _peeled(source: str) -> Unpacked:
     layers: list[str] = []
+    tree = parse(source)
     for _ in range(MAX_DEPTH):
-        tree = ast.parse(source)
         defines = any(isinstance(s, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) for s in tree.body)
         packed = [] if defines else executed(tree)
         if not packed:
-            return Unpacked(source=source, layers=tuple(layers), closed=())
+            return Unpacked(source=source, tree=tree, layers=tuple(layers), closed=())
         try:
             inner = literal_value(tree, packed[0])
             if isinstance(inner, bytes | bytearray):
                 inner = bytes(inner).decode("utf-8")
             if not isinstance(inner, str):
                 raise Closed("what is executed is not text")
-            ast.parse(inner)
-        except (Closed, UnicodeDecodeError, SyntaxError, ValueError, RecursionError) as problem:
-            return Unpacked(source=source, layers=tuple(layers), closed=(str(problem) or type(problem).__name__,))
+            inner_tree = parse(inner)
+        except (Closed, SyntaxError, ValueError) as problem:
+            why = str(problem) or type(problem).__name__
+            return Unpacked(source=source, tree=tree, layers=tuple(layers), closed=(why,))
         layers.extend(_layers_of(tree, packed[0]))
-        source = inner
-    return Unpacked(source=source, layers=tuple(layers), closed=(f"more than {MAX_DEPTH} layers",))
+        source, tree = inner, inner_tree
+    return Unpacked(source=source, tree=tree, layers=tuple(layers), closed=(f"more than {MAX_DEPTH} layers",))

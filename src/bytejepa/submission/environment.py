@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bytejepa.config import RunConfig, replace
+from bytejepa.data.vocabulary import BYTE_OFFSET, VOCABULARY_SIZE
 from bytejepa.errors import ConfigError
 
 
@@ -99,8 +100,9 @@ def configured(
 
 def _derive(config: RunConfig, given: dict[str, str], overrides: dict[str, dict[str, Any]], world_size: int) -> None:
     """Add what the variables of DERIVED set."""
-    if "VOCAB_SIZE" in given and _read("VOCAB_SIZE", given["VOCAB_SIZE"], int) != 260:
-        raise ConfigError(f"VOCAB_SIZE: bytes and 4 special ids make 260, got {given['VOCAB_SIZE']}")
+    if "VOCAB_SIZE" in given and _read("VOCAB_SIZE", given["VOCAB_SIZE"], int) != VOCABULARY_SIZE:
+        made = f"bytes and {BYTE_OFFSET} special ids make {VOCABULARY_SIZE}"
+        raise ConfigError(f"VOCAB_SIZE: {made}, got {given['VOCAB_SIZE']}")
     training = overrides.setdefault("training", {})
     if "EMA_DECAY" in given and config.training.ema_decay is not None:
         training["ema_decay"] = _read("EMA_DECAY", given["EMA_DECAY"], float)
@@ -154,12 +156,3 @@ def _read(name: str, text: str, read: Callable[[str], Any]) -> Any:
     except ValueError:
         expected = "0 or 1" if read is _flag else "a number"
         raise ConfigError(f"{name}: expected {expected}, got {text!r}") from None
-
-
-def run_command_settings(config: RunConfig) -> dict[str, Any]:
-    """Return the environment variables, each with the value that stands for `config`: what a run command would say."""
-    values = {}
-    for name, (section, setting, _) in SETTINGS.items():
-        value = getattr(getattr(config, section), setting)
-        values[name] = int(value) if isinstance(value, bool) else 0 if value is None else value
-    return values

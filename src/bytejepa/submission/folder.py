@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 
+from bytejepa.bits import VALIDATION_BYTES, VALIDATION_DOCUMENTS
 from bytejepa.config import RunConfig
 from bytejepa.data.loader import validation_ids
 from bytejepa.errors import DataError, file_errors_as
@@ -35,8 +36,6 @@ from bytejepa.training.distributed import Ranks
 from bytejepa.training.runlog import RunFolder
 
 SCRIPT, READABLE_SCRIPT, CLAIMS = "train_gpt.py", "train_gpt_readable.py", "submission.json"
-FINEWEB_BYTES, FINEWEB_DOCUMENTS = 151_080_891, 50_000
-"""The challenge's validation split (spec section 7, item 8)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -242,7 +241,7 @@ def readme(result: SubmissionResult, author: Author, study: StudyResult | None, 
 
 def _dataset(run: FinishedRun, seed: SeedResult, num_documents: int) -> str:
     counts = (seed.sliding.num_bytes, num_documents)
-    if counts == (FINEWEB_BYTES, FINEWEB_DOCUMENTS):
+    if counts == (VALIDATION_BYTES, VALIDATION_DOCUMENTS):
         return "FineWeb, byte260 shards, the whole validation split"
     name = Path(str(run.machine.get("data", {}).get("path", "")) or "shards").name  # type: ignore[attr-defined]
     return f"{name}: {counts[0]:,} validation bytes in {counts[1]:,} documents; not the challenge's split"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 from bytejepa.config import RunConfig
+from bytejepa.data.vocabulary import VOCABULARY_SIZE
 from bytejepa.scoring.evaluate import Score
 
 
 def settings_lines(config: RunConfig) -> list[str]:
     """Return every setting of a run as `name: value`, in the order of the configuration."""
-    found = {"seed": config.training.seed, "vocab_size": 260}
+    found = {"seed": config.training.seed, "vocab_size": VOCABULARY_SIZE}
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)
         for field in dataclasses.fields(values):

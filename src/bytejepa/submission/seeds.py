@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -150,33 +151,45 @@ def pack_and_score(
             )
         averaged = Scorer(on_device(build(config, trained.average, source=str(run.folder)), ranks.device))
         packed = packed_scorer(artifact, config, ranks)
-    seconds: dict[str, float] = {}
-
-    def score(what: str, scorer: Scorer, *, sliding: bool) -> Score:
-        window, stride = window_and_stride(config.evaluation, sliding=sliding)
-        begin = time.perf_counter()
-        result = score_on_ranks(
-            scorer,
-            ids,
-            ranks,
-            window=window,
-            stride=stride,
-            batch_ids=config.evaluation.batch_bytes,
-            on_progress=_telling(on_progress, f"seed {config.training.seed}, {what}", len(ids) - 1),
-        )
-        seconds[what] = time.perf_counter() - begin
-        return result
-
+    score = functools.partial(_timed_score, config, ids, ranks, on_progress)
+    average, _ = score("averaged weights", averaged, sliding=False)
+    roundtrip, roundtrip_s = score("round trip", packed, sliding=False)
+    sliding, sliding_s = score("sliding windows", packed, sliding=True)
     return SeedResult(
         run=run,
         num_parameters=sum(parameter.numel() for parameter in packed.model.parameters()),
         weights_bytes=weights_bytes,
-        average=score("averaged weights", averaged, sliding=False),
-        roundtrip=score("round trip", packed, sliding=False),
-        sliding=score("sliding windows", packed, sliding=True),
-        roundtrip_s=seconds["round trip"],
-        sliding_s=seconds["sliding windows"],
+        average=average,
+        roundtrip=roundtrip,
+        sliding=sliding,
+        roundtrip_s=roundtrip_s,
+        sliding_s=sliding_s,
     )
+
+
+def _timed_score(
+    config: RunConfig,
+    ids: npt.NDArray[np.uint16],
+    ranks: Ranks,
+    on_progress: OnProgress | None,
+    what: str,
+    scorer: Scorer,
+    *,
+    sliding: bool,
+) -> tuple[Score, float]:
+    """Return the score of ids[1:], in windows that slide or that do not overlap, and its seconds."""
+    window, stride = window_and_stride(config.evaluation, sliding=sliding)
+    begin = time.perf_counter()
+    result = score_on_ranks(
+        scorer,
+        ids,
+        ranks,
+        window=window,
+        stride=stride,
+        batch_ids=config.evaluation.batch_bytes,
+        on_progress=_telling(on_progress, f"seed {config.training.seed}, {what}", len(ids) - 1),
+    )
+    return result, time.perf_counter() - begin
 
 
 def _telling(on_progress: OnProgress | None, what: str, total: int) -> Callable[[int], None] | None:
