@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from bytejepa.cli.terminal import json_text
 from bytejepa.config import RunConfig
 from bytejepa.review import Review, Status, Word, review, wrappers
 from bytejepa.review.budget import packed_code_bytes
-from bytejepa.review.report_forms import as_json, as_markdown, print_terminal
+from bytejepa.review.report_forms import as_markdown, print_terminal
 from bytejepa.training.runlog import RunFolder, run_manifest
 from review.folders import Folder
 from review.scripts import script
@@ -25,7 +25,7 @@ def reported(path: Path) -> Review:
     found = review(path)
     terminal = io.StringIO()
     print_terminal(found, Console(file=terminal, width=120, highlight=False))
-    json.dumps(as_json(found), default=str, allow_nan=False)
+    json_text(found)
     for text in (terminal.getvalue(), as_markdown(found)):
         text.encode()
     return found

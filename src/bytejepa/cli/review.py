@@ -32,7 +32,8 @@ class Review:
 
     def run_command(self) -> int:
         """Review the target and print the outcome. Raises: ReviewFailed unless the verdict is LOOKS CLEAN."""
-        from bytejepa.review.report_forms import as_json, as_markdown
+        from bytejepa.cli.terminal import json_text
+        from bytejepa.review.report_forms import as_markdown
         from bytejepa.review.reviewer import review
 
         if self.json and self.markdown:
@@ -43,9 +44,7 @@ class Review:
             check_output(self.output, DataError, force=self.force)
         outcome = review(self.target, run=self.run)
         if self.json:
-            import json
-
-            self._deliver(json.dumps(as_json(outcome), indent=1, default=str))
+            self._deliver(json_text(outcome, indent=1))
         elif self.markdown:
             self._deliver(as_markdown(outcome))
         else:

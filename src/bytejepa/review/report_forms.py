@@ -1,11 +1,8 @@
-"""A review as JSON, as a table for the terminal, and as Markdown in the form of the community's review comments."""
+"""A review as a table for the terminal, and as Markdown in the form of the community's review comments."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,21 +19,6 @@ _RECOMMENDATION = {
 }
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _ORDER = {Status.FAIL: 0, Status.UNKNOWN: 1, Status.PASS: 2}
-
-
-def as_json(review: Review) -> dict[str, Any]:
-    """Return the review as plain JSON values; a figure that is no finite number is null."""
-    values = _without_infinities(dataclasses.asdict(review))
-    assert isinstance(values, dict)
-    return values
-
-
-def _without_infinities(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_infinities(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_infinities(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _printable(text: str) -> str:
