@@ -404,6 +404,7 @@ def test_cuda_where_there_is_none(refuses: Refuses, shards: Path, tmp_path: Path
     assert "no CUDA device" in refuses(CONFIG, "eval", minimal_artifact, "--data", shards, "--device", "cuda")
 
 
+@pytest.mark.integration
 def test_a_pickle_that_is_no_model_is_one_line_of_our_own(process: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "final_model.pt"
     path.write_bytes(pickle.dumps({"a": 1}, protocol=4))  # of which torch warns, on stderr, beside refusing it
@@ -412,6 +413,7 @@ def test_a_pickle_that_is_no_model_is_one_line_of_our_own(process: Callable[...,
     assert "nothing in it was executed" in done.err
 
 
+@pytest.mark.integration
 def test_a_failure_as_a_process_has_the_same_code(process: Callable[..., Any], tmp_path: Path) -> None:
     done = process("eval", tmp_path / "nothing.bjm", "--data", tmp_path)
     assert done.code == ARTIFACT

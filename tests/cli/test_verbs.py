@@ -66,6 +66,7 @@ def test_train_leaves_a_run(command: Callable[..., Any], tmp_path: Path, embedde
     assert {path.name for path in run.iterdir()} >= {"config.json", "manifest.json", "metrics.jsonl", "checkpoints"}
 
 
+@pytest.mark.integration
 def test_train_as_a_process_is_quiet_without_a_terminal(
     process: Callable[..., Any], tmp_path: Path, embedded_shards: Path
 ) -> None:
