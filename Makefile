@@ -4,13 +4,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow check clean
+.PHONY: demo test unit slow check clean
 
 demo: .venv/installed
 	$(BIN)/bytejepa demo --out demo --force
 
+# all that the README promises, on two cores
 test: .venv/installed
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# the same without whole programs (README commands, ranks, kills, browsers): under three minutes, for between two changes
+unit: .venv/installed
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not integration and not slow and not gpu and not compiled"
 
 # minutes, not seconds: the demo, 50 kills, 4 ranks; and compiled code, in a process without the runtime shape checks
 slow: .venv/installed

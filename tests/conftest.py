@@ -33,7 +33,7 @@ MINIMAL = (
     "--data.sequence-bytes=64", "--data.batch-bytes=256", "--data.sequence-growth=None", "--schedule.steps=6",
     "--schedule.max-wallclock-s=None", "--training.warmup-steps=0",
     "--training.validate-every-steps=3", "--training.validation-bytes=1500", "--training.log-every-steps=1",
-    "--evaluation.window-bytes=64", "--evaluation.stride-bytes=16",
+    "--evaluation.window-bytes=64", "--evaluation.stride-bytes=16", "--artifact.calibration-bytes=512",
 )  # fmt: skip
 """The words after `bytejepa train` that make a run of a second: the preset and overrides of `minimal_config`."""
 
@@ -58,6 +58,12 @@ def pytest_configure(config: pytest.Config) -> None:
     jaxtyping.install_import_hook([f"bytejepa.{wing}" for wing in TENSOR_WINGS], "runtime_checks.check")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with whole programs come first: two workers that take file by file then end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("integration")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def runtime_checks_begin() -> None:
     """The first calls of every test are checked."""
@@ -79,6 +85,7 @@ def make_minimal_config() -> "RunConfig":
         schedule={"steps": 6, "max_wallclock_s": None},
         training={"warmup_steps": 0, "validate_every_steps": 3, "validation_bytes": 1500, "log_every_steps": 1},
         evaluation={"window_bytes": 64, "stride_bytes": 16},
+        artifact={"calibration_bytes": 512},
     )  # fmt: skip
 
 
@@ -145,6 +152,12 @@ def submission(
     out = tmp_path_factory.mktemp("submission") / request.param
     author = Author(author="A. Name", github_id="aname", name="Small bytes", blurb="Tiny.")
     return make_submission(seed_runs, out, author, packed=request.param == "packed")
+
+
+@pytest.fixture
+def many_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small model's codes are packed in as many lanes as a large one's: numpy takes a round of them at a time."""
+    monkeypatch.setattr("bytejepa.artifact.rans.CODES_PER_LANE", 2048)
 
 
 class Outcome(NamedTuple):

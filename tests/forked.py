@@ -1,10 +1,11 @@
-"""`bytejepa` commands as processes of their own, forked from one that has imported what they need: two seconds saved with each.
+"""Commands as processes of their own, forked from one that has imported what they need: two seconds saved with each.
 
 That one (multiprocessing's fork server) has run nothing: forks of pytest's own process would inherit its threads.
 """
 
 import contextlib
 import dataclasses
+import io
 import multiprocessing
 import os
 import socket
@@ -16,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 IMPORTED = (
-    "torch", "torch.distributed", "scipy.stats", "bytejepa.cli", "bytejepa.data.prepare", "bytejepa.training.runs",
+    "torch", "torch.distributed.run", "scipy.stats", "bytejepa.cli", "bytejepa.data.prepare", "bytejepa.training.runs",
     "bytejepa.artifact.export", "bytejepa.inference.generate", "bytejepa.codec.compress", "bytejepa.study.runner",
     "bytejepa.submission.folder", "bytejepa.review.reviewer",
 )  # fmt: skip
@@ -53,12 +54,24 @@ class Command:
         return subprocess.CompletedProcess(list(self.words), code, out, err)
 
 
+BYTEJEPA = "import sys; from bytejepa.cli import main; sys.exit(main(sys.argv[1:]))"
+TORCHRUN = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
+"""The processes that it starts import all for themselves."""
+
+
 @contextlib.contextmanager
-def started(words: Sequence[str], *, place: Path | None = None, **variables: str) -> Iterator[Command]:
-    """Start `bytejepa WORDS...` in the folder `place`, with these environment variables besides the usual ones."""
+def started(
+    words: Sequence[str], *, place: Path | None = None, program: str = BYTEJEPA, given: str = "", **variables: str
+) -> Iterator[Command]:
+    """Start `program` with `words`, by default `bytejepa WORDS...`, in the folder `place`.
+
+    `given` is what it reads from stdin; `variables` are of its environment, besides the usual ones.
+    """
     with tempfile.TemporaryDirectory(prefix="bytejepa-test-") as folder:
         environment = {**os.environ, **ENVIRONMENT, **variables}
-        process = _CONTEXT.Process(target=_be, args=(list(words), str(place or Path.cwd()), environment, folder))
+        process = _CONTEXT.Process(
+            target=_be, args=(program, list(words), given, str(place or Path.cwd()), environment, folder)
+        )
         with _as_in_environment(ENVIRONMENT):  # the server's, if this starts it
             process.start()
         try:
@@ -68,9 +81,11 @@ def started(words: Sequence[str], *, place: Path | None = None, **variables: str
             process.join()
 
 
-def run(words: Sequence[str], *, place: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run `bytejepa WORDS...` to its end."""
-    with started(words, place=place, **variables) as command:
+def run(
+    words: Sequence[str], *, place: Path | None = None, program: str = BYTEJEPA, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `program` with `words`, by default `bytejepa WORDS...`, to its end."""
+    with started(words, place=place, program=program, **variables) as command:
         return command.ended()
 
 
@@ -108,15 +123,14 @@ def _as_in_environment(variables: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _be(words: list[str], place: str, environment: dict[str, str], output: str) -> None:
-    """Be the command: what `python -m bytejepa` does, in the forked process."""
+def _be(program: str, words: list[str], given: str, place: str, environment: dict[str, str], output: str) -> None:
+    """Be the command: what `python -c PROGRAM WORDS...` does, in the forked process."""
     for number, name in enumerate(("stdout", "stderr"), start=1):
         os.dup2(os.open(Path(output) / name, os.O_WRONLY | os.O_CREAT, 0o600), number)
-    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115, PTH123 - as long as the process
+    sys.stdin = io.StringIO(given)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(place)
-    from bytejepa.cli import main
-
-    sys.exit(main(words))
+    sys.argv = ["-c", *words]
+    exec(program, {"__name__": "__main__"})

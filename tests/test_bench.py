@@ -43,6 +43,7 @@ def test_the_peak_is_that_of_what_ran_since_it_was_restarted() -> None:
     assert peak_bytes(CPU) >= left + 90_000_000
 
 
+@pytest.mark.integration
 def test_training_reports_speed_memory_and_parts_beside_the_plain_way(
     minimal_config: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +112,7 @@ def test_the_other_measurements_report_what_they_are_asked_for(name: str, minima
     assert report["threads"] == torch.get_num_threads()
 
 
+@pytest.mark.integration
 def test_a_plain_process_that_is_killed_is_an_error_and_no_broken_pipe(minimal_config: RunConfig) -> None:
     """The command line takes a broken pipe for the end of who reads it, and ends well."""
     with _plain_in_its_own_process(minimal_config) as step:

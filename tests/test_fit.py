@@ -34,6 +34,8 @@ from bytejepa.presets import compact
 from bytejepa.training.runs import train
 from small_models import small_model
 
+pytestmark = pytest.mark.usefixtures("many_lanes")
+
 
 def weights_and_config(seed: int, **artifact: object):
     model = small_model(seed=seed)

@@ -171,6 +171,7 @@ def loss(config: RunConfig, weights: dict[str, Tensor], ids: Tensor) -> float:
         return float(build(config, weights, source="test").losses(ids[:, :-1], ids[:, 1:]).ce)
 
 
+@pytest.mark.usefixtures("many_lanes")
 def test_at_equal_size_a_model_loses_less_by_sensitivity_and_less_still_with_gptq(
     trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -262,6 +262,7 @@ def plainly_packed(tmp_path_factory: pytest.TempPathFactory, embedded_shards: Pa
     return packed({}, embedded_shards, tmp_path_factory.mktemp("inert") / "model.bjm")
 
 
+@pytest.mark.usefixtures("many_lanes")
 @pytest.mark.parametrize("name", ARTIFACT_SETTINGS)
 def test_a_setting_changes_what_an_artifact_holds(
     name: str, embedded_shards: Path, tmp_path: Path, plainly_packed: Container

@@ -29,6 +29,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, num_workers: int) -> None:
     """SIGKILL leaves no time to tidy up: the second run keeps what is whole, and the result is as if nothing was."""

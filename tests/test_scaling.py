@@ -12,6 +12,7 @@ from bytejepa.config import RunConfig
 CPU = torch.device("cpu")
 
 
+@pytest.mark.integration
 def test_every_axis_is_measured_and_drawn(
     minimal_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import forked
 from bytejepa.data.shards import write_shard
 from bytejepa.data.vocabulary import BOS, ids_from_bytes
 from bytejepa.training import checkpoint
@@ -414,14 +415,16 @@ def test_cuda_where_there_is_none(refuses: Refuses, shards: Path, tmp_path: Path
     assert "no CUDA device" in refuses(CONFIG, "eval", minimal_artifact, "--data", shards, "--device", "cuda")
 
 
-def test_a_pickle_that_is_no_model_is_one_line_of_our_own(process: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.integration
+def test_a_pickle_that_is_no_model_is_one_line_of_our_own(tmp_path: Path) -> None:
     path = tmp_path / "final_model.pt"
     path.write_bytes(pickle.dumps({"a": 1}, protocol=4))  # of which torch warns, on stderr, beside refusing it
-    done = process("import-pr832", path, "-o", tmp_path / "model.bjm")
-    assert (done.code, done.out, done.err.count("\n")) == (ARTIFACT, "", 1)
-    assert "nothing in it was executed" in done.err
+    done = forked.run(["import-pr832", str(path), "-o", str(tmp_path / "model.bjm")])
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (ARTIFACT, "", 1)
+    assert "nothing in it was executed" in done.stderr
 
 
+@pytest.mark.integration
 def test_a_failure_as_a_process_has_the_same_code(process: Callable[..., Any], tmp_path: Path) -> None:
     done = process("eval", tmp_path / "nothing.bjm", "--data", tmp_path)
     assert done.code == ARTIFACT

@@ -64,6 +64,7 @@ def test_it_works_out_of_the_box(command: Callable, file: Path) -> None:
     assert file.read_bytes() == DATA
 
 
+@pytest.mark.integration
 def test_both_are_filters(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "bytejepa"]
     options = ["-", "--model", str(GOLDEN_MODEL)]

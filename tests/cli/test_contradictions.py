@@ -167,6 +167,7 @@ def test_a_model_that_no_memory_holds(refuses: Refuses, embedded_shards: Path, t
     assert "the memory is too small for this (use a smaller model, batch or window)" in said
 
 
+@pytest.mark.integration
 def test_a_demo_is_titled_by_its_preset_and_prints_its_sample(
     command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

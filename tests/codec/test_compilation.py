@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import bytejepa
 
 PROGRAM = """
@@ -24,6 +26,7 @@ def printed(sources: Path) -> str:
     ).stdout
 
 
+@pytest.mark.integration
 def test_a_change_of_one_kernel_reaches_those_that_call_it(tmp_path: Path) -> None:
     package = tmp_path / "bytejepa"
     shutil.copytree(

@@ -184,6 +184,7 @@ def dump(page: str, folder: Path, fragment: str, size: str = "1300,850") -> str:
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, which is not installed")
 
 
+@pytest.mark.integration
 @needs_chromium
 @pytest.mark.parametrize("size", ["1300,850", "500,800"])  # Chromium makes no window narrower than 500
 def test_a_browser_draws_the_page(surprised: SurpriseMap, tmp_path: Path, size: str) -> None:
@@ -219,6 +220,7 @@ setInterval(() => {
 </script>"""
 
 
+@pytest.mark.integration
 @needs_chromium
 def test_pointing_at_a_character_shows_its_bits_and_the_likeliest_bytes(surprised: SurpriseMap, tmp_path: Path) -> None:
     offset = TEXT.index(b"naive".replace(b"i", "ï".encode()))
@@ -236,6 +238,7 @@ def test_pointing_at_a_character_shows_its_bits_and_the_likeliest_bytes(surprise
     assert f"running bpb {surprised.bits[: offset + 1].sum() / (offset + 1):.3f}"[:-1] in tip
 
 
+@pytest.mark.integration
 @needs_chromium
 @pytest.mark.parametrize("data", [b"", b"a\n" * 500_000, b"word " * 40_000], ids=["empty", "short lines", "one line"])
 def test_a_browser_draws_only_what_is_in_view(data: bytes, tmp_path: Path) -> None:

@@ -1,22 +1,23 @@
 """Promise: what fails on one rank is said once, with the rank named, and every rank leaves with the same exit code."""
 
+import contextlib
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import forked
 from bytejepa.data.shards import write_shard
 from bytejepa.training import checkpoint
 from bytejepa.training.runlog import RunFolder
 from conftest import minimal_with
 
+pytestmark = pytest.mark.integration
 COMMANDS = """
 import contextlib, io, json, os, sys
 from bytejepa.cli import main
@@ -35,7 +36,7 @@ for words, port, disk_is_full in json.load(sys.stdin):
     outcomes[-1].append(said.getvalue())
 print(json.dumps(outcomes))
 """
-"""Runs one command after the other, so that torch is imported once for all of them."""
+"""Runs one command after the other, in the same two processes."""
 
 PATIENT = """
 import datetime, json, sys, time, weakref
@@ -58,36 +59,27 @@ print(json.dumps([summed, len(opened), sum(group() is not None for group in open
 """Here `ranks` lives to the end, as in a program that goes on; a group that did, too, might abort the process (`leave`)."""
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def two_ranks(*command: str) -> list[subprocess.Popen[str]]:
-    """Start python with `command` as two ranks, as if each were alone on its node."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    environment = {**os.environ, **shared, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return [
-        subprocess.Popen(
-            [sys.executable, *command], env={**environment, "RANK": str(rank)}, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
+@contextlib.contextmanager
+def two_ranks(
+    words: list[str], program: str = forked.BYTEJEPA, inputs: tuple[object, object] = (None, None)
+) -> Iterator[list[forked.Command]]:
+    """Start `program` with `words` as two ranks, as if each were alone on its node, each with its input as JSON."""
+    shared = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": forked.free_port()}
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                forked.started(words, program=program, given=json.dumps(inputs[rank]), RANK=str(rank), **shared)
+            )
+            for rank in (0, 1)
+        ]
 
 
 def on_two_ranks(program: str, inputs: tuple[object, object] = (None, None)) -> list:
     """Run `program` as two ranks, each with its input as JSON, and return what they printed."""
-    processes = two_ranks("-c", program)
-    for process, given in zip(processes, inputs, strict=True):
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(given))
-        process.stdin.close()
-        process.stdin = None
-    said = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    return [json.loads(out) for out, _ in said]
+    with two_ranks([], program, inputs) as ranks:
+        ended = [rank.ended(120) for rank in ranks]
+    assert [done.returncode for done in ended] == [0, 0], ended
+    return [json.loads(done.stdout) for done in ended]
 
 
 class Case:
@@ -142,7 +134,7 @@ def cases(embedded_shards, minimal_run, minimal_artifact, seed_runs, tmp_path_fa
 @pytest.fixture(scope="module")
 def outcomes(cases) -> dict[str, list[tuple[int, str]]]:
     """For every case, exit code and stderr of both ranks."""
-    ports = [free_port() for _ in cases]
+    ports = [forked.free_port() for _ in cases]
     inputs = [
         [[case.commands[rank], port, case.disk_is_full] for case, port in zip(cases.values(), ports, strict=True)]
         for rank in (0, 1)
@@ -181,19 +173,16 @@ def test_a_signal_to_the_second_rank_alone_stops_both_with_a_checkpoint(embedded
         "--training.validate-every-steps=None",
     )
     more = ["--data", str(embedded_shards), "--out", str(run.path)]
-    first, second = two_ranks("-m", "bytejepa", "train", *words, *more)
-    try:
+    with two_ranks(["train", *words, *more]) as (first, second):
         deadline = time.monotonic() + 120
         while not run.read_metrics() and time.monotonic() < deadline:
             time.sleep(0.05)
-        second.send_signal(signal.SIGTERM)
-        said = [process.communicate(timeout=60)[1] for process in (first, second)]
-    finally:
-        first.kill()
-        second.kill()
-    assert (first.returncode, second.returncode) == (7, 7)
-    assert said[0].count("checkpoint written") == said[0].count("\n") == 1
-    assert said[1] == ""
+        assert second.process.pid is not None
+        os.kill(second.process.pid, signal.SIGTERM)
+        ended = [rank.ended(60) for rank in (first, second)]
+    assert [done.returncode for done in ended] == [7, 7]
+    assert ended[0].stderr.count("checkpoint written") == ended[0].stderr.count("\n") == 1
+    assert ended[1].stderr == ""
     assert 0 < checkpoint.steps_on_disk(run.checkpoints_path)[0] < 5000
 
 

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,17 +12,13 @@ import pytest
 from bytejepa.training import checkpoint
 from bytejepa.training.runlog import RunFolder
 from conftest import minimal_with
-from forked import ENVIRONMENT, run_on_ranks
+from forked import TORCHRUN, run_on_ranks, started
 
+pytestmark = pytest.mark.integration
 SETTINGS = minimal_with(
     "--schedule.steps=20", "--data.batch-bytes=512", "--jepa.sigreg-group-sequences=2", "--data.order=shuffled",
     "--training.validate-every-steps=None",
 )  # fmt: skip
-
-
-def torchrun_command(ranks: int, *words: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*launcher, "-m", "bytejepa", *words]
 
 
 def losses(run: Path) -> list[float]:
@@ -85,25 +79,18 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_with_all_numbers(embedde
 
 def test_sigterm_to_torchrun_leaves_a_whole_checkpoint(embedded_shards, tmp_path) -> None:
     run = tmp_path / "run"
-    words = [
-        "train",
-        *minimal_with(*SETTINGS, "--schedule.steps=2000"),
-        "--data",
-        str(embedded_shards),
-        "--out",
-        str(run),
-        "--training.checkpoint-every-s=None",
-    ]
-    command = torchrun_command(2, *words)
-    with subprocess.Popen(
-        command, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as going:
+    words = ["--standalone", "--nproc_per_node=2", "-m", "bytejepa", "train"]
+    words += minimal_with(*SETTINGS, "--schedule.steps=2000", "--training.checkpoint-every-s=None")
+    words += ["--data", str(embedded_shards), "--out", str(run)]
+    with started(words, program=TORCHRUN) as going:
         deadline = time.monotonic() + 120
         while len(losses(run)) < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
-        going.send_signal(signal.SIGTERM)
-        said = going.communicate(timeout=60)[1]
-    assert going.returncode != 0
+        assert going.process.pid is not None
+        os.kill(going.process.pid, signal.SIGTERM)
+        done = going.ended(60)
+    assert done.returncode != 0
+    said = done.stderr
     assert said.count("checkpoint written") == 1
     (stopped_at,) = checkpoint.steps_on_disk(RunFolder(run).checkpoints_path)
     assert 3 <= stopped_at < 2000

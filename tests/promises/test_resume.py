@@ -18,6 +18,8 @@ from bytejepa.training import checkpoint
 from bytejepa.training.runlog import RunFolder
 from bytejepa.training.runs import resume, train
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def config(minimal_config: RunConfig) -> RunConfig:

@@ -372,6 +372,7 @@ FRAME = """<!doctype html><script>onmessage = (event) => { document.documentElem
 """A window is never narrower than 500 pixels, a frame in it can be."""
 
 
+@pytest.mark.integration
 @needs_chromium
 @pytest.mark.parametrize(("width", "shown"), [(1300, "wide"), (400, "narrow")])
 def test_a_browser_shows_every_plot_within_the_screen(

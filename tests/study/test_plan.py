@@ -1,6 +1,7 @@
 """Plans: what a file may say, and that what it may not say is answered in one line with the nearest name."""
 
 import dataclasses
+import functools
 import json
 import tomllib
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from bytejepa.presets import preset
 from bytejepa.study.plan import built_in_plans, load_plan, override
 from bytejepa.study.summary import summarise
 from study.plans import small_plan, small_values
+
+plan_of = functools.cache(load_plan)  # a second each
 
 
 def test_a_configuration_is_base_then_budget_then_plan_then_variant_then_seed() -> None:
@@ -156,13 +159,14 @@ def test_the_baseline_is_not_said_to_read_otherwise_than_itself() -> None:
 
 @pytest.mark.parametrize("name", built_in_plans())
 def test_built_in_plans_change_one_thing_at_a_time(name: str) -> None:
-    plan = load_plan(name)
+    plan = plan_of(name)
     assert plan.name == name
     assert len(plan.seeds) >= (2 if plan.noise == "pooled" else 3)
-    baseline = to_dict(plan.config(plan.variant(plan.baseline), 1))
+    configs = {variant.name: to_dict(plan.config(variant, 1)) for variant in plan.variants}
+    baseline = configs[plan.baseline]
     for variant in plan.variants:
         assert variant.tests.endswith((".", "?"))
-        config = to_dict(plan.config(variant, 1))
+        config = configs[variant.name]
         changed = [s for s in config if config[s] != baseline[s]]
         together = (
             "all-mended",
@@ -173,12 +177,11 @@ def test_built_in_plans_change_one_thing_at_a_time(name: str) -> None:
         )  # several at once, on purpose
         if variant.name not in (plan.baseline, *together):
             assert len(changed) == 1, (variant.name, changed)
-    fingerprints = {json.dumps(to_dict(plan.config(variant, 1))) for variant in plan.variants}
-    assert len(fingerprints) == len(plan.variants)
+    assert len({json.dumps(config) for config in configs.values()}) == len(plan.variants)
 
 
 def test_what_golf_tiny_has_beyond_tiny_is_off_once_and_all_of_it_fits_the_time() -> None:
-    techniques, candidates = load_plan("golf-techniques"), load_plan("golf-candidates")
+    techniques, candidates = plan_of("golf-techniques"), plan_of("golf-candidates")
     for plan in (techniques, candidates):
         assert plan.budget.seconds is not None
         assert len(plan.variants) * len(plan.seeds) * plan.budget.seconds < 3600
@@ -209,7 +212,8 @@ def test_overriding_steps_and_seeds() -> None:
         override(plan, seeds=(-1,))
 
 
-def test_list_shows_plans_and_variants(command: Callable[..., Any]) -> None:
+def test_list_shows_plans_and_variants(command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bytejepa.study.plan.load_plan", plan_of)
     outcome = command("ablate", "--list")
     assert outcome.code == 0
     assert [name for name in built_in_plans() if name not in outcome.out] == []
