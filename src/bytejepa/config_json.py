@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import typing
@@ -39,14 +40,10 @@ def structured(values: Any, kind: Any, *, where: str) -> Any:
 
     Raises: ConfigError that says where something is of another type, or what the dataclass itself refuses.
     """
-    import cattrs
     from cattrs.errors import BaseValidationError
 
-    converter = cattrs.Converter(forbid_extra_keys=True, prefer_attrib_converters=True)
-    for scalar in (int, float, bool, str):
-        converter.register_structure_hook(scalar, _strict_scalar)
     try:
-        return converter.structure(values, kind)
+        return _converter().structure(values, kind)
     except BaseValidationError as problem:
         setting, cause = _first_cause(problem)
         if isinstance(cause, ConfigError):  # of a section's own check, which names the setting
@@ -56,6 +53,17 @@ def structured(values: Any, kind: Any, *, where: str) -> Any:
         raise ConfigError(f"{where}: {problem.message}", hint=problem.hint) from None
     except Exception as problem:  # of a value that is no dataclass; cattrs raises plain exceptions, too
         raise ConfigError(f"{where}: {_reason(problem)}") from None
+
+
+@functools.cache
+def _converter() -> Any:
+    """Return the converter, which keeps the code that it makes for each class."""
+    import cattrs
+
+    converter = cattrs.Converter(forbid_extra_keys=True, prefer_attrib_converters=True)
+    for scalar in (int, float, bool, str):
+        converter.register_structure_hook(scalar, _strict_scalar)
+    return converter
 
 
 def _reason(problem: BaseException) -> str:

@@ -16,6 +16,8 @@ from bytejepa.review.smoke_harness import REFUSAL
 from review.folders import Folder
 from review.scripts import script, wrap
 
+pytestmark = pytest.mark.integration
+
 
 def smoke(tmp_path: Path, source: str, **bounds: float) -> dict:
     path = tmp_path / "submission"

@@ -25,6 +25,7 @@ def reviewed(submission) -> Review:
     return review(submission.path, run=(submission.path / "train_gpt_readable.py").exists())
 
 
+@pytest.mark.integration
 def test_review_finds_it_clean(reviewed) -> None:
     outcome = reviewed
     assert outcome.verdict.word is Word.CLEAN, outcome.verdict
@@ -35,6 +36,7 @@ def test_review_finds_it_clean(reviewed) -> None:
         assert statuses[check] == "pass", check
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("submission", ["packed"], indirect=True)
 def test_review_sees_what_is_hidden_in_it(submission, tmp_path) -> None:
     """The clean verdict means something: the same script with one step on validation data before packing is flagged."""
@@ -59,6 +61,7 @@ def test_review_sees_what_is_hidden_in_it(submission, tmp_path) -> None:
     assert "source.pre_quant_training" in {f.check for f in outcome.findings if f.status.value == "fail"}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("submission", ["packed"], indirect=True)
 def test_the_smoke_test_builds_its_model(submission, reviewed) -> None:
     finding = reviewed.finding("smoke.cpu")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import forked
 from bytejepa import presets
 from bytejepa.config import replace
 from bytejepa.data.shards import write_shard
@@ -22,21 +23,27 @@ from bytejepa.submission.bundle import bundle
 from bytejepa.submission.folder import Author, make_submission
 from bytejepa.submission.program import main
 from bytejepa.submission.script import PERMITTED, packed_script, readable_script
-from submission import script_process
 from submission.seeds_of_one_run import finished_run, seed_config
 
+MISSING = (
+    "bytejepa", "jaxtyping", "safetensors", "cattrs", "tyro", "rich", "filelock", "psutil", "scipy", "matplotlib", "jinja2", "brotli",
+)  # fmt: skip
+"""What a machine of the challenge does not have."""
 ALONE = f"""
 import runpy, sys
 
 class OnlyWhatIsPermitted:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {sorted(script_process.MISSING)}:
+        if name.partition(".")[0] in {MISSING}:
             raise ImportError(name + " is not there")
 
+for name in [name for name in sys.modules if name.partition(".")[0] in {MISSING}]:
+    del sys.modules[name]
 sys.meta_path.insert(0, OnlyWhatIsPermitted())
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+"""Runs the script that is its first argument where nothing but torch, numpy and zstandard can be imported."""
 
 
 AUTHOR = Author(author="A. Name", github_id="aname", name="Small bytes", blurb="Tiny.")
@@ -44,8 +51,13 @@ LIMIT_BYTES = 126_000
 """Of the packed script and the small model's weights."""
 
 
+def fork(script: Path, place: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a script alone in `place`, in a process forked from one that has imported torch."""
+    return forked.run([str(script)], place=place, program=ALONE, **variables)
+
+
 def start(script: Path, place: Path, *launcher: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a script in `place` where nothing but torch, numpy and zstandard can be imported."""
+    """Run a script alone in `place`, in a process that begins with nothing."""
     alone = place / "alone.py"
     alone.write_text(ALONE)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -63,6 +75,7 @@ def bpb_of(log, label: str) -> float:
     return next(score.bpb for score in log.scores if label in score.label)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("submission", ["readable"], indirect=True)
 def test_alone_it_repeats_the_run_and_its_score(submission, tiny_shards, tmp_path) -> None:
     script = submission.path / "train_gpt.py"
@@ -80,19 +93,21 @@ def test_alone_it_repeats_the_run_and_its_score(submission, tiny_shards, tmp_pat
     assert parse_log((tmp_path / "logs" / "again.txt").read_text(), "again.txt").scores == log.scores
 
 
+@pytest.mark.integration
 def test_it_fills_its_budget_as_the_package_does(tiny_shards, tmp_path) -> None:
     artifact = dataclasses.asdict(presets.compact(seed_config(7)).artifact)
     artifact |= {"small_tensor_elements": 512, "calibration_bytes": 512, "fit": True, "limit_bytes": LIMIT_BYTES}
     artifact["codecs"] = ("rans", "zstd")
     run = finished_run(tmp_path / "run", tiny_shards, 7, artifact=artifact, model={"num_layers": 1, "bigram_rows": 32})
     made = make_submission([run], tmp_path / "folder", AUTHOR, packed=True)
-    log = logged(script_process.run(made.path / "train_gpt.py", tmp_path, DATA_PATH=str(tiny_shards)))
+    log = logged(fork(made.path / "train_gpt.py", tmp_path, DATA_PATH=str(tiny_shards)))
     assert log.model_bytes == made.seeds[0].weights_bytes
     assert log.total_bytes == log.code_bytes + log.model_bytes <= LIMIT_BYTES
     assert log.total_bytes > LIMIT_BYTES - 1000  # so few codes are packed in steps of some hundred bytes
     assert bpb_of(log, "sliding_window") == pytest.approx(made.seeds[0].sliding.bpb, abs=1e-6)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("submission", ["packed"], indirect=True)
 def test_two_ranks_under_torchrun_score_the_same(submission, tiny_shards, tmp_path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -104,10 +119,11 @@ def test_two_ranks_under_torchrun_score_the_same(submission, tiny_shards, tmp_pa
     assert log.code_bytes == (submission.path / "train_gpt.py").stat().st_size == submission.code_bytes
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("submission", ["readable"], indirect=True)
 def test_environment_variables_change_the_run(submission, tiny_shards, tmp_path) -> None:
     variables = {"ITERATIONS": "2", "NUM_LAYERS": "1", "SEED": "5", "WARMDOWN_ITERS": "3", "TRAIN_LOG_EVERY": "1"}
-    done = script_process.run(submission.path / "train_gpt.py", tmp_path, DATA_PATH=str(tiny_shards), **variables)
+    done = fork(submission.path / "train_gpt.py", tmp_path, DATA_PATH=str(tiny_shards), **variables)
     log, log_text = logged(done), done.stdout
     assert (log.steps, log.planned_steps, log.seed, log.settings["num_layers"]) == (2, 2, 5, 1)
     assert log.parameters is not None
