@@ -19,6 +19,7 @@ from bytejepa.errors import CheckpointError, file_errors_as
 from bytejepa.files import write_atomically
 from bytejepa.inference.generate import generate
 from bytejepa.model.transformer import ByteLM
+from bytejepa.progress import StageProgress, silent, stage_count
 from bytejepa.scoring.evaluate import Score, Scorer, score_ids
 from bytejepa.training.loop import TrainProgress, TrainResult
 from bytejepa.training.runlog import RunFolder
@@ -26,9 +27,6 @@ from bytejepa.training.runs import train
 
 PROMPT = b"My fellow Americans, "
 """What the sample of generated text continues."""
-
-Report = Callable[[str, float], None]
-"""Told (stage, share done from 0 to 1)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,14 +95,14 @@ def demo(
     sample_bytes: int = 400,
     force: bool = False,
     on_train: Callable[[TrainProgress], None] | None = None,
-    on_stage: Report | None = None,
+    on_stage: StageProgress | None = None,
 ) -> DemoResult:
     """Run everything in `folder` and return what was measured; `name` is what the curve calls the configuration.
 
     Raises: CheckpointError if `folder` is not empty and `force` is not given, and whatever the parts raise.
     """
     begin = time.perf_counter()
-    report = on_stage or _ignore
+    report = on_stage or silent
     data, run, artifact = folder / "data", folder / "run", folder / "model.bjm"
     with file_errors_as(CheckpointError, "create", folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,13 +112,13 @@ def demo(
             )
     write_embedded_shards(data)
     trained = train(config, data, run, force=force, on_progress=on_train)
-    exported = export(run, artifact, force=force, on_progress=lambda stage, done, total: report(stage, done / total))
+    exported = export(run, artifact, force=force, on_progress=report)
     model = load(artifact)
     score = score_sliding(model, data, report)
     plot = plot_learning_curve(
         RunFolder(run), folder / "learning_curve.png", title=f"{name} on State of the Union addresses"
     )
-    report("generate", 0.0)
+    report("generate", 0, 1)
     continuation = b"".join(generate(model, PROMPT, num_bytes=sample_bytes, seed=config.training.seed, temperature=0.8))
     text = embedded_text("val")
     result = DemoResult(
@@ -140,11 +138,7 @@ def demo(
     return result
 
 
-def _ignore(_stage: str, _share: float) -> None:
-    """Report to nobody."""
-
-
-def score_sliding(model: ByteLM, data: Path, report: Report) -> Score:
+def score_sliding(model: ByteLM, data: Path, report: StageProgress) -> Score:
     """Return the score of the whole validation split with sliding windows, as the model's configuration says."""
     stream = IdStream.open(data, "val")
     ids = stream.read(0, stream.num_ids)
@@ -155,7 +149,7 @@ def score_sliding(model: ByteLM, data: Path, report: Report) -> Score:
         window=evaluation.window_bytes,
         stride=evaluation.stride_bytes,
         batch_ids=evaluation.batch_bytes,
-        on_progress=lambda done: report("score artifact, sliding", done / len(ids)),
+        on_progress=stage_count(report, "score artifact, sliding", len(ids) - 1),
     )
 
 

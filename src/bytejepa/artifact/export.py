@@ -7,7 +7,7 @@ raw weights, average and reloaded artifact are scored apart, so that the loss of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from bytejepa.data.loader import IdStream, validation_ids
 from bytejepa.model.precision import on_device
 from bytejepa.model.transformer import TRAINING_ONLY, ByteLM
 from bytejepa.presets import compact
+from bytejepa.progress import StageProgress, stage_count
 from bytejepa.scoring.evaluate import Score, Scorer
 from bytejepa.scoring.windows import window_and_stride
 from bytejepa.training.distributed import Ranks
@@ -79,7 +80,7 @@ def export(
     fit_bytes: int | None = None,
     force: bool = False,
     ranks: Ranks | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: StageProgress | None = None,
 ) -> ExportResult:
     """Write the averaged weights of `run` as an artifact and score every stage on its validation split.
 
@@ -127,7 +128,7 @@ def export(
                 window=window,
                 stride=every,
                 batch_ids=config.evaluation.batch_bytes,
-                on_progress=_stage_progress(on_progress, f"score {stage}", len(ids) - 1),
+                on_progress=stage_count(on_progress, f"score {stage}", len(ids) - 1),
             )
     fitted = configuration_of(container.configuration, str(out)).artifact.clip_standard_deviations
     return ExportResult(
@@ -153,7 +154,7 @@ def pack_run(
     code_bytes: int = 0,
     device: torch.device | str = "cpu",
     force: bool = False,
-    on_stage: Callable[[str, int, int], None] | None = None,
+    on_stage: StageProgress | None = None,
 ) -> ContainerInfo:
     """Write the averaged weights of `trained` as the artifact `out`, packed as its configuration says.
 
@@ -199,11 +200,3 @@ def _packed_so(config: RunConfig, *, pack_compactly: bool, fit_bytes: int | None
     if pack_compactly or (fit_bytes is not None and config.artifact.clip not in ("standard_deviations", "sensitivity")):
         config = compact(config)
     return config if fit_bytes is None else replace(config, artifact={"fit": True, "limit_bytes": fit_bytes})
-
-
-def _stage_progress(
-    on_progress: Callable[[str, int, int], None] | None, stage: str, total: int
-) -> Callable[[int], None] | None:
-    if on_progress is None:
-        return None
-    return lambda done: on_progress(stage, done, total)

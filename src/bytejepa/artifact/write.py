@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,7 @@ from bytejepa.config_json import to_dict
 from bytejepa.data.loader import IdStream
 from bytejepa.data.shards import check_ids
 from bytejepa.errors import ArtifactError, DataError
-
-OnStage = Callable[[str, int, int], None]
-"""Gets a stage's name, what is done of it and how much there is."""
+from bytejepa.progress import StageProgress, stage_progress
 
 
 def write_artifact(
@@ -37,7 +34,7 @@ def write_artifact(
     device: torch.device | str = "cpu",
     metadata: dict[str, Any] | None = None,
     force: bool = False,
-    on_stage: OnStage | None = None,
+    on_stage: StageProgress | None = None,
 ) -> ContainerInfo:
     """Quantise, pack and write `weights`; return the file's sizes.
 
@@ -64,7 +61,12 @@ def write_artifact(
             )
         try:
             found = fit(
-                weights, config, calibration, file_bytes=room, metadata=metadata or {}, on_progress=_of("fit", on_stage)
+                weights,
+                config,
+                calibration,
+                file_bytes=room,
+                metadata=metadata or {},
+                on_progress=stage_progress(on_stage, "fit"),
             )
         except SizeError as problem:
             raise ArtifactError(
@@ -106,7 +108,7 @@ def _calibrate(
     config: RunConfig,
     sequences: npt.NDArray[np.int64],
     device: torch.device | str,
-    on_stage: OnStage | None,
+    on_stage: StageProgress | None,
 ) -> Calibration:
     model = build(config, weights, source="the weights to pack").to(device)
     for name, value in model.named_parameters():  # the passes would only say that something is not finite
@@ -115,8 +117,6 @@ def _calibrate(
                 f"tensor {name!r} has values that are not finite", hint="do not export a diverged model"
             )
     ids = torch.from_numpy(sequences).to(device)
-    return calibrate(model, ids, damping=config.artifact.gptq_damping, on_progress=_of("calibrate", on_stage))
-
-
-def _of(name: str, on_stage: OnStage | None) -> Callable[[int, int], None] | None:
-    return None if on_stage is None else lambda done, total: on_stage(name, done, total)
+    return calibrate(
+        model, ids, damping=config.artifact.gptq_damping, on_progress=stage_progress(on_stage, "calibrate")
+    )

@@ -46,7 +46,9 @@ class Demo:
                 sample_bytes=self.sample_bytes,
                 force=self.force,
                 on_train=train_observer(bar, task),
-                on_stage=lambda stage, share: bar.update(task, description=stage, completed=share, status=""),
+                on_stage=lambda stage, done, total: bar.update(
+                    task, description=stage, completed=done, total=total, status=""
+                ),
             )
         if self.json:
             print_json({**result.as_record(), "sample": result.sample})

@@ -56,7 +56,7 @@ class Report:
                 which=self.measure,
                 device="cpu" if self.measure == "none" else chosen_device(self.device),
                 force=self.force,
-                on_progress=lambda what, share: bar.update(task, description=what, completed=share),
+                on_progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
             )
         if self.json:
             print_json(as_record(result))

@@ -27,6 +27,7 @@ from bytejepa.model.initialization import fill_sigreg_directions, initialize
 from bytejepa.model.precision import on_device
 from bytejepa.model.quantization import QuantizedMatrix
 from bytejepa.model.transformer import ByteLM
+from bytejepa.progress import StageProgress, silent, stage_count
 from bytejepa.report.measurements import (
     Flow,
     GradientBatch,
@@ -48,9 +49,6 @@ UNMOVED = 1e-4
 """Relative distance from a multiple of the initial weights under which they count as unmoved: weight decay alone
 shrinks weights in proportion, and thousands of float32 roundings stay below it."""
 
-OnProgress = Callable[[str, float], None]
-"""Told (what is being done, share of it done from 0 to 1)."""
-
 
 def measure(
     run: Path,
@@ -58,18 +56,18 @@ def measure(
     data: Path | None = None,
     score_bytes: int | None = None,
     device: str = "cpu",
-    on_progress: OnProgress | None = None,
+    on_progress: StageProgress | None = None,
 ) -> RunMeasurements:
     """Return what the newest whole checkpoint of `run` measures; the artifact is made in a temporary folder.
 
     `data`: its shards if they moved; `score_bytes`: leading ids of the validation split that are priced.
     Raises: CheckpointError without a whole checkpoint, DataError if the shards cannot be found or read.
     """
-    tell = on_progress or _ignore
+    tell = on_progress or silent
     trained = read_run(run)
     config, raw, average = trained.config, trained.raw, trained.average
     ids, is_whole = _validation_ids(trained, data, score_bytes or DEFAULT_SCORE_BYTES)
-    tell("pack", 0.0)
+    tell("pack", 0, 1)
     _, zipped_code_bytes = code_bytes()
     with tempfile.TemporaryDirectory(prefix="bytejepa-report-") as folder:
         artifact = Path(folder) / "model.bjm"
@@ -79,12 +77,12 @@ def measure(
     scores, priced = {}, None
     for stage, tensors in weights.items():
         model = on_device(build(config, tensors, source=str(run)), device)
-        priced = _price(model, ids, is_whole, lambda done, stage=stage: tell(f"score {stage}", done))
+        priced = _price(model, ids, is_whole, stage_count(tell, f"score {stage}", len(ids) - 1))
         num_bytes = int((priced.targets >= BYTE_OFFSET).sum())
         nats = float(priced.bits.sum()) * NATS_PER_BIT
         scores[stage] = StageScore(bpb=bits_per_byte(nats, num_bytes), num_bytes=num_bytes)
     assert priced is not None
-    tell("gradients", 0.0)
+    tell("gradients", 0, 1)
     batch, gradients, initial = _gradients(config, raw, ids, device)
     restored = in_trained_order(container.tensors, average)
     return RunMeasurements(
@@ -99,10 +97,6 @@ def measure(
     )
 
 
-def _ignore(_what: str, _share: float) -> None:
-    """Tell nobody."""
-
-
 def _validation_ids(trained: TrainedRun, data: Path | None, limit: int) -> tuple[npt.NDArray[np.uint16], bool]:
     """Return the leading ids of the validation split, and whether they are all of it."""
     try:
@@ -113,7 +107,9 @@ def _validation_ids(trained: TrainedRun, data: Path | None, limit: int) -> tuple
         raise type(problem)(problem.message, hint="name the run's shards with --data, or use --measure none") from None
 
 
-def _price(model: ByteLM, ids: npt.NDArray[np.uint16], is_whole: bool, on_share: Callable[[float], None]) -> PricedText:
+def _price(
+    model: ByteLM, ids: npt.NDArray[np.uint16], is_whole: bool, on_progress: Callable[[int], None] | None
+) -> PricedText:
     """Return what every target of `ids` costs, in non-overlapping windows."""
     evaluation = model.config.evaluation
     window, stride = window_and_stride(evaluation, sliding=False)
@@ -123,7 +119,8 @@ def _price(model: ByteLM, ids: npt.NDArray[np.uint16], is_whole: bool, on_share:
     for _, losses in target_losses(scorer, ids, window=window, stride=stride, batch_ids=evaluation.batch_bytes):
         parts.append(losses.double().flatten().cpu().numpy())
         done += losses.numel()
-        on_share(done / (len(ids) - 1))
+        if on_progress is not None:
+            on_progress(done)
     return PricedText(
         ids=np.asarray(ids),
         bits=np.concatenate(parts) / NATS_PER_BIT,

@@ -6,12 +6,13 @@ import dataclasses
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from bytejepa.errors import ConfigError, DataError, file_errors_as
 from bytejepa.files import require_writable, write_atomically
+from bytejepa.progress import StageProgress, silent
 from bytejepa.report.drawing import DrawnPlot, Plot, draw_plots, write_plot_files
 from bytejepa.report.inputs import ReportInputs, read_inputs
 from bytejepa.report.learning_plots import compared_curves, latents, learning_curves, throughput_plot
@@ -23,8 +24,6 @@ from bytejepa.report.study_plots import forest_plot
 
 Which = Literal["all", "first", "none"]
 """Which runs are measured beyond their log: all, the first of each configuration, or none."""
-OnProgress = Callable[[str, float], None]
-"""Told (what is being done, share of the whole from 0 to 1)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +47,7 @@ def report(
     which: Which | None = None,
     device: str = "cpu",
     force: bool = False,
-    on_progress: OnProgress | None = None,
+    on_progress: StageProgress | None = None,
 ) -> ReportResult:
     """Write the report of the runs, or of the study, in `paths` as the page `out`, its plots in a folder beside it.
 
@@ -57,7 +56,7 @@ def report(
     Raises: ConfigError if `out` exists and `force` is off, or if the folder beside it is no report's; CheckpointError and
     DataError for what cannot be read.
     """
-    tell = on_progress or _ignore
+    tell = on_progress or silent
     folder = out.with_name(f"{out.stem}_files")
     for path in (out, folder):
         if path.exists() and not force:
@@ -71,7 +70,7 @@ def report(
     plots = [plot for _, _, shown, folded in plan for plot in (*shown, *(p for _, group in folded for p in group))]
     drawn: dict[str, DrawnPlot] = {}
     for number, one in enumerate(draw_plots(plots)):
-        tell("draw", number / len(plots))
+        tell("draw", number, len(plots))
         drawn[one.plot.name] = one
     sections = [
         Section(
@@ -88,12 +87,13 @@ def report(
     return ReportResult(page=out, files=tuple(files), inputs=inputs, measured=measured)
 
 
-def _ignore(_what: str, _share: float) -> None:
-    """Tell nobody."""
-
-
 def _measured(
-    inputs: ReportInputs, which: Which | None, data: Path | None, score_bytes: int | None, device: str, tell: OnProgress
+    inputs: ReportInputs,
+    which: Which | None,
+    data: Path | None,
+    score_bytes: int | None,
+    device: str,
+    tell: StageProgress,
 ) -> dict[str, tuple[RunMeasurements, ...]]:
     which = which or ("all" if inputs.study is None else "first")
     if which == "none":
@@ -106,8 +106,8 @@ def _measured(
     for label, runs in chosen.items():
         for run in runs:
 
-            def told(what: str, _share: float, name: str = run.name, share: float = done / total) -> None:
-                tell(f"{name}: {what}", share)
+            def told(what: str, _done: int, _total: int, name: str = run.name, done: int = done) -> None:
+                tell(f"{name}: {what}", done, total)
 
             one = measure(run.path, data=data, score_bytes=score_bytes, device=device, on_progress=told)
             measured[label] = (*measured.get(label, ()), one)

@@ -20,12 +20,12 @@ from bytejepa.config import RunConfig
 from bytejepa.data.loader import validation_ids
 from bytejepa.errors import DataError, file_errors_as
 from bytejepa.files import write_atomically
+from bytejepa.progress import StageProgress
 from bytejepa.study.results import StudyResult
 from bytejepa.submission.log_lines import loss_nats
 from bytejepa.submission.script import PERMITTED, packed_script, readable_script
 from bytejepa.submission.seeds import (
     FinishedRun,
-    OnProgress,
     SeedResult,
     documents_in,
     log_of,
@@ -89,7 +89,7 @@ def make_submission(
     packed: bool = False,
     force: bool = False,
     ranks: Ranks | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: StageProgress | None = None,
 ) -> SubmissionResult:
     """Pack and score the finished runs `runs`, seeds of one configuration, and write the folder `out`.
 

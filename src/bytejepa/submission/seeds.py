@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from bytejepa.config_json import to_dict
 from bytejepa.data.vocabulary import BOS
 from bytejepa.errors import ArtifactError, CheckpointError
 from bytejepa.model.precision import on_device
+from bytejepa.progress import StageProgress, stage_count
 from bytejepa.scoring.evaluate import Score, Scorer
 from bytejepa.scoring.windows import window_and_stride
 from bytejepa.submission import log_lines
@@ -27,9 +28,6 @@ from bytejepa.training import checkpoint, schedule
 from bytejepa.training.distributed import Ranks
 from bytejepa.training.runlog import RunFolder
 from bytejepa.training.shared_scoring import score_on_ranks
-
-OnProgress = Callable[[str, int, int], None]
-"""Told (what is scored, targets done, targets)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +117,7 @@ def pack_and_score(
     code_bytes: int,
     ranks: Ranks,
     data: Path | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: StageProgress | None = None,
 ) -> SeedResult:
     """Write the run's artifact to `artifact` and score averaged weights, round trip and sliding windows.
 
@@ -171,7 +169,7 @@ def _timed_score(
     config: RunConfig,
     ids: npt.NDArray[np.uint16],
     ranks: Ranks,
-    on_progress: OnProgress | None,
+    on_progress: StageProgress | None,
     what: str,
     scorer: Scorer,
     *,
@@ -187,13 +185,9 @@ def _timed_score(
         window=window,
         stride=stride,
         batch_ids=config.evaluation.batch_bytes,
-        on_progress=_telling(on_progress, f"seed {config.training.seed}, {what}", len(ids) - 1),
+        on_progress=stage_count(on_progress, f"seed {config.training.seed}, {what}", len(ids) - 1),
     )
     return result, time.perf_counter() - begin
-
-
-def _telling(on_progress: OnProgress | None, what: str, total: int) -> Callable[[int], None] | None:
-    return None if on_progress is None else lambda done: on_progress(what, done, total)
 
 
 def log_of(result: SeedResult, *, code_bytes: int, num_documents: int) -> str:
