@@ -86,7 +86,7 @@ class TrainingLoop:
         """Return what went wrong on this rank and is not yet known to the others."""
         return self._kept_failure or self.trainer.failure
 
-    def go(self) -> TrainResult:
+    def run_to_end(self) -> TrainResult:
         """Train until the schedule ends and return how it did.
 
         Raises: Interrupted after a signal, CheckpointError for a loss that is not finite.
@@ -99,9 +99,7 @@ class TrainingLoop:
             while True:
                 at = trainer.position
                 elapsed_s, save, stop = self.ranks.maximum([*self._reading(), self._wants_to_stop()])
-                progress = schedule.progress(
-                    self.config.schedule, step=at.step, num_bytes=at.num_bytes, elapsed_s=elapsed_s
-                )
+                progress = self._progress(at.step, elapsed_s)
                 if stop:
                     self._stop()
                 if progress >= 1:
@@ -114,6 +112,11 @@ class TrainingLoop:
                 if every and trainer.position.step % every == 0:
                     self._validate(progress, elapsed_s)
             return self._finish(elapsed_s)
+
+    def _progress(self, step: int, elapsed_s: float) -> float:
+        """Return the share of the run that is over after `step` steps and `elapsed_s` seconds."""
+        num_bytes = step * self.config.data.batch_bytes
+        return schedule.progress(self.config.schedule, step=step, num_bytes=num_bytes, elapsed_s=elapsed_s)
 
     def _reading(self) -> tuple[float, float]:
         """Return rank 0's seconds at the start of this step and whether a checkpoint is due; zeros on other ranks."""
@@ -173,7 +176,7 @@ class TrainingLoop:
                 self.on_progress(
                     TrainProgress(
                         step=done.step,
-                        progress=schedule.progress(self.config.schedule, step=done.step, num_bytes=num_bytes, elapsed_s=done.elapsed_s),
+                        progress=self._progress(done.step, done.elapsed_s),
                         num_bytes=num_bytes,
                         elapsed_s=done.elapsed_s,
                         train_bpb=self.last_bpb,
@@ -233,11 +236,7 @@ class TrainingLoop:
             owed, elapsed_s = 1.0, self.clock.readings[at.step - 1]
         owed, elapsed_s = self.ranks.maximum([owed, elapsed_s])
         if owed:  # logged as it would have been right after the step
-            num_bytes = at.num_bytes - self.config.data.batch_bytes
-            progress = schedule.progress(
-                self.config.schedule, step=at.step - 1, num_bytes=num_bytes, elapsed_s=elapsed_s
-            )
-            self._validate(progress, elapsed_s)
+            self._validate(self._progress(at.step - 1, elapsed_s), elapsed_s)
 
     def _save(self, elapsed_s: float) -> None:
         self._read_back(keep=0)  # nothing that is not finite gets into a checkpoint

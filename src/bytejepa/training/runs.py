@@ -106,7 +106,7 @@ def _config_and_ranks(run: RunFolder) -> tuple[RunConfig, Ranks]:
 def _loop(trainer: Trainer, run: RunFolder, on_progress: Callable[[TrainProgress], None] | None) -> TrainResult:
     loop = TrainingLoop(trainer, run, on_progress)
     try:
-        return loop.go()
+        return loop.run_to_end()
     finally:
         loop.release()
         trainer.close()
