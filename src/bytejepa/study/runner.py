@@ -88,7 +88,7 @@ def run_study(
     with locked(out / ".lock", CheckpointError, f"is at work in {out}"):
         study = _Study(plan, out, data, force=force, on_progress=on_progress)
         with file_errors_as(CheckpointError, "write a study in", out):
-            return study.go()
+            return study.run_all()
 
 
 def _refuse_other_study(plan: Plan, out: Path, *, force: bool) -> None:
@@ -137,7 +137,7 @@ class _Study:
             found[result.fingerprint] = result
         return found
 
-    def go(self) -> StudyResult:
+    def run_all(self) -> StudyResult:
         """Run what is missing and return the whole."""
         self._refuse_another_beginning()
         write_plan(self.out, self.plan)
