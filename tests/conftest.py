@@ -133,6 +133,22 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_shards(tmp_path_factory.mktemp("tiny") / "shards")
 
 
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """A small folder of bare shards, without a manifest, to be spoiled."""
+    import numpy as np
+
+    from bytejepa.data.shards import shard_name, write_shard
+    from bytejepa.data.vocabulary import BOS, ids_from_bytes
+
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    text = b"The state of the Union is strong. " * 40
+    for split in ("train", "val"):
+        write_shard(folder / shard_name(split, 0), np.r_[np.uint16(BOS), ids_from_bytes(text)])
+    return folder
+
+
 @pytest.fixture(scope="session")
 def seed_runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> list[Path]:
     """Finished runs of three seeds; read-only."""
