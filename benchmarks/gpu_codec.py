@@ -60,11 +60,11 @@ def speeds(
     }
     for name, coder in coders.items():  # compiling is no turn: others do so at the same time
         begin = time.perf_counter()
-        coder.price(text[: window + (coder.windows_at_once - 1) * hop])
+        coder.block_intervals(text[: window + (coder.windows_at_once - 1) * hop])
         synchronize(device)
         found[f"{name}: first pass, s"] = time.perf_counter() - begin
     for name, coder in coders.items():
-        found[name] = len(text) / seconds(lambda c=coder: c.price(text), device)
+        found[name] = len(text) / seconds(lambda c=coder: c.block_intervals(text), device)
     coder = TorchCoder(model, window, hop, device=device.type)
     for count in lanes:
         streams = [

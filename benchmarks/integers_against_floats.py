@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--hop", type=int, default=256)
     options = parser.parse_args()
     text = embedded_text("val")[: options.num_bytes]
-    _, frequencies = CpuCoder(codec_model(options.model), options.window, options.hop).price(text)
+    _, frequencies = CpuCoder(codec_model(options.model), options.window, options.hop).block_intervals(text)
     integers_bpb = bits_per_byte(float(-np.log(frequencies / 2.0**TOTAL_BITS).sum()), len(text))
     floats_bpb = score(load(options.model), text, window=options.window, stride=options.hop).bpb
     found = {"num_bytes": len(text), "window": options.window, "hop": options.hop}

@@ -22,7 +22,7 @@ def measured(lane_coder: LaneCoder) -> dict[str, Any]:
     """The numbers of the golden model at window 64 and hop 32."""
     ids = ids_of(TEXT[:63])[None]
     logits = lane_coder.logits(lane_coder.start(1), ids, 0)
-    starts, frequencies = lane_coder.price(TEXT)
+    starts, frequencies = lane_coder.block_intervals(TEXT)
     cosines, sines = fp.rotary_tables(64, 16, 10_000.0)
     tables = {
         "exp2": fp.exp2_table(),
@@ -39,7 +39,9 @@ def measured(lane_coder: LaneCoder) -> dict[str, Any]:
         "starts": starts.tolist(),
         "frequencies": frequencies.tolist(),
         "streams": {
-            name: coder.encode(*lane_coder.price(data)).hex() for name, data in inputs().items() if 0 < len(data) <= 256
+            name: coder.encode(*lane_coder.block_intervals(data)).hex()
+            for name, data in inputs().items()
+            if 0 < len(data) <= 256
         },
         "text_stream": coder.encode(starts, frequencies).hex(),
     }

@@ -88,7 +88,8 @@ def coded_blocks(lane_coder: LaneCoder, data: bytes, block_bytes: int) -> list[c
     """The model's blocks of `data`."""
     contents = [data[begin : begin + block_bytes] for begin in range(0, len(data), block_bytes)]
     return [
-        container.make_block(content, coder.encode(*lane_coder.price(content)), is_zstd=False) for content in contents
+        container.make_block(content, coder.encode(*lane_coder.block_intervals(content)), is_zstd=False)
+        for content in contents
     ]
 
 

@@ -60,7 +60,7 @@ def test_any_bytes_come_back(data: bytes, block_bytes: int, hop: int, more: int)
 def test_text_in_any_language_comes_back(text: str, greeting: str) -> None:
     data = (text + greeting).encode()
     lane_coder = cpu_coder()
-    stream = coder.encode(*lane_coder.price(data))
+    stream = coder.encode(*lane_coder.block_intervals(data))
     assert lane_coder.decode([stream], [len(data)]) == [data]
 
 
@@ -92,10 +92,10 @@ def test_nothing_about_the_computation_changes_the_file() -> None:
 def test_one_lane_encodes_and_eight_decode() -> None:
     lane_coder = cpu_coder()
     pieces = [TEXT[first : first + 100 + first % 7] for first in range(0, 800, 100)]
-    streams = [coder.encode(*lane_coder.price(piece)) for piece in pieces]
+    streams = [coder.encode(*lane_coder.block_intervals(piece)) for piece in pieces]
     assert lane_coder.decode(streams, [len(piece) for piece in pieces]) == pieces
     many = [TEXT[first : first + 70 + first % 3] for first in range(64)]
-    streams_of_many = [coder.encode(*lane_coder.price(piece)) for piece in many]
+    streams_of_many = [coder.encode(*lane_coder.block_intervals(piece)) for piece in many]
     assert lane_coder.decode(streams_of_many, [len(piece) for piece in many]) == many
     torch_path = TorchCoder(golden_model(), 64, 32, container="float32")
     assert torch_path.decode(streams[:3], [len(piece) for piece in pieces[:3]]) == pieces[:3]
@@ -104,8 +104,8 @@ def test_one_lane_encodes_and_eight_decode() -> None:
 def test_text_of_its_domain_beats_zstd_and_costs_its_information() -> None:
     blob = compress(golden_model(), TEXT, window=128)
     assert len(blob) < 0.75 * len(compress_frame(TEXT))
-    _, frequencies = cpu_coder().price(TEXT)
-    stream = coder.encode(*cpu_coder().price(TEXT))
+    _, frequencies = cpu_coder().block_intervals(TEXT)
+    stream = coder.encode(*cpu_coder().block_intervals(TEXT))
     assert 8 * len(stream) <= 1.005 * (24 - np.log2(frequencies)).sum()
 
 

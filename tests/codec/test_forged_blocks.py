@@ -107,7 +107,7 @@ def test_lost_blocks_take_no_memory() -> None:
 
 
 def test_an_empty_stream_is_zeros_without_a_pass_of_the_model(decoder: Decoder) -> None:
-    assert coder.encode(*cpu_coder().price(bytes(500))) == b""
+    assert coder.encode(*cpu_coder().block_intervals(bytes(500))) == b""
     assert cpu_coder().decode([b""], [500]) == [bytes(500)]
     assert decompress(golden_model(), coded_file(bytes(500))) == bytes(500)
     wrong = [container.make_block(TEXT[:9], b"", is_zstd=False)]

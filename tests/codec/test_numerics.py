@@ -72,7 +72,9 @@ def test_compiled_torch_gives_the_same_integers() -> None:
         return whole(state, ids, position)
 
     compiled._compiled = counted
-    for found, expected in zip(compiled.price(block), CpuCoder(model, 16, 8).price(block), strict=True):
+    for found, expected in zip(
+        compiled.block_intervals(block), CpuCoder(model, 16, 8).block_intervals(block), strict=True
+    ):
         assert np.array_equal(found, expected)
     assert passes == [(4, 16, 0)] * 6  # 24 windows; the last one is shorter
 
@@ -82,7 +84,7 @@ def test_a_last_pass_that_is_filled_up_changes_nothing() -> None:
     coder.fills_passes, coder.windows_at_once, plain.windows_at_once = True, 4, 3
     for num_bytes in (1, 16, 40, 41, 90):
         block = bytes(range(num_bytes))
-        for found, expected in zip(coder.price(block), plain.price(block), strict=True):
+        for found, expected in zip(coder.block_intervals(block), plain.block_intervals(block), strict=True):
             assert np.array_equal(found, expected)
 
 
@@ -112,7 +114,7 @@ def test_bits_per_byte_are_those_of_the_float_artifact() -> None:
     from bytejepa.data.corpus import embedded_text
 
     text = embedded_text("val")[:3000]
-    _, frequencies = CpuCoder(golden_model(), 128, 64).price(text)
+    _, frequencies = CpuCoder(golden_model(), 128, 64).block_intervals(text)
     nats = math.log(2) * (fp.TOTAL_BITS - np.log2(frequencies)).sum()
     # the score gives some probability to the four specials, which the codec does not
     expected = score(load(GOLDEN_MODEL), text, window=128, stride=64).bpb

@@ -251,7 +251,7 @@ def test_a_browser_draws_only_what_is_in_view(data: bytes, tmp_path: Path) -> No
         assert f'data-offset="{len(data) - 10}"' in dom
         assert f"offset {len(data) - 10:,}" in dom
     else:
-        assert "nothing to price" in dom
+        assert "nothing to score" in dom
 
 
 def test_the_command(

@@ -57,7 +57,7 @@ def _codec_rows(
     model: IntegerModel, block: bytes, window: int, lanes: Sequence[int], threads: int
 ) -> list[dict[str, Any]]:
     coder = CpuCoder(model, window, default_hop(window))
-    coder.price(block[:2])  # compiles, or reads the compiled code
+    coder.block_intervals(block[:2])  # compiles, or reads the compiled code
     coder.decode([block], [2])
     with ThreadPoolExecutor(threads) as pool:
 
@@ -66,7 +66,7 @@ def _codec_rows(
             list(pool.map(task, range(threads)))
             return threads * num_bytes / (time.perf_counter() - began)
 
-        rows = [_row("encode", window, 1, rate(lambda _: coder.price(block), len(block)))]
+        rows = [_row("encode", window, 1, rate(lambda _: coder.block_intervals(block), len(block)))]
         for count in lanes:
             streams, lengths = [block] * count, [len(block)] * count  # any bytes decode to something
             measured = rate(lambda _, s=streams, n=lengths: coder.decode(s, n), count * len(block))

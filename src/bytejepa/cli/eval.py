@@ -32,7 +32,7 @@ class Evaluate:
     no_sliding: tyro.conf.FlagCreatePairsOff[bool] = False
     """Only non-overlapping windows."""
     max_bytes: PositiveInt | None = None
-    """Score only this many leading bytes of a file, or ids of shards: their BOS count too, and the first prices nothing."""
+    """Score only this many leading bytes of a file, or ids of shards: their BOS count too, and the first is not scored."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where it is scored; auto: CUDA where there is one."""
     precision: Literal["auto", "float32"] = "auto"

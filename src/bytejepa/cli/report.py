@@ -27,7 +27,7 @@ class Report:
     data: Path | None = None
     """Folder of the shards, if they moved since training."""
     score_bytes: Annotated[int, Range(2)] | None = None
-    """Leading ids of the validation split that are priced; default: 262,144."""
+    """Leading ids of the validation split that are scored; default: 262,144."""
     measure: Literal["all", "first", "none"] | None = None
     """Runs measured beyond their log: all, the first of each configuration, none; default: all, of a study the first."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -41,7 +41,7 @@ class Surprise:
     window: int | None = None
     """Context of a window, in ids; default: as the model's configuration says."""
     stride: int | None = None
-    """Bytes priced a window; default: as the model's configuration says."""
+    """Bytes scored a window; default: as the model's configuration says."""
     device: str = "auto"
     """cpu, cuda or auto."""
     force: bool = False
@@ -64,7 +64,7 @@ class Surprise:
         if self.output is not None:
             check_output(self.output, DataError, force=self.force)
         data, whole = self._data(chosen)
-        surprised = self._priced(data, device)
+        surprised = self._scored(data, device)
         if len(data) < whole:
             more = "" if self.max_bytes is not None else "; --max-bytes or -o FILE.html for more"
             note(f"the first {len(data):,} of {whole:,} bytes{more}")
@@ -94,7 +94,7 @@ class Surprise:
         return chosen
 
     def _data(self, chosen: Format) -> tuple[bytes, int]:
-        """Return the bytes to price and how many the file has."""
+        """Return the bytes to score and how many the file has."""
         if str(self.file) == "-":
             data = sys.stdin.buffer.read()
         else:
@@ -105,7 +105,7 @@ class Surprise:
             most = TERMINAL_BYTES
         return data[:most], len(data)
 
-    def _priced(self, data: bytes, device: str) -> SurpriseMap:
+    def _scored(self, data: bytes, device: str) -> SurpriseMap:
         from bytejepa import load
         from bytejepa.cli.device import memory_errors_with
         from bytejepa.cli.terminal import progress_bar
@@ -113,7 +113,7 @@ class Surprise:
 
         with memory_errors_with("use a smaller --window or --max-bytes"):
             model = load(self.model, device=device)
-            with progress_bar("price", total=len(data)) as (bar, task):
+            with progress_bar("score", total=len(data)) as (bar, task):
                 return surprise(
                     model,
                     data,

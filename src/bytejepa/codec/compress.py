@@ -234,7 +234,7 @@ def _coder(model: IntegerModel, window: int, hop: int, settings: Settings, *, co
 def _encode_block(chosen: LaneCoder, content: bytes, report: Progress) -> container.Block:
     simple = compress_frame(content, checksum=False)
     if len(simple) < INCOMPRESSIBLE * len(content):
-        payload = coder.encode(*chosen.price(content, report))
+        payload = coder.encode(*chosen.block_intervals(content, report))
         if len(payload) < len(simple):
             return container.make_block(content, payload, is_zstd=False)
     else:

@@ -31,7 +31,7 @@ class LaneCoder(abc.ABC):
     """The coder of one model, window and hop: one subclass for each way to compute the same integers."""
 
     windows_at_once: int = 1
-    """Windows of a block that are priced as lanes of one pass."""
+    """Windows of a block that go through the model as lanes of one pass."""
     chunk_rows: int = CHUNK_ROWS
     fills_passes = False
     """Whether a block's last pass gets as many windows as the others, so that its shape is theirs."""
@@ -52,7 +52,7 @@ class LaneCoder(abc.ABC):
     def frequencies(self, logits: Ids) -> Ids:
         """Return integer frequencies of sum 2^24, (R, 256), from logits (R, 256); these may be overwritten."""
 
-    def prices(self, state: Any, ids: Ids, position: int, first_wanted: int, symbols: Ids) -> tuple[Ids, Ids]:
+    def intervals(self, state: Any, ids: Ids, position: int, first_wanted: int, symbols: Ids) -> tuple[Ids, Ids]:
         """Return cumulative starts and frequencies of `symbols` (L, n), bytes that are predicted after the ids from the
         `first_wanted`-th on, (L, n) each, and move the state on as `logits` does."""
         table = self.frequencies(self.logits(state, ids, position, first_wanted)).reshape(*symbols.shape, 256)
@@ -60,7 +60,7 @@ class LaneCoder(abc.ABC):
         starts = np.take_along_axis(table.cumsum(axis=-1), symbols[..., None], axis=-1)[..., 0] - chosen
         return starts, chosen
 
-    def price(self, block: bytes, on_progress: Progress | None = None) -> tuple[Ids, Ids]:
+    def block_intervals(self, block: bytes, on_progress: Progress | None = None) -> tuple[Ids, Ids]:
         """Return (cumulative starts, frequencies) of a block's bytes, (N,) each, out of totals of 2^24."""
         ids = ids_of(block)
         starts, chosen = np.empty(len(block), np.int64), np.empty(len(block), np.int64)
@@ -73,7 +73,7 @@ class LaneCoder(abc.ABC):
                 together += [(begin, end, end)] * (self.windows_at_once - len(together))  # of which nothing is wanted
             if len(together) < min(self.windows_at_once, len(plan)):
                 state = self.start(len(together))
-            self._price_windows(state, ids, together, starts, chosen)
+            self._fill_intervals(state, ids, together, starts, chosen)
             if on_progress is not None:
                 on_progress(sum(end - first for _, end, first in together))
         return starts, chosen
@@ -100,7 +100,7 @@ class LaneCoder(abc.ABC):
         data = (ids[:, 1:] - BYTE_OFFSET).astype(np.uint8)
         return [data[lane, :length].tobytes() for lane, length in enumerate(lengths)]
 
-    def _price_windows(self, state: Any, ids: Ids, plan: list[tuple[int, int, int]], starts: Ids, chosen: Ids) -> None:
+    def _fill_intervals(self, state: Any, ids: Ids, plan: list[tuple[int, int, int]], starts: Ids, chosen: Ids) -> None:
         """Fill starts and frequencies of the bytes that the windows of `plan` predict."""
         length = max(end - begin for begin, end, _ in plan)
         skipped = min(first - begin for begin, _, first in plan)
@@ -122,7 +122,7 @@ class LaneCoder(abc.ABC):
                 if low < high:
                     coded[lane, within] = ids[low + 1 : high + 1]
                     spans.append((lane, within, slice(low, high)))
-            start, frequency = self.prices(state, part, place, wanted, coded - BYTE_OFFSET)
+            start, frequency = self.intervals(state, part, place, wanted, coded - BYTE_OFFSET)
             for lane, within, place_in_block in spans:
                 starts[place_in_block], chosen[place_in_block] = start[lane, within], frequency[lane, within]
 

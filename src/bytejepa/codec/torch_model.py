@@ -183,8 +183,8 @@ class TorchCoder(LaneCoder):
         return found
 
     @torch.no_grad()
-    def prices(self, state: TorchState, ids: Ids, position: int, first_wanted: int, symbols: Ids) -> tuple[Ids, Ids]:
-        """See `LaneCoder.prices`; the tables stay on the device."""
+    def intervals(self, state: TorchState, ids: Ids, position: int, first_wanted: int, symbols: Ids) -> tuple[Ids, Ids]:
+        """See `LaneCoder.intervals`; the tables stay on the device."""
         table = self._frequencies_of(self._logits_after(state, ids, position, first_wanted))
         symbol = self._tensor(symbols).view(-1, 1)
         chosen = table.gather(-1, symbol)

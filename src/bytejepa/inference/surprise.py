@@ -34,7 +34,7 @@ COLOURS = ("", "#3b3a1c", "#57491a", "#745515", "#935e0f", "#b3640d", "#cf5f1b",
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SurpriseMap:
-    """The price of a text, byte by byte."""
+    """What a text costs, byte by byte."""
 
     data: bytes
     """The text: n bytes of any kind."""
@@ -47,7 +47,7 @@ class SurpriseMap:
     window: int
     """Longest context, in ids."""
     stride: int
-    """Bytes priced a window."""
+    """Bytes scored a window."""
 
     @property
     def total_bits(self) -> float:
@@ -61,7 +61,7 @@ class SurpriseMap:
 
 
 class _RankingScorer(Scorer):
-    """A scorer that also keeps the most likely bytes of every target it prices."""
+    """A scorer that also keeps the most likely bytes of every target it scores."""
 
     def __init__(self, model: ByteLM) -> None:
         super().__init__(model)
@@ -85,7 +85,7 @@ def surprise(
     stride: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> SurpriseMap:
-    """Return what every byte of `data` costs as one document: a BOS, then each byte priced once.
+    """Return what every byte of `data` costs as one document: a BOS, then each byte scored once.
 
     `window` and `stride` in bytes default to the model's evaluation settings, as in `bytejepa.score`; the sum of the bits
     is that score's. `on_progress` is told the bytes done so far. Raises: ConfigError if not 1 <= stride <= window.

@@ -1,4 +1,4 @@
-"""A surprise map as one HTML page that needs nothing else: the text, its prices and the program that shows them.
+"""A surprise map as one HTML page that needs nothing else: the text, what each byte costs and the program that shows them.
 
 The arrays travel as deflated, base64-coded little-endian bytes; the page unpacks them with the browser's own
 decompressor and draws only the rows in view, so a megabyte of text scrolls.

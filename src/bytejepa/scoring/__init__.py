@@ -1,1 +1,1 @@
-"""Scoring: bits per byte, every byte exactly once. `windows` plans which, `evaluate` prices them."""
+"""Scoring: bits per byte, every byte exactly once. `windows` plans which, `evaluate` scores them."""

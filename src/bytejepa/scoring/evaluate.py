@@ -34,7 +34,7 @@ class Score:
     window: int
     """Longest context, in ids."""
     stride: int
-    """Targets priced a window, in ids."""
+    """Targets scored a window, in ids."""
 
     @property
     def bpb(self) -> float:
@@ -72,7 +72,7 @@ class Scorer:
 
     @torch.no_grad()
     def window_losses(self, ids: npt.NDArray[np.uint16], windows: list[Window]) -> Float[Tensor, "B N"]:
-        """Return the nats of every target that `windows` (all of one shape) price, (len(windows), scored) float32."""
+        """Return the nats of every target that `windows` (all of one shape) score, (len(windows), scored) float32."""
         device = self.model.token_embedding.weight.device
         rows = np.stack([ids[w.begin : w.begin + w.length + 1] for w in windows]).astype(np.int64)
         batch = torch.from_numpy(rows).to(device)
@@ -89,7 +89,7 @@ def target_losses(
     share: tuple[int, int] = (0, 1),
     before_round: Callable[[], None] | None = None,
 ) -> Iterator[tuple[list[Window], Float[Tensor, "B N"]]]:
-    """Yield (windows, nats of the targets they price) over all targets of `ids`, in order.
+    """Yield (windows, nats of the targets they score) over all targets of `ids`, in order.
 
     `share` (rank, world_size): yield every world_size-th batch only. `before_round` is called before each world_size
     batches, on every rank as often and at the same places.
@@ -114,7 +114,7 @@ def score_ids(
     on_progress: Callable[[int], None] | None = None,
     before_round: Callable[[], None] | None = None,
 ) -> Score:
-    """Return the score of the targets ids[1:], each priced once. `on_progress` is told the targets done so far.
+    """Return the score of the targets ids[1:], each scored once. `on_progress` is told the targets done so far.
 
     With `share` (rank, world_size) the score covers that rank's batches; the sum over ranks is the score.
     `before_round`: as in `target_losses`.
@@ -122,10 +122,10 @@ def score_ids(
     device = scorer.model.token_embedding.weight.device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     counts = np.zeros(2, dtype=np.int64)
-    priced = target_losses(
+    scored = target_losses(
         scorer, ids, window=window, stride=stride, batch_ids=batch_ids, share=share, before_round=before_round
     )
-    for windows, losses in priced:
+    for windows, losses in scored:
         nats = losses.double()
         targets = np.stack([ids[w.first_target : w.begin + w.length + 1] for w in windows])
         bos = torch.from_numpy(targets == BOS).to(device)
@@ -145,7 +145,7 @@ def score_ids(
 
 
 def score(model: ByteLM, data: bytes, *, window: int | None = None, stride: int | None = None) -> Score:
-    """Return the score of `data` as one document: a BOS, then every byte priced once.
+    """Return the score of `data` as one document: a BOS, then every byte scored once.
 
     `window` and `stride` in bytes default to the model's evaluation settings. Empty data scores 0 nats over 0 bytes.
     """

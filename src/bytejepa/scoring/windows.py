@@ -1,8 +1,8 @@
 """Which window scores which byte: a plan, as data, made before any model runs (spec section 1).
 
-The ids x_0 .. x_n give n targets x_1 .. x_n. A window that begins at b feeds ids b .. b + length - 1 and prices the last
-`scored` of the targets b + 1 .. b + length. Windows begin at multiples of the stride; the first prices all its targets,
-later ones those that no window before priced, so each target is priced exactly once and with at least
+The ids x_0 .. x_n give n targets x_1 .. x_n. A window that begins at b feeds ids b .. b + length - 1 and scores the last
+`scored` of the targets b + 1 .. b + length. Windows begin at multiples of the stride; the first scores all its targets,
+later ones those that no window before them did, so each target is scored exactly once and with at least
 window - stride ids of context where that much exists. The tail is no exception (spec section 7, item 8).
 """
 
@@ -25,11 +25,11 @@ class Window:
     length: int
     """Ids fed."""
     scored: int
-    """Targets priced: the last ones."""
+    """Targets scored: the last ones."""
 
     @property
     def first_target(self) -> int:
-        """Position of the first target priced."""
+        """Position of the first target scored."""
         return self.begin + self.length - self.scored + 1
 
 
@@ -57,7 +57,7 @@ def check_windows(*, window: int, stride: int) -> None:
 
 
 def plan_windows(num_targets: int, *, window: int, stride: int) -> Iterator[Window]:
-    """Yield the windows that price each of `num_targets` targets once, in order.
+    """Yield the windows that score each of `num_targets` targets once, in order.
 
     `stride` equal to `window` is non-overlapping evaluation. Input shorter than a window gets one shorter window.
     Raises: ConfigError if not 1 <= stride <= window.

@@ -137,7 +137,7 @@ function buildRow(row) {
 }
 
 function draw() {
-  if (!rowStart.length) { rowsBox.replaceChildren(element("p", "hint", "The file is empty: there is nothing to price.")); return; }
+  if (!rowStart.length) { rowsBox.replaceChildren(element("p", "hint", "The file is empty: there is nothing to score.")); return; }
   const top = virtualTop(), first = Math.max(0, Math.floor(top / ROW) - 4);
   const end = Math.min(rowStart.length, Math.ceil((top + view.clientHeight) / ROW) + 4);
   const kept = new Map();
