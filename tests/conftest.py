@@ -207,7 +207,7 @@ def process() -> Callable[..., Outcome]:
     def run(*arguments: object, **settings: str) -> Outcome:
         done = subprocess.run(
             [sys.executable, "-m", "bytejepa", *map(str, arguments)],
-            capture_output=True, text=True, check=False, timeout=120,
+            capture_output=True, text=True, errors="replace", check=False, timeout=120,
             env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **settings},
         )  # fmt: skip
         return Outcome(done.returncode, done.stdout, done.stderr)

@@ -266,6 +266,29 @@ def test_force_does_not_remove_its_own_sources(tmp_path: Path) -> None:
     assert files_of(shards) == before
 
 
+def test_the_hint_fits_what_was_given(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("one\ntwo\n")
+    for separator, hint in ((None, "whose end --val-share 0.1 makes"), ("\0", "has to occur in the text")):
+        with pytest.raises(DataError, match=rf"the sources hold 1 document, 5 are wanted.*{hint}"):
+            prepare([text], tmp_path / "out", val_documents=5, document_separator=separator, workers=1)
+
+
+def test_a_corrected_source_is_begun_anew_and_the_hint_says_so(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    whole = source.read_text()
+    source.write_text(whole.replace('{"text": "document 150', '{"txt": "document 150'))
+    call = {"val_documents": 5, "shard_bytes": 1000, "workers": 1}
+    with pytest.raises(DataError, match="or with --force begins anew once a source was changed"):
+        prepare([source], tmp_path / "out", **call)
+    source.write_text(whole)
+    with pytest.raises(
+        DataError, match=r"unfinished preparation of something else: source .* \(start anew with --force\)"
+    ):
+        prepare([source], tmp_path / "out", **call)
+    assert prepare([source], tmp_path / "out", **call, force=True).is_new
+
+
 def test_two_processes_do_not_prepare_the_same_folder(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
 

@@ -56,6 +56,17 @@ def test_a_share_that_cannot_be_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_too_short_to_be_cut_is_for_training(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "a_word.txt").write_bytes(b"hello\n")
+    (tmp_path / "empty.txt").touch()
+    sources = [tmp_path / "a_word.txt", tmp_path / "empty.txt", source]
+    prepare(sources, tmp_path / "out", val_share=0.1, workers=1)
+    train, val = documents_of(tmp_path / "out", "train"), documents_of(tmp_path / "out", "val")
+    assert (train[:2], train[2] + val[0]) == ([b"hello\n", b""], TEXT)
+    with pytest.raises(DataError, match=r"each of 2 files, .*a_word\.txt the first, has no line or word"):
+        prepare(sources[:2], tmp_path / "none", val_share=0.5, workers=1)
+
+
 def test_files_that_cannot_be_cut_are_refused(tmp_path: Path) -> None:
     whole, packed, empty = tmp_path / "whole.txt", tmp_path / "packed.txt.gz", tmp_path / "empty.txt"
     whole.write_bytes(b"one line without anything in " + b"its" * 9)

@@ -186,3 +186,20 @@ def test_json_has_null_where_there_is_no_number(capsys: pytest.CaptureFixture[st
     print_json({"bpb": math.nan, "scores": [math.inf, (1.5, -math.inf)], "of": {"empty": float("nan")}})
     printed = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert printed == {"bpb": None, "scores": [None, [1.5, None]], "of": {"empty": None}}
+
+
+def test_a_name_that_looks_like_markup_is_printed_as_it_is(command: Callable[..., Any], tmp_path: Path) -> None:
+    notes, out = tmp_path / "notes.txt", tmp_path / "sh[" / "red]x[" / "old]"
+    notes.write_text(TEXT)
+    done = command("prepare", notes, "--out", out, "--val-share", 0.1, "--workers", 1)
+    assert done.code == 0, done
+    assert str(out) in "".join(done.out.splitlines())
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("form", ["terminal", "html", "csv"])
+def test_surprise_on_a_stdout_of_another_encoding(form: str, minimal_artifact: Path, tmp_path: Path, process) -> None:
+    (tmp_path / "notes.txt").write_text(TEXT[:200], "utf-8")
+    words = ("surprise", minimal_artifact, tmp_path / "notes.txt", "--format", form)
+    done = process(*words, PYTHONIOENCODING="cp1252")
+    assert (done.code, done.err) == (0, "")

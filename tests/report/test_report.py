@@ -263,6 +263,20 @@ def test_a_study_shows_its_differences(tmp_path: Path, minimal_run: Path, second
     assert {"learning_compared", "learning_curves", "learning_curves_2", "ablation"} <= set(page.ids)
 
 
+def test_what_is_shorter_than_a_window_has_no_position_plot(minimal_run: Path, tmp_path: Path) -> None:
+    made = report([minimal_run], tmp_path / "short.html", score_bytes=30)
+    page = Outline(made.page.read_text())
+    assert "loss_by_position" not in page.ids
+    assert "loss_by_byte_class" in page.ids
+    assert "No loss by position: 29 targets are less than a window." in " ".join(page.texts)
+
+
+def test_a_folder_whose_name_is_not_utf8(minimal_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(minimal_run, tmp_path / "r\udcff")
+    made = report([run], tmp_path / "page.html", which="none")
+    assert b"r\xff" in made.page.read_bytes()
+
+
 def test_bad_input_gets_one_line(
     refuses: Callable[..., str], tmp_path: Path, minimal_run: Path, made: ReportResult
 ) -> None:

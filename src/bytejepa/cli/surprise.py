@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -71,7 +72,7 @@ class Surprise:
         if self.output is not None:
             content = self._written(surprised, chosen)
             with file_errors_as(DataError, "write", self.output):
-                write_atomically(self.output, content.encode(errors="surrogateescape"))
+                write_atomically(self.output, content)
         if self.json:
             print_json(self._record(surprised))
         elif self.output is not None:
@@ -79,7 +80,8 @@ class Surprise:
         elif chosen == "terminal":
             self._show(surprised)
         else:
-            sys.stdout.write(self._written(surprised, chosen))
+            sys.stdout.buffer.write(self._written(surprised, chosen))
+            sys.stdout.flush()
         return 0
 
     def _format(self) -> Format:
@@ -122,20 +124,25 @@ class Surprise:
                     on_progress=lambda done: bar.update(task, completed=done),
                 )
 
-    def _written(self, surprised: SurpriseMap, chosen: Format) -> str:
+    def _written(self, surprised: SurpriseMap, chosen: Format) -> bytes:
+        """Return the page or table in UTF-8, whatever the terminal's encoding; names that are not come out as they were."""
         if chosen == "csv":
             from bytejepa.inference.surprise import to_csv
 
-            return to_csv(surprised)
-        from bytejepa.inference.surprise_page import to_html
+            text = to_csv(surprised)
+        else:
+            from bytejepa.inference.surprise_page import to_html
 
-        return to_html(surprised, title=self.file.name, model=self.model.name)
+            text = to_html(surprised, title=self.file.name, model=self.model.name)
+        return text.encode(errors="surrogateescape")
 
     def _show(self, surprised: SurpriseMap) -> None:
         from rich.console import Console
 
         from bytejepa.inference.surprise import legend, terminal_text
 
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # not every encoding has the marks for bytes that cannot be shown
         console = Console(highlight=False, soft_wrap=True)
         console.print(terminal_text(surprised), end="" if surprised.data.endswith(b"\n") else "\n")
         console.print(legend())

@@ -39,11 +39,12 @@ def print_table(
 
     Columns without any name have no row for names.
     """
-    table = Table(title=title or None, title_justify="left", title_style="bold", show_header=any(columns))
+    # as Text: names and questions of users may hold what rich takes for markup
+    table = Table(title=Text(title, style="bold") if title else None, title_justify="left", show_header=any(columns))
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 or column in prose else "right", overflow="fold")
+        table.add_column(Text(column), justify="left" if index == 0 or column in prose else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console = Console(highlight=False)
     # a pipe has no width of its own; 80 columns would cut figures in half
     console.width = console.width if console.is_terminal else 120
@@ -84,10 +85,10 @@ def progress_bar(description: str, *, total: float) -> Iterator[tuple[Progress, 
     console = Console(stderr=True)
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),
         _RateColumn(),
         TimeRemainingColumn(),
     )

@@ -202,11 +202,13 @@ def _divided(parts: Iterable[Part], settings: ReadSettings, val_documents: int) 
             val.append(dataclasses.replace(part, take_documents=wanted))
             train.append(dataclasses.replace(part, skip_documents=wanted))
     if not train:
+        why = "a text file without --document-separator is one document, whose end --val-share 0.1 makes validation"
+        if settings.document_separator is not None:
+            why = "--document-separator, which may hold \\n, \\r and \\t, has to occur in the text"
+        documents = "1 document" if num_seen == 1 else f"{num_seen} documents"
         raise DataError(
-            f"the training split would be empty: the sources hold {num_seen} documents, "
-            f"{val_documents} are wanted for validation",
-            hint="give a smaller --val-documents; a text file without --document-separator is one document, whose end "
-            "--val-share 0.1 makes validation",
+            f"the training split would be empty: the sources hold {documents}, {val_documents} are wanted for validation",
+            hint="give a smaller --val-documents" + (f"; {why}" if settings.kind == "text" else ""),
         )
     return val, train
 
@@ -275,7 +277,8 @@ def _parts(sources: Sequence[Source], settings: ReadSettings, shard_bytes: int) 
 def _parts_by_share(sources: Sequence[Source], val_share: float, shard_bytes: int) -> dict[Split, list[Part]]:
     """Return the parts of each split where each file is two documents: its end is validation.
 
-    Raises: DataError for a compressed file, and for one in which neither line nor word begins where it would be cut.
+    A file in which neither line nor word begins where it would be cut, such as an empty one, is for training as a whole.
+    Raises: DataError for a compressed file, and if no file can be cut.
     """
     parts: dict[Split, list[Part]] = {"val": [], "train": []}
     for source in sources:
@@ -288,13 +291,15 @@ def _parts_by_share(sources: Sequence[Source], val_share: float, shard_bytes: in
         target = max(1, round(size * (1 - val_share)))
         cuts = (_cut_after(source.path, size, target, separator) for separator in (b"\n", b" "))
         cut = next((place for place in cuts if place < size), None)
-        if cut is None:
-            raise DataError(
-                f"{source.path} has no line or word that begins in its last {val_share:.2%}",
-                hint="give a larger --val-share, or --document-separator and --val-documents",
-            )
-        parts["train"] += _one_document_parts(source.path, 0, cut, shard_bytes)
-        parts["val"] += _one_document_parts(source.path, cut, size, shard_bytes)
+        parts["train"] += _one_document_parts(source.path, 0, size if cut is None else cut, shard_bytes)
+        if cut is not None:
+            parts["val"] += _one_document_parts(source.path, cut, size, shard_bytes)
+    if not parts["val"]:
+        which = sources[0].path if len(sources) == 1 else f"each of {len(sources)} files, {sources[0].path} the first,"
+        raise DataError(
+            f"{which} has no line or word that begins in its last {val_share:.2%}",
+            hint="give a larger --val-share, or --document-separator and --val-documents",
+        )
     return parts
 
 

@@ -284,9 +284,8 @@ def _do_what_is_left(
     try:
         do_jobs(tasks, place, num_workers, handle)
     except DataError as problem:
-        raise DataError(
-            problem.message, hint="; ".join(filter(None, (problem.hint, "the same command goes on from here")))
-        ) from problem
+        goes_on = "the same command goes on from here, or with --force begins anew once a source was changed"
+        raise DataError(problem.message, hint="; ".join(filter(None, (problem.hint, goes_on)))) from problem
 
 
 def _check_unchanged(sources: Sequence[Source]) -> None:

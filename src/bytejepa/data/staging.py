@@ -139,11 +139,14 @@ class Staging:
         progress = self._journal()
         if plan.exists() and (self.is_finishing or progress.shards):
             with file_errors_as(DataError, "read", plan):
-                differences = self.identity.differences(_identity_from(plan))
+                earlier = _identity_from(plan)
+            differences = self.identity.differences(earlier)
             if differences:
+                can_be_finished = self.identity.sources == earlier.sources
                 raise DataError(
                     f"{self.out} holds an unfinished preparation of something else: {'; '.join(differences)}",
-                    hint="repeat the earlier command to finish it, or start anew with --force",
+                    hint=("repeat the earlier command to finish it, or " if can_be_finished else "")
+                    + "start anew with --force",
                 )
             self.progress = progress if self.is_finishing else self._whole(progress)
         else:  # an earlier plan of which no shard was finished binds nobody

@@ -169,7 +169,7 @@ def write_plot_files(drawn: list[DrawnPlot], folder: Path) -> list[Path]:
     """Write PNG and CSV of every plot into `folder`, which exists, and return their paths. Raises: OSError."""
     written = []
     for one in drawn:
-        contents = {".png": one.png, ".csv": one.plot.table.to_csv().encode()}
+        contents = {".png": one.png, ".csv": one.plot.table.to_csv().encode(errors="surrogateescape")}
         for ending, content in contents.items():
             path = folder / f"{one.plot.name}{ending}"
             path.write_bytes(content)

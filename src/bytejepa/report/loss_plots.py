@@ -29,18 +29,20 @@ def loss_plots(measured: Measured) -> list[Plot]:
         return []
     texts = {label: mean_price([run.priced for run in runs]) for label, runs in measured.items()}
     how = _how_priced(measured)
-    plots = [_position_plot(texts, how), _class_plot(texts, how)]
-    documents = _document_plot(texts, how)
-    return [*plots, documents] if documents else plots
+    plots = (_position_plot(texts, how), _class_plot(texts, how), _document_plot(texts, how))
+    return [plot for plot in plots if plot is not None]
 
 
 def missing_losses(measured: Measured) -> str:
     """Return a sentence on what `loss_plots` had to leave out; empty if nothing."""
     texts = [runs[0].priced for runs in measured.values()]
-    if all(by_document(text) for text in texts):
-        return ""
-    priced = max(len(text.bits) for text in texts)
-    return f"No loss by document length: among the {priced:,} targets priced is no whole document (--score-bytes prices more)."
+    scored = max((len(text.bits) for text in texts), default=0)
+    left_out = []
+    if not all(by_position(text) for text in texts):
+        left_out.append(f"No loss by position: {scored:,} targets are less than a window.")
+    if not all(by_document(text) for text in texts):
+        left_out.append(f"No loss by document length: among the {scored:,} targets scored is no whole document.")
+    return " ".join([*left_out, "--score-bytes scores more."]) if left_out else ""
 
 
 def mean_price(texts: Sequence[PricedText]) -> PricedText:
@@ -58,8 +60,11 @@ def _how_priced(measured: Measured) -> str:
     return f"Artifacts, {seeds}{each}, on {which}: {len(text.bits):,} targets in non-overlapping windows of {text.window:,} ids."
 
 
-def _position_plot(texts: Mapping[str, PricedText], how: str) -> Plot:
+def _position_plot(texts: Mapping[str, PricedText], how: str) -> Plot | None:
+    """Return the plot; None if the text is shorter than a window."""
     bins = {label: by_position(text) for label, text in texts.items()}
+    if not all(bins.values()):
+        return None
 
     def draw(layout: Layout) -> Any:
         figure = new_figure(layout, 3.4 if layout.is_narrow else 3.8)
@@ -79,7 +84,7 @@ def _position_plot(texts: Mapping[str, PricedText], how: str) -> Plot:
         title="Loss by position in the window",
         caption=(
             "Mean bits per target (a byte, or a BOS) against how many ids of its window the model has seen, on a logarithmic "
-            f"axis. Bands: 95 % confidence intervals of the mean over {windows[0].num_samples if windows else 0:,} windows "
+            f"axis. Bands: 95 % confidence intervals of the mean over {windows[0].num_samples:,} windows "
             f"(Student's t). {how}"
         ),
         table=Table.of(

@@ -83,7 +83,7 @@ def report(
     page = render_page(inputs, measured, sections, title=_title(inputs), command=command, files=folder.name)
     with file_errors_as(DataError, "write", out):
         files = _replace_folder(folder, list(drawn.values()))
-        write_atomically(out, page.encode())
+        write_atomically(out, page.encode(errors="surrogateescape"))
     return ReportResult(page=out, files=tuple(files), inputs=inputs, measured=measured)
 
 

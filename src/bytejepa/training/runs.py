@@ -136,7 +136,7 @@ def _described_data(data: Path) -> dict[str, object]:
 def _check_same_data(recorded: dict[str, object], found: dict[str, object], data: Path) -> None:
     if recorded.get("sha256_of_ends") not in (None, found["sha256_of_ends"]):
         raise CheckpointError(
-            f"{data} does not hold the shards that the run began with", hint="say where they are with --data"
+            f"{data} does not hold the shards that the run began with", hint="name their folder with --data"
         )
 
 
