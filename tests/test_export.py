@@ -12,12 +12,14 @@ import torch
 
 import bytejepa
 from bytejepa import presets
-from bytejepa.artifact.container import read_container
+from bytejepa.artifact.container import read_container, write_container
 from bytejepa.artifact.export import export
 from bytejepa.artifact.load import build, load, read_run
+from bytejepa.artifact.packing import restore
 from bytejepa.artifact.store import code_archive, code_bytes, store_weights
 from bytejepa.artifact.write import write_artifact
 from bytejepa.config import RunConfig, replace
+from bytejepa.config_json import to_dict
 from bytejepa.data.loader import validation_ids
 from bytejepa.errors import ArtifactError, CheckpointError, DataError
 from bytejepa.model.quantization import dequantize, quantize_rows, reference_int6, reference_int8, stored_bits
@@ -211,6 +213,37 @@ def test_data_that_is_gone_is_noticed_before_anything_is_written(tmp_path: Path,
     with pytest.raises(DataError):
         export(minimal_run, tmp_path / "model.bjm", data=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "jepa",
+    [
+        {"inject": False},
+        {"inject": False, "losses": False, "next_bytes_weight": 0.1},
+        {"inject": False, "horizons": 2, "context": "causal"},
+    ],
+)
+def test_what_no_logit_depends_on_is_in_no_artifact(jepa, tmp_path: Path) -> None:
+    model = small_model(jepa=jepa)
+    path = tmp_path / "model.bjm"
+    write_artifact(path, weights_of(model), model.config)
+    assert not [name for name in read_container(path).tensors if name.startswith("jepa.")]
+    loaded, ids = load(path), random_ids(2, 24)
+    rounded = build(
+        model.config,
+        {n: restore(w) for n, w in store_weights(weights_of(model), model.config).items()},
+        source="memory",
+    )
+    assert torch.equal(loaded.logits(ids), rounded.logits(ids))
+
+
+def test_an_artifact_of_before_that_holds_more_is_read(tmp_path: Path) -> None:
+    model = small_model(jepa={"inject": False})
+    everything = store_weights(weights_of(model), replace(model.config, jepa={"inject": True}))
+    assert "jepa.injection.weight" in everything
+    path = tmp_path / "model.bjm"
+    write_container(path, configuration=to_dict(model.config), tensors=everything, metadata={})
+    assert load(path).jepa is None
 
 
 @pytest.mark.parametrize("recorded", [{}, {"path": 3}])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ from bytejepa.artifact.container import container_to_bytes, read_container
 from bytejepa.artifact.export import export
 from bytejepa.artifact.fit import (
     CLOSE_ENOUGH,
+    GAUSSIAN_CLIPS,
     MAX_TRIALS,
     NEAR_ENOUGH,
     SizeError,
@@ -30,6 +32,7 @@ from bytejepa.artifact.store import code_bytes
 from bytejepa.config import RunConfig, replace
 from bytejepa.config_json import to_dict
 from bytejepa.errors import ArtifactError
+from bytejepa.model.quantization import ClipRule, dequantize, quantize_rows
 from bytejepa.presets import compact
 from bytejepa.training.runs import train
 from small_models import small_model
@@ -143,15 +146,28 @@ def test_the_number_of_sizes_is_bounded_with_gptq_too(monkeypatch: pytest.Monkey
 def test_any_legal_clip_can_be_fitted(clip: float, others: float) -> None:
     weights, config = weights_and_config(0, clip_standard_deviations=clip, other_clip_standard_deviations=others)
     found = fit(weights, config, None, file_bytes=10_000_000, metadata={}).config.artifact
-    assert found.clip_standard_deviations == pytest.approx(2.0)
+    assert found.clip_standard_deviations == pytest.approx(GAUSSIAN_CLIPS[8], rel=1e-3)
     assert 0.1 <= found.other_clip_standard_deviations <= 10_000
 
 
 def test_a_budget_that_holds_everything_gets_the_finest_steps_there_are() -> None:
     weights, config = weights_and_config(0)
     found = fit(weights, config, None, file_bytes=10_000_000, metadata={})
-    assert found.config.artifact.clip_standard_deviations == pytest.approx(2.0)
+    assert found.config.artifact.clip_standard_deviations == pytest.approx(GAUSSIAN_CLIPS[8], rel=1e-3)
     assert found.num_trials == 1  # the finest fits: nothing is searched
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_more_room_never_loses_more(bits: int) -> None:
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+
+    def error(clip: float) -> float:
+        rule = ClipRule(kind="standard_deviations", standard_deviations=clip)
+        return float((dequantize(quantize_rows(weight, bits=bits, clip=rule)) - weight).square().mean())
+
+    finest = GAUSSIAN_CLIPS[bits]
+    assert error(finest) < error(finest * 1.1) < error(finest * 1.5)
+    assert error(finest) < error(finest / 1.2)
 
 
 def test_a_budget_that_is_too_small_names_the_smallest_possible_size() -> None:

@@ -96,6 +96,16 @@ def test_impossible_problems_are_refused() -> None:
     assert gptq_rows(weight, error_spread(torch.zeros(200, 200)), torch.zeros(24), bits=3).codes.count_nonzero() == 0
 
 
+def test_inputs_that_need_more_damping_say_so() -> None:
+    repeated = torch.zeros(128, 128)
+    repeated[0, 0], repeated[1, 1] = 1.0, -1e-3  # as float32 sums of few inputs come out
+    with pytest.raises(
+        ArtifactError, match=r"cannot be inverted with a damping of 1e-06 \(use a larger artifact.gptq_damping"
+    ):
+        error_spread(repeated, damping=1e-6)
+    assert error_spread(repeated, damping=1.0).gain <= 1
+
+
 def inputs_by_hooks(model: ByteLM, ids: Tensor) -> dict[str, Tensor]:
     """The inputs of the matrices that a module's own forward multiplies, from its hooks."""
     seen = {}

@@ -21,7 +21,7 @@ from bytejepa.artifact.write import calibration_sequences, write_artifact
 from bytejepa.config import RunConfig, replace
 from bytejepa.data.loader import IdStream, validation_ids
 from bytejepa.model.precision import on_device
-from bytejepa.model.transformer import TRAINING_ONLY, ByteLM
+from bytejepa.model.transformer import ByteLM, prediction_weights
 from bytejepa.presets import compact
 from bytejepa.progress import StageProgress, stage_count
 from bytejepa.scoring.evaluate import Score, Scorer
@@ -134,9 +134,7 @@ def export(
     return ExportResult(
         path=out,
         sha256=container.info.sha256,
-        num_parameters=sum(
-            value.numel() for name, value in trained.average.items() if not name.startswith(TRAINING_ONLY)
-        ),
+        num_parameters=sum(value.numel() for value in prediction_weights(trained.average, config).values()),
         weights_bytes=container.info.file_bytes,
         code_bytes=archive_bytes,
         code_source_bytes=source_bytes,

@@ -19,8 +19,11 @@ from bytejepa.config_json import to_dict
 from bytejepa.errors import ArtifactError
 from bytejepa.model.quantization import code_limit
 
-FINEST_DEVIATIONS = 2.0
-"""A clip of two root mean squares; finer, codes of the widest range are clipped rather than finer."""
+GAUSSIAN_CLIPS = {2: 1.22, 3: 1.95, 4: 2.47, 5: 2.90, 6: 3.27, 7: 3.61, 8: 3.92}
+"""By the bits of a code, the clip in root mean squares at which Gaussian rows lose least: finer steps cut off more than they
+round better, so that more room would make a model worse."""
+FINEST_BY_SENSITIVITY = 2.0
+"""The same for steps by sensitivity, which never cut a weight off."""
 COARSEST_STEP = 8.0
 """In root mean squares of a row: nearly every code is zero."""
 CLIPS_AN_OCTAVE = 2048
@@ -81,9 +84,11 @@ def fit(
             f"artifact.clip {config.artifact.clip} leaves nothing to fit",
             hint="use standard_deviations or sensitivity",
         )
+    cuts_off = config.artifact.clip == "standard_deviations"
+    finest = GAUSSIAN_CLIPS[config.artifact.matrix_bits] if cuts_off else FINEST_BY_SENSITIVITY
     trials = _Trials(weights, config, calibration, metadata, on_progress)
     clips = range(
-        round(CLIPS_AN_OCTAVE * math.log2(FINEST_DEVIATIONS)),
+        round(CLIPS_AN_OCTAVE * math.log2(finest)),
         round(CLIPS_AN_OCTAVE * math.log2(COARSEST_STEP * code_limit(config.artifact.matrix_bits))),
     )
     rounding = config.artifact.rounding

@@ -17,7 +17,7 @@ from bytejepa.config_json import from_dict
 from bytejepa.errors import ArtifactError, CheckpointError, ConfigError
 from bytejepa.model.initialization import fill_sigreg_directions
 from bytejepa.model.precision import Precision, on_device
-from bytejepa.model.transformer import TRAINING_ONLY, ByteLM, prediction_config
+from bytejepa.model.transformer import ByteLM, prediction_config, prediction_weights
 from bytejepa.training import checkpoint
 from bytejepa.training.runlog import RunFolder
 
@@ -63,8 +63,7 @@ def configuration_of(values: dict[str, object], where: str) -> RunConfig:
 
 def build(config: RunConfig, weights: dict[str, Tensor], *, source: str) -> ByteLM:
     """Return a ByteLM of `config` with `weights`. Raises: ArtifactError if they do not fit each other."""
-    config = prediction_config(config)
-    weights = {name: value for name, value in weights.items() if not name.startswith(TRAINING_ONLY)}
+    weights, config = prediction_weights(weights, config), prediction_config(config)
     model = ByteLM(config)
     expected = dict(model.named_parameters())
     for name, parameter in expected.items():

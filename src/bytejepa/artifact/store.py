@@ -15,7 +15,7 @@ from bytejepa.artifact.quantize import quantize_matrices
 from bytejepa.config import ArtifactConfig, RunConfig
 from bytejepa.errors import ArtifactError
 from bytejepa.model.quantization import is_block_matrix, reference_int6, reference_int8, stored_bits
-from bytejepa.model.transformer import TRAINING_ONLY
+from bytejepa.model.transformer import prediction_weights
 
 
 def needs_calibration(config: ArtifactConfig) -> bool:
@@ -34,11 +34,8 @@ def store_weights(
     artifact = config.artifact
     if needs_calibration(artifact) and calibration is None:
         raise ArtifactError("artifact.rounding gptq and artifact.clip sensitivity need training text to calibrate on")
-    kept = {
-        name: value.detach().float()
-        for name, value in sorted(weights.items())  # safetensors gives them in any order; a file must not differ by it
-        if not name.startswith(TRAINING_ONLY)
-    }
+    # sorted: safetensors gives them in any order; a file must not differ by it
+    kept = {name: value.detach().float() for name, value in sorted(prediction_weights(weights, config).items())}
     matrices = {name: value for name, value in kept.items() if stored_bits(name, value, artifact) is not None}
     plain = {name: value for name, value in kept.items() if name not in matrices}
     stored: dict[str, StoredTensor] = dict(store_float16(plain))

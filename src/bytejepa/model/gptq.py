@@ -35,7 +35,7 @@ class ErrorSpread:
 def error_spread(moments: Float[Tensor, "columns columns"], *, damping: float = 0.01) -> ErrorSpread:
     """Return the spread for inputs of second moments `moments`; `damping` times their mean is added to the diagonal.
 
-    Raises: ArtifactError if the moments are not finite.
+    Raises: ArtifactError if the moments are not finite, or if they need more damping.
     """
     if not bool(torch.isfinite(moments).all()):
         raise ArtifactError("the inputs of a matrix are not finite", hint="do not export a diverged model")
@@ -48,8 +48,14 @@ def error_spread(moments: Float[Tensor, "columns columns"], *, damping: float = 
     damped = moments[order][:, order].double() + damping * mean * torch.eye(
         len(moments), dtype=torch.float64, device=moments.device
     )
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        factor = torch.linalg.cholesky(inverse, upper=True)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # documented, but not in its __all__
+        raise ArtifactError(
+            f"the moments of a matrix's inputs cannot be inverted with a damping of {damping:g}",
+            hint="use a larger artifact.gptq_damping (default 0.01), or more artifact.calibration_bytes",
+        ) from None
     remaining = factor.diagonal().square().reciprocal().mean() / damped.diagonal().mean()
     return ErrorSpread(order=order, factor=factor.float(), gain=float(remaining))
 

@@ -9,6 +9,7 @@ logits = softcap(rms(x) @ token_embedding^T)          the head is tied to the em
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -34,12 +35,20 @@ from bytejepa.model.layers import (
 from bytejepa.model.ngram_embedding import BigramHash, NgramHash
 
 TRAINING_ONLY = ("multi_token_heads", "jepa.further_predictors", "jepa.byte_head")
-"""How the names of parameters begin that no logit depends on: they are in no artifact."""
+"""How the names of parameters begin that no logit depends on."""
 
 
 def prediction_config(config: RunConfig) -> RunConfig:
     """Return the configuration of the same model without what only training needs."""
+    if not config.jepa.inject:
+        return replace(config, model={"multi_token_heads": 0}, jepa={"enabled": False})
     return replace(config, model={"multi_token_heads": 0}, jepa={"horizons": 1, "next_bytes_weight": 0.0})
+
+
+def prediction_weights(weights: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
+    """Return the weights that logits depend on, those of a model of `prediction_config`: no others are in an artifact."""
+    left_out = TRAINING_ONLY if config.jepa.inject else (*TRAINING_ONLY, "jepa.")
+    return {name: value for name, value in weights.items() if not name.startswith(left_out)}
 
 
 class Losses(NamedTuple):
