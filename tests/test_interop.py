@@ -126,6 +126,24 @@ NOT_MODELS: dict[str, bytes] = {
     "scales of other rows": saved(
         {"w": {"a.q": torch.ones(3, 4), "a.scale": torch.ones(2)}, "m": {"a": {"type": "int6"}}}
     ),
+    **{
+        f"quantised: {name}": saved({"w": {"a.q": codes, "a.scale": scales}, "m": {"a": kind}})
+        for name, codes, scales, kind in (
+            ("codes of halves", torch.full((3, 4), 0.5), torch.ones(3), {"type": "int6"}),
+            ("a negative scale", torch.ones(3, 4, dtype=torch.int8), -torch.ones(3), {"type": "int6"}),
+            ("int4", torch.ones(3, 4, dtype=torch.int8), torch.ones(3), {"type": "int4"}),
+            ("no type", torch.ones(3, 4, dtype=torch.int8), torch.ones(3), {}),
+        )
+    },
+    **{
+        f"smear gate: {name}": saved({**reference_state_dict(SMALL), "smear.gate": value})
+        for name, value in (
+            ("nowhere", torch.ones(64, device="meta")),
+            ("sparse", torch.ones(64).to_sparse()),
+            ("complex", torch.ones(64, dtype=torch.complex64)),
+            ("whole numbers", torch.ones(64, dtype=torch.int8)),
+        )
+    },
     "other names": saved({"weight": torch.ones(3)}),
     "embedding is no matrix": saved({**reference_state_dict(SMALL), "tok_emb.weight": torch.ones(3)}),
     "embedding of nothing": saved({**reference_state_dict(SMALL), "tok_emb.weight": torch.ones(260, 0)}),
@@ -135,6 +153,15 @@ NOT_MODELS: dict[str, bytes] = {
     "another shape": saved({**reference_state_dict(SMALL), "smear.gate": torch.ones(3)}),
     "another vocabulary": saved({**reference_state_dict(SMALL), "tok_emb.weight": torch.ones(1024, 64)}),
 }
+
+
+def test_a_flipped_byte_of_a_tensor_is_noticed(tmp_path: Path) -> None:
+    path, whole = tmp_path / "final_model.pt", bytearray(saved(reference_state_dict(SMALL)))
+    numbers = reference_state_dict(SMALL)["tok_emb.weight"].numpy().tobytes()[:64]
+    whole[whole.index(numbers) + 10] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(ArtifactError, match=r"damaged: the checksum of .*data/.* differs"):
+        pr832.load_state_dict_file(path)
 
 
 @pytest.mark.parametrize("claimed_bytes", [1 << 33, 1 << 40, 1 << 62])

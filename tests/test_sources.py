@@ -151,6 +151,10 @@ def test_parquet_without_text_is_an_error(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="no column 'text': its columns are content"):
         documents(tmp_path / "a.parquet", "parquet")
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match="has 2 columns 'text'"):
+        documents(tmp_path / "twice.parquet", "parquet")
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "b.parquet")
     with pytest.raises(DataError, match="row group 0, row 1: expected a text, got null"):
         documents(tmp_path / "b.parquet", "parquet")

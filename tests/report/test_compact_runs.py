@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from bytejepa.artifact.container import read_container
+from bytejepa.artifact.export import export
 from bytejepa.artifact.quantize import order_hidden_units
+from bytejepa.config import RunConfig, replace
 from bytejepa.report.curves import seed_band
 from bytejepa.report.learning_plots import compared_curves
 from bytejepa.report.measure import in_trained_order, measure
+from bytejepa.report.model_plots import artifact_parts
+from bytejepa.training.runs import train
 from small_models import small_model
 
 
@@ -79,3 +84,16 @@ def test_a_run_whose_packing_needs_shards_that_moved_is_measured_on_these(
     (run / "config.json").write_text(json.dumps(config))
     (run / "manifest.json").write_text(json.dumps(manifest))
     assert measure(run, data=embedded_shards, score_bytes=500).scores["artifact"].num_bytes > 0
+
+
+def test_codes_in_one_stream_are_a_part_of_their_own(
+    minimal_config: RunConfig, embedded_shards: Path, tmp_path: Path
+) -> None:
+    packing = {"small_tensor_elements": 64, "codecs": ("rans", "zstd"), "clip": "standard_deviations"}
+    run = train(replace(minimal_config, artifact=packing), embedded_shards, tmp_path / "run").run
+    measured = measure(run, score_bytes=500)
+    parts = artifact_parts(measured)
+    assert sum(parts.values()) == measured.weights_bytes
+    assert parts["codes of several matrices"] == measured.joint_bytes > 0
+    export(run, tmp_path / "model.bjm", score=False)
+    assert parts["header and checksum"] == read_container(tmp_path / "model.bjm").info.header_bytes

@@ -283,6 +283,9 @@ def test_bad_input_gets_one_line(
     out = tmp_path / "r.html"
     assert "is no folder" in refuses(4, "report", tmp_path / "nowhere", "-o", out)
     assert "is not a run folder" in refuses(4, "report", tmp_path, "-o", out)
+    (tmp_path / "killed" / "runs").mkdir(parents=True)
+    (tmp_path / "killed" / "plan.json").touch()
+    assert "no run of the study has finished yet" in refuses(4, "report", tmp_path / "killed", "-o", out)
     assert "--force" in refuses(2, "report", minimal_run, "-o", made.page)
     assert ".html" in refuses(2, "report", minimal_run, "-o", tmp_path / "r.pdf")
     assert "make its folder first" in refuses(3, "report", minimal_run, "-o", tmp_path / "none" / "r.html")

@@ -58,6 +58,7 @@ def variants(**changes: Any) -> list[dict[str, Any]]:
         ({"sedes": [1]}, "unknown entry 'sedes' (did you mean 'seeds'?)"),
         ({"base": "ablatoin"}, "unknown preset 'ablatoin' (did you mean 'ablation'?)"),
         ({"baseline": "withuot"}, "the baseline 'withuot' is no variant (did you mean 'without'?)"),
+        ({"question": "Half of \ud83d?"}, "holds half of a character"),
         ({"seeds": []}, "one or more different seeds"),
         ({"seeds": [1, 1]}, "one or more different seeds"),
         ({"seeds": [1.5]}, "seeds: expected int, got 1.5"),

@@ -17,7 +17,7 @@ import bytejepa
 from bytejepa.errors import CheckpointError, Interrupted
 from bytejepa.study import runner
 from bytejepa.study.environment import DECIDING_SOURCES
-from bytejepa.study.plan import override
+from bytejepa.study.plan import load_plan, override
 from bytejepa.study.results import RunResult, StudyResult, read_study
 from bytejepa.study.runner import StudyProgress, run_study
 from bytejepa.training.runlog import RunFolder
@@ -381,3 +381,22 @@ def test_what_shows_figures_is_not_among_the_sources_that_decide_them() -> None:
     deciding = {path.relative_to(package).as_posix() for pattern in DECIDING_SOURCES for path in package.glob(pattern)}
     assert {"config_model.py", "bits.py", "model/block.py", "training/muon.py", "scoring/windows.py"} <= deciding
     assert not {name for name in deciding if name.startswith(("demo", "cli", "report"))}
+
+
+def test_a_plan_that_was_given_data_names_them_and_others_are_refused(
+    copied: Path, embedded_shards: Path, tiny_shards: Path
+) -> None:
+    plan = load_plan(copied / "plan.json")
+    assert plan.data == str(embedded_shards.resolve())
+    assert run_study(plan, copied).is_complete
+    with pytest.raises(CheckpointError, match="was made with other data than"):
+        run_study(PLAN, copied, data=tiny_shards)
+
+
+def test_a_study_made_anew_in_part_goes_on_from_there(copied: Path, embedded_shards: Path) -> None:
+    alone = dataclasses.replace(PLAN, seeds=(1,))
+    for path in copied.glob("runs/*/study_run.json"):
+        edited(path, lambda run: run["environment"].update(num_threads=64))
+    assert run_study(alone, copied, data=embedded_shards, force=True).is_complete
+    assert run_study(alone, copied, data=embedded_shards).is_complete
+    assert len(list(copied.glob("runs/*/study_run.json"))) == len(alone.variants)

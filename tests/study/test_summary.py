@@ -58,3 +58,17 @@ def test_the_forest_plot_says_which_interval_it_shows(noise: str, words: str) ->
     plot = forest_plot(result)
     assert plot is not None
     assert f"confidence intervals {words}" in plot.caption
+
+
+def test_a_second_name_costs_no_verdict() -> None:
+    for noise in ("own", "pooled"):
+        _, _, alone = study(noise=noise)
+        plan, runs, repeated = study("path-again", "control-again", noise=noise)
+        assert repeated["path-again"].p_corrected == repeated["with"].p_corrected == alone["with"].p_corrected
+        assert not [note for note in summarise(plan, runs)[1] if "corrected for" in note]
+
+
+def test_one_seed_gives_no_verdict_to_a_second_name_either() -> None:
+    plan, runs, _ = study("control-again")
+    (same,) = [s for s in summarise(plan, [run for run in runs if run.seed == 1])[0] if s.variant == "control-again"]
+    assert (same.difference_bpb, same.interval_low_bpb, same.p_value, same.verdict) == (0, None, None, "undecided")

@@ -38,6 +38,10 @@ def open_parquet(path: str) -> Any:
     if TEXT_COLUMN not in names:
         found = ", ".join(names[:8])
         raise DataError(f"{path} has no column {TEXT_COLUMN!r}: its columns are {found}", hint="rename the text column")
+    if names.count(TEXT_COLUMN) > 1:
+        raise DataError(
+            f"{path} has {names.count(TEXT_COLUMN)} columns {TEXT_COLUMN!r}: expected one", hint="rename the others"
+        )
     column_type = file.schema_arrow.field(TEXT_COLUMN).type
     value_type = column_type.value_type if pyarrow.types.is_dictionary(column_type) else column_type
     if str(value_type) not in _TEXT_TYPES:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
+import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -197,7 +198,7 @@ def load_state_dict_file(path: Path | str) -> dict[str, Tensor]:
         return _dequantized(loaded["w"], loaded["m"], path)
     if not _is_state_dict(loaded):
         raise ArtifactError(f"{path}: expected a state dict of tensors, got {type(loaded).__name__} with other content")
-    return {name: value.float() for name, value in loaded.items() if name != "jepa_sigreg.directions"}
+    return {name: _plain(name, value, path) for name, value in loaded.items() if name != "jepa_sigreg.directions"}
 
 
 def _is_state_dict(value: object) -> bool:
@@ -227,6 +228,7 @@ def _decompressed(data: bytes, path: Path) -> bytes:
 
 
 def _restricted_load(data: bytes, path: Path) -> Any:
+    _require_whole_zip(data, path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols and TorchScript: the refusal says enough
@@ -241,19 +243,57 @@ def _restricted_load(data: bytes, path: Path) -> Any:
         ) from None
 
 
+def _require_whole_zip(data: bytes, path: Path) -> None:
+    """Raise an ArtifactError for a zip of which a part is damaged: torch reads it without looking at its checksums."""
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        return
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            damaged = archive.testzip()
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        OSError,
+    ) as problem:
+        raise ArtifactError(f"{path}: damaged: {problem}", hint="copy it again") from None
+    if damaged is not None:
+        raise ArtifactError(f"{path}: damaged: the checksum of {damaged} differs", hint="copy it again")
+
+
+def _plain(name: str, value: Tensor, path: Path, *, integers: bool = False) -> Tensor:
+    """Return `value` in float32. Raises: ArtifactError if it is no ordinary tensor of floats, or of int8 codes."""
+    right = value.dtype == torch.int8 if integers else value.dtype.is_floating_point
+    if value.layout != torch.strided or value.device.type != "cpu" or not right:
+        expected = "int8 codes" if integers else "ordinary floats"
+        raise ArtifactError(f"{path}: {name}: expected {expected}, got {value.dtype}, {value.layout} on {value.device}")
+    return value.float()
+
+
 def _dequantized(weights: dict[str, Tensor], kinds: dict[str, Any], path: Path) -> dict[str, Tensor]:
     """Return float32 tensors from the reference's pair (values, kinds): a matrix is codes `.q` times row scales `.scale`."""
     state = {}
     for name, kind in kinds.items():
-        if isinstance(kind, dict) and name + ".q" in weights and name + ".scale" in weights:
-            codes, scales = weights[name + ".q"].float(), weights[name + ".scale"].float()
+        if (
+            isinstance(kind, dict)
+            and kind.get("type") in ("int6", "int8")
+            and name + ".q" in weights
+            and name + ".scale" in weights
+        ):
+            codes = _plain(name + ".q", weights[name + ".q"], path, integers=True)
+            scales = _plain(name + ".scale", weights[name + ".scale"], path)
+            if not bool((scales >= 0).all()):
+                raise ArtifactError(f"{path}: {name}: expected scales of 0 or more, got {float(scales.min()):g}")
             if scales.ndim and (codes.ndim == 0 or scales.shape != codes.shape[:1]):
                 raise ArtifactError(
                     f"{path}: {name}: expected a scale a row, got {tuple(scales.shape)} for {tuple(codes.shape)}"
                 )
             state[name] = codes * (scales.view(-1, *[1] * (codes.ndim - 1)) if scales.ndim else scales)
         elif isinstance(kind, str) and kind.startswith("passthrough") and name in weights:
-            state[name] = weights[name].float()
+            state[name] = _plain(name, weights[name], path)
         else:
             raise ArtifactError(f"{path}: tensor {name} is stored in an unknown way ({kind!r})")
     return state

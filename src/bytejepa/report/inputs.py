@@ -12,7 +12,7 @@ from bytejepa.config import RunConfig
 from bytejepa.config_json import to_dict
 from bytejepa.errors import CheckpointError, ConfigError
 from bytejepa.study.results import FILE_NAME as STUDY_FILE_NAME
-from bytejepa.study.results import StudyResult, read_study
+from bytejepa.study.results import PLAN_NAME, StudyResult, read_study
 from bytejepa.training.clock import read_log
 from bytejepa.training.runlog import RunFolder
 
@@ -82,6 +82,9 @@ def read_inputs(paths: Sequence[Path]) -> ReportInputs:
     if not paths:
         raise ConfigError("report needs a run or a study", hint="name one or more run folders, or one study's folder")
     studies = [path for path in paths if (path / STUDY_FILE_NAME).is_file()]
+    for path in paths:
+        if path not in studies and (path / PLAN_NAME).is_file() and (path / "runs").is_dir():
+            raise CheckpointError(f"{path}: no run of the study has finished yet", hint="go on with `bytejepa ablate`")
     if studies and len(paths) > 1:
         raise ConfigError("expected run folders or one study's folder, got both or several", hint=f"leave {studies[0]}")
     if not studies:

@@ -92,6 +92,7 @@ def measure(
         gradient_batch=batch,
         device=torch.cuda.get_device_name() if device.startswith("cuda") else device,
         weights_bytes=container.info.file_bytes,
+        joint_bytes=container.info.joint_bytes,
         code_bytes=zipped_code_bytes,
         limit_bytes=config.artifact.limit_bytes,
     )

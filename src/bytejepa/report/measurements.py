@@ -54,6 +54,7 @@ class TensorFigures:
     scheme: str
     """How the artifact stores it; `not stored` for heads that only training needs."""
     artifact_bytes: int
+    """Of its own streams: without its codes where those of several matrices lie in one."""
     relative_error: float
     """RMS of (stored - averaged weights) over RMS of the averaged weights; 0 where both are 0."""
     gradient_rms: float
@@ -84,6 +85,8 @@ class RunMeasurements:
     gradient_batch: GradientBatch
     weights_bytes: int
     """The artifact file."""
+    joint_bytes: int
+    """Of it, the stream that holds the codes of several matrices; 0 if each has its own."""
     code_bytes: int
     """The package's source as an importable zip."""
     limit_bytes: int

@@ -14,8 +14,10 @@ from bytejepa.report.tables import Table
 
 KINDS = ("attention.query", "attention.key", "attention.value", "attention.output", "mlp.up", "mlp.down")
 """The matrices of a block, in the order in which they are used."""
-PARTS = ("attention", "mlp", "embeddings", "jepa", "vectors", "header and checksum")
-"""Where an artifact's bytes go."""
+JOINT_CODES, HEADER, CODE = "codes of several matrices", "header and checksum", "code"
+PARTS = ("attention", "mlp", "embeddings", "jepa", "vectors")
+"""Groups of tensors by which an artifact's bytes are counted."""
+PART_COLOURS = {part: SERIES[n % len(SERIES)] for n, part in enumerate((*PARTS, HEADER, CODE, JOINT_CODES))}
 
 
 def layer_of(name: str) -> tuple[int, str] | None:
@@ -169,11 +171,13 @@ def gradient_plot(measured: RunMeasurements, *, name: str, about: str) -> Plot:
 
 
 def artifact_parts(measured: RunMeasurements) -> dict[str, int]:
-    """Return the bytes of every part of an artifact, in the order of PARTS."""
+    """Return the bytes of every part of an artifact: those of PARTS, the joint codes if there are any, the header."""
     parts = dict.fromkeys(PARTS, 0)
     for tensor in measured.tensors:
         parts[_part_of(tensor)] += tensor.artifact_bytes
-    parts["header and checksum"] = measured.weights_bytes - sum(parts.values())
+    if measured.joint_bytes:
+        parts[JOINT_CODES] = measured.joint_bytes
+    parts[HEADER] = measured.weights_bytes - sum(parts.values())
     return parts
 
 
@@ -189,17 +193,19 @@ def _part_of(tensor: TensorFigures) -> str:
 def size_plot(measured: Mapping[str, RunMeasurements]) -> Plot:
     """Return the bytes of weights and code as bars against the budget."""
     limit = next(iter(measured.values())).limit_bytes
-    segments = {label: {**artifact_parts(m), "code": m.code_bytes} for label, m in measured.items()}
+    segments = {label: {**artifact_parts(m), CODE: m.code_bytes} for label, m in measured.items()}
 
     def draw(layout: Layout) -> Any:
         figure = new_figure(layout, (2.1 if layout.is_narrow else 1.5) + 0.42 * len(segments))
         axes = figure.subplots()
+        labelled: set[str] = set()
         for row, of_run in enumerate(segments.values()):
             left = 0.0
-            for index, (part, size) in enumerate(of_run.items()):
-                label = part if row == 0 else None
-                axes.barh(row, size / 1e6, left=left, height=0.55, color=SERIES[index % len(SERIES)], label=label)
+            for part, size in of_run.items():
+                label = None if part in labelled else part
+                axes.barh(row, size / 1e6, left=left, height=0.55, color=PART_COLOURS[part], label=label)
                 left += size / 1e6
+                labelled.add(part)
             axes.text(left + limit / 1e8, row, f"{left:.2f} MB, {1e6 * left / limit:.1%}", va="center", fontsize=9)
         axes.axvline(limit / 1e6, color=DEAD, linewidth=1.5)
         axes.text(

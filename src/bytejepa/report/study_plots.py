@@ -7,6 +7,7 @@ from typing import Any
 from bytejepa.report.drawing import DEAD, FAINT, INK, SERIES, Layout, Plot, new_figure, plain_numbers
 from bytejepa.report.tables import Table
 from bytejepa.study.results import StudyResult, VariantSummary
+from bytejepa.study.summary import first_of_the_same_runs
 
 VERDICT_COLOURS = {"better": SERIES[2], "worse": DEAD, "tie": FAINT, "undecided": FAINT}
 
@@ -25,6 +26,7 @@ def forest_plot(study: StudyResult) -> Plot | None:
     if not shown:
         return None
     evaluation = study.plan.evaluation
+    num_compared = len({*first_of_the_same_runs(study.plan, study.runs).values()} - {study.plan.baseline})
     interval = "paired t" if study.plan.noise == "own" else "t, with the noise of all variants pooled"
 
     def draw(layout: Layout) -> Any:
@@ -56,8 +58,8 @@ def forest_plot(study: StudyResult) -> Plot | None:
             f"Bits per byte of each variant minus the baseline's ({study.plan.baseline}), left of the line is better. Squares: "
             "means over seeds of the differences on the same seed, which share initial weights and data order; lines: their 95 % "
             f"confidence intervals ({interval}); dots: single seeds. Green: better, red: worse, after Holm's correction for "
-            f"{len(shown)} comparisons at 5 %; grey: a tie or undecided. {_seeds(study)}. Artifacts, sliding windows of "
-            f"{evaluation.window_bytes:,} ids, {evaluation.stride_bytes:,} scored each, on the first "
+            f"{num_compared} comparisons at 5 %; grey: a tie or undecided. {_seeds(study)}. Artifacts, sliding windows of "
+            f"{evaluation.window_bytes:,} ids, {evaluation.stride_bytes:,} scored each, on up to the first "
             f"{evaluation.validation_bytes:,} ids of the validation split."
         ),
         table=Table.of(

@@ -105,6 +105,9 @@ class Plan(Section):
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)
+        for text in (self.question, *(variant.tests for variant in self.variants)):
+            if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+                raise ConfigError(f"plan {self.name}: {text!r} holds half of a character, which cannot be printed")
         for name in (self.name, *(variant.name for variant in self.variants)):
             if not NAME.fullmatch(name):
                 raise ConfigError(f"plan {self.name}: {name!r} is no name: letters, digits, dots, dashes, underscores")

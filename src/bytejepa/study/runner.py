@@ -82,11 +82,13 @@ def run_study(
             f"ablate runs in one process, and here are {ranks}: a study of several ranks is not supported",
             hint="start it without torchrun",
         )
+    if data is not None:
+        plan = dataclasses.replace(plan, data=str(data.resolve()))  # so that plan.json repeats it
     _refuse_other_study(plan, out, force=force)
     with file_errors_as(CheckpointError, "create the study folder", out):
         out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock", CheckpointError, f"is at work in {out}"):
-        study = _Study(plan, out, data, force=force, on_progress=on_progress)
+        study = _Study(plan, out, force=force, on_progress=on_progress)
         with file_errors_as(CheckpointError, "write a study in", out):
             return study.run_all()
 
@@ -112,15 +114,20 @@ _OWN_ENTRIES = (".lock", EMBEDDED_DATA, PLAN_NAME, "runs")
 class _Study:
     """The state of a study under way."""
 
-    def __init__(self, plan: Plan, out: Path, data: Path | None, *, force: bool, on_progress: Observer | None) -> None:
+    def __init__(self, plan: Plan, out: Path, *, force: bool, on_progress: Observer | None) -> None:
         self.plan, self.out = plan, out
         self.on_progress = on_progress or (lambda _: None)
-        named = data or (Path(plan.data) if plan.data is not None else None)
+        named = Path(plan.data) if plan.data is not None else None
         if named is None:
             write_embedded_shards(out / EMBEDDED_DATA)
         self.data = named or out / EMBEDDED_DATA
         self.data_path = str(self.data.resolve()) if named else EMBEDDED_DATA
         self.data_sha256 = data_sha256(self.data)
+        if (out / FILE_NAME).is_file() and not force and read_study(out).data_sha256 != self.data_sha256:
+            raise CheckpointError(
+                f"the study in {out} was made with other data than {self.data}",
+                hint="name its --data, or another --out",
+            )
         self.here = environment_here()
         self.results: list[RunResult] = []
         self.finished = {} if force else self._read_finished()
@@ -141,6 +148,9 @@ class _Study:
         """Run what is missing and return the whole."""
         self._refuse_another_beginning()
         write_plan(self.out, self.plan)
+        if self.redo:  # stopped, it goes on with what was made anew only
+            for path in self.out.glob(f"runs/*/{RESULT_NAME}"):
+                path.unlink()
         pairs = [(seed, variant) for seed in self.plan.seeds for variant in self.plan.variants]
         for number, (seed, variant) in enumerate(pairs, start=1):
             at = StudyProgress(

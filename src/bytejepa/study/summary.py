@@ -20,37 +20,43 @@ from bytejepa.study.statistics import (
 def summarise(plan: Plan, runs: Sequence[RunResult]) -> tuple[tuple[VariantSummary, ...], tuple[str, ...]]:
     """Return (a summary of every variant that has a finished run, in the plan's order; notes for the reader)."""
     by_variant = {variant.name: [run for run in runs if run.variant == variant.name] for variant in plan.variants}
-    differences = _differences(plan, by_variant)
-    p_values = {name: d.p_value for name, d in differences.items() if d is not None and d.p_value is not None}
-    corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    summaries = tuple(
-        _summary(variant, by_variant[variant.name], differences.get(variant.name), corrected.get(variant.name))
-        for variant in plan.variants
-        if by_variant[variant.name]
-    )
-    return summaries, _notes(plan, by_variant, len(p_values))
+    first_of = first_of_the_same_runs(plan, runs)
+    differences = _differences(plan, by_variant, set(first_of.values()))
+    p_values = {name: d.p_value for name, d in differences.items() if d.p_value is not None and name != plan.baseline}
+    corrected: dict[str, float | None] = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    if plan.baseline in differences:  # of one that is the baseline under another name, no question of chance
+        corrected[plan.baseline] = differences[plan.baseline].p_value
+    summaries = []
+    for variant in plan.variants:
+        if found := by_variant[variant.name]:
+            first = first_of[variant.name]
+            difference = differences.get(first) if variant.name != plan.baseline else None
+            summaries.append(_summary(variant, found, difference, None if difference is None else corrected.get(first)))
+    return tuple(summaries), _notes(plan, by_variant, len(p_values))
 
 
-def _differences(plan: Plan, by_variant: dict[str, list[RunResult]]) -> dict[str, PairedDifference | None]:
-    bpb = {name: {run.seed: run.bpb for run in found} for name, found in by_variant.items()}
-    if plan.noise == "own":
-        return {name: paired_difference(bpb[name], bpb[plan.baseline]) for name in bpb if name != plan.baseline}
-    first_of = _first_of_the_same_runs(plan, by_variant)
-    distinct = {name: bpb[name] for name in dict.fromkeys(first_of.values())}
-    found = pooled_differences(distinct, plan.baseline)
-    found[plan.baseline] = PairedDifference(num_pairs=len(bpb[plan.baseline]), mean=0.0, low=0.0, high=0.0, p_value=1.0)
-    return {name: found.get(first) for name, first in first_of.items() if name != plan.baseline}
+def _differences(plan: Plan, by_variant: dict[str, list[RunResult]], distinct: set[str]) -> dict[str, PairedDifference]:
+    """Return the difference of each of the `distinct` variants to the baseline, where they have a seed in common."""
+    bpb = {name: {run.seed: run.bpb for run in by_variant[name]} for name in by_variant if name in distinct}
+    compared = {name: paired_difference(values, bpb.get(plan.baseline, {})) for name, values in bpb.items()}
+    found = {name: difference for name, difference in compared.items() if difference is not None}
+    if plan.noise == "pooled":
+        found = {name: found[name] for name in found if name == plan.baseline}
+        found |= pooled_differences(bpb, plan.baseline)
+    return found
 
 
-def _first_of_the_same_runs(plan: Plan, by_variant: dict[str, list[RunResult]]) -> dict[str, str]:
+def first_of_the_same_runs(plan: Plan, runs: Sequence[RunResult]) -> dict[str, str]:
     """Return for each variant that has runs the first one that has the same runs, the baseline before all others.
 
-    Pooled noise takes each run for an independent one: counted again under a second name, it would lend false certainty.
+    A run is one sample and one comparison, however many names it has: counted again, it would lend false certainty to pooled
+    noise and take certainty from Holm's correction.
     """
     owner: dict[str, str] = {}
-    first_of = {}
-    for name in sorted(by_variant, key=lambda name: name != plan.baseline):
-        fingerprints = [run.fingerprint for run in by_variant[name]]
+    first_of: dict[str, str] = {}
+    names = [variant.name for variant in plan.variants]
+    for name in sorted(names, key=lambda name: name != plan.baseline):
+        fingerprints = [run.fingerprint for run in runs if run.variant == name]
         if fingerprints:
             first_of[name] = next((owner[f] for f in fingerprints if f in owner), name)
             owner |= dict.fromkeys(fingerprints, first_of[name])
