@@ -391,6 +391,10 @@ def test_a_plan_that_was_given_data_names_them_and_others_are_refused(
     assert run_study(plan, copied).is_complete
     with pytest.raises(CheckpointError, match="was made with other data than"):
         run_study(PLAN, copied, data=tiny_shards)
+    before = sorted(copied.iterdir())
+    with pytest.raises(CheckpointError, match="was made with other data than the embedded corpus"):
+        run_study(PLAN, copied)
+    assert sorted(copied.iterdir()) == before
 
 
 def test_a_study_made_anew_in_part_goes_on_from_there(copied: Path, embedded_shards: Path) -> None:

@@ -72,3 +72,17 @@ def test_one_seed_gives_no_verdict_to_a_second_name_either() -> None:
     plan, runs, _ = study("control-again")
     (same,) = [s for s in summarise(plan, [run for run in runs if run.seed == 1])[0] if s.variant == "control-again"]
     assert (same.difference_bpb, same.interval_low_bpb, same.p_value, same.verdict) == (0, None, None, "undecided")
+
+
+def test_noise_is_never_pooled_over_other_seeds_for_some_variants_than_for_others() -> None:
+    plan, runs, _ = study()
+    apart = [run for run in runs if (run.variant == "with") == (run.seed == 3)]  # no seed in common
+    assert {s.variant: s.difference_bpb for s in summarise(plan, apart)[0]} == {"without": None, "with": None}
+    three = small_plan(
+        variants=[*small_values()["variants"], {**small_values()["variants"][1], "name": "late"}],
+        noise="pooled",
+        seeds=[1, 2, 3],
+    )
+    late = [*runs, dataclasses.replace(finished("late", "path", 3), fingerprint="another")]
+    only_third = [run for run in late if run.variant != "with" or run.seed != 3]  # "with" and "late" share no seed
+    assert {s.verdict for s in summarise(three, only_third)[0]} == {None}

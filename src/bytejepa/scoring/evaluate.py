@@ -32,7 +32,7 @@ class Score:
     num_targets: int
     """All targets: bytes and specials."""
     window: int
-    """Longest context, in ids."""
+    """Longest context allowed, in ids; the text itself may be shorter."""
     stride: int
     """Targets scored a window, in ids."""
 

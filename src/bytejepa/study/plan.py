@@ -106,8 +106,12 @@ class Plan(Section):
     def __post_init__(self) -> None:
         Section.__post_init__(self)
         for text in (self.question, *(variant.tests for variant in self.variants)):
-            if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
-                raise ConfigError(f"plan {self.name}: {text!r} holds half of a character, which cannot be printed")
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ConfigError(
+                    f"plan {self.name}: {text!r} holds half of a character, which cannot be printed"
+                ) from None
         for name in (self.name, *(variant.name for variant in self.variants)):
             if not NAME.fullmatch(name):
                 raise ConfigError(f"plan {self.name}: {name!r} is no name: letters, digits, dots, dashes, underscores")

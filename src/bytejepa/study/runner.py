@@ -74,8 +74,8 @@ def run_study(
     """Carry out `plan` in the folder `out`, or go on with it, and return what it found, as study.json has it.
 
     `data`: folder of shards, before the plan's; without either the embedded corpus is written into the study.
-    `force`: run everything anew. Raises: ConfigError, DataError; CheckpointError if `out` holds another study, is in use,
-    or began in another environment; Interrupted after a signal (the same command goes on).
+    `force`: run everything anew. Raises: ConfigError, DataError; CheckpointError if `out` holds another study or one of
+    other data, is in use, or began in another environment; Interrupted after a signal (the same command goes on).
     """
     if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise ConfigError(
@@ -111,6 +111,12 @@ _OWN_ENTRIES = (".lock", EMBEDDED_DATA, PLAN_NAME, "runs")
 """What a study killed before its first run was done has left."""
 
 
+def _other_data(out: Path, these: str) -> CheckpointError:
+    return CheckpointError(
+        f"the study in {out} was made with other data than {these}", hint="name its --data, or another --out"
+    )
+
+
 class _Study:
     """The state of a study under way."""
 
@@ -118,16 +124,16 @@ class _Study:
         self.plan, self.out = plan, out
         self.on_progress = on_progress or (lambda _: None)
         named = Path(plan.data) if plan.data is not None else None
+        earlier = read_study(out) if (out / FILE_NAME).is_file() and not force else None
+        if named is None and earlier is not None and not (out / EMBEDDED_DATA).is_dir():
+            raise _other_data(out, "the embedded corpus")  # before that is written
         if named is None:
             write_embedded_shards(out / EMBEDDED_DATA)
         self.data = named or out / EMBEDDED_DATA
         self.data_path = str(self.data.resolve()) if named else EMBEDDED_DATA
         self.data_sha256 = data_sha256(self.data)
-        if (out / FILE_NAME).is_file() and not force and read_study(out).data_sha256 != self.data_sha256:
-            raise CheckpointError(
-                f"the study in {out} was made with other data than {self.data}",
-                hint="name its --data, or another --out",
-            )
+        if earlier is not None and earlier.data_sha256 != self.data_sha256:
+            raise _other_data(out, str(self.data))
         self.here = environment_here()
         self.results: list[RunResult] = []
         self.finished = {} if force else self._read_finished()

@@ -38,12 +38,13 @@ def summarise(plan: Plan, runs: Sequence[RunResult]) -> tuple[tuple[VariantSumma
 def _differences(plan: Plan, by_variant: dict[str, list[RunResult]], distinct: set[str]) -> dict[str, PairedDifference]:
     """Return the difference of each of the `distinct` variants to the baseline, where they have a seed in common."""
     bpb = {name: {run.seed: run.bpb for run in by_variant[name]} for name in by_variant if name in distinct}
-    compared = {name: paired_difference(values, bpb.get(plan.baseline, {})) for name, values in bpb.items()}
-    found = {name: difference for name, difference in compared.items() if difference is not None}
-    if plan.noise == "pooled":
-        found = {name: found[name] for name in found if name == plan.baseline}
-        found |= pooled_differences(bpb, plan.baseline)
-    return found
+    baseline = bpb.get(plan.baseline, {})
+    found = {name: difference for name in bpb if (difference := paired_difference(bpb[name], baseline)) is not None}
+    if plan.noise == "own":
+        return found
+    # the baseline's difference to itself, for its second names, has no noise that could be pooled
+    itself = {name: difference for name, difference in found.items() if name == plan.baseline}
+    return itself | pooled_differences(bpb, plan.baseline)
 
 
 def first_of_the_same_runs(plan: Plan, runs: Sequence[RunResult]) -> dict[str, str]:

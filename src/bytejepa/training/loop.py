@@ -327,7 +327,8 @@ class _ValidationStoppedError(Exception):
 
 @contextlib.contextmanager
 def _noticing_signals(interrupted: threading.Event) -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C set `interrupted`; a second Ctrl-C interrupts at once."""
+    """Let SIGTERM and Ctrl-C set `interrupted`; a second Ctrl-C interrupts at once, but for a checkpoint that is being
+    written (`TrainingLoop.release`)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
