@@ -9,6 +9,7 @@ are worth something on a GPU without other work only: several of these at once t
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import itertools
 import json
@@ -17,8 +18,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from turns import alone
 
 from bytejepa.benchmark.speed import (
@@ -32,6 +36,7 @@ from bytejepa.benchmark.speed import (
     time_step,
 )
 from bytejepa.config import RunConfig, replace
+from bytejepa.model import fused_mlp
 from bytejepa.model.attention import available_backends, causal_attention
 from bytejepa.presets import preset
 
@@ -178,16 +183,59 @@ class Steps:
             speed = dataclasses.replace(speed, parts_ms=parts)
         return speed
 
+    def kernels(self, steps: int = 4) -> dict[str, object]:
+        """Return what the device runs in a step of ours: milliseconds and calls by kernel, and which operator asks for copies.
+
+        What a step takes beyond the sum of its kernels is time in which the device waited.
+        """
+        assert self.ours is not None, "after ours has been measured"
+        on_gpu = self.device.type == "cuda"
+        kind = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+        with alone(), profile(activities=sorted({ProfilerActivity.CPU, kind}, key=str)) as profiled:
+            for _ in range(steps):
+                self.ours()
+            synchronize(self.device)
+        copies = collections.Counter(
+            event.name
+            for event in profiled.events()
+            for kernel in event.kernels
+            if kernel.name.startswith("Memcpy DtoD")
+        )
+        rows = [
+            (
+                row.key,
+                (row.self_device_time_total if on_gpu else row.self_cpu_time_total) / steps / 1e3,
+                row.count / steps,
+            )
+            for row in profiled.key_averages()
+            if (row.device_type == DeviceType.CUDA) == on_gpu and "#" not in row.key  # those are names of ranges
+        ]
+        rows.sort(key=lambda row: -row[1])
+        return {
+            "all_ms": sum(ms for _, ms, _ in rows),
+            "all_calls": sum(calls for *_, calls in rows),
+            "ms_and_calls": {name: [ms, calls] for name, ms, calls in rows[:80]},
+            "copies_asked_for_by": {name: count / steps for name, count in copies.most_common()},
+        }
+
     def of_other(
-        self, config: RunConfig, name: str, *, inductor: dict[str, bool] | None = None, **how: object
+        self,
+        config: RunConfig,
+        name: str,
+        *,
+        inductor: dict[str, bool] | None = None,
+        plain_mlp: bool = False,
+        **how: object,
     ) -> Speed:
-        """Return the speed of another configuration, or of the same one compiled with settings of the `inductor`."""
+        """Return the speed of another configuration, or of the same one compiled with settings of the `inductor` or with the
+        products of the MLP by a library."""
         self.ours = None
         self._forget()
         import torch._inductor.config as settings
 
         step = TrainingStep(config, self.device, compile=bool(how.get("compile", self.compile)))
-        with settings.patch(inductor or {}):
+        found = {self.device.type: not plain_mlp and fused_mlp.find(self.device.type)}
+        with settings.patch(inductor or {}), mock.patch.dict(fused_mlp.possible, found):
             speed = self._measured(name, step, config, steps=8 if how else self.steps)
         del step
         self._forget()
@@ -238,6 +286,7 @@ def speeds(steps: Steps, ours: RunConfig, reference: RunConfig) -> dict[str, Cal
     }
     other: dict[str, tuple[RunConfig, dict[str, object]]] = {
         "reference's settings": (reference, {}),
+        "without the kernels of the MLP": (ours, {"plain_mlp": True}),
         "with mix_order_reduction": (ours, {"inductor": {"triton.mix_order_reduction": True}}),
         "with coordinate_descent_tuning": (ours, {"inductor": {"coordinate_descent_tuning": True}}),
         "without JEPA": (replace(ours, jepa={"enabled": False}), {}),
@@ -336,6 +385,7 @@ def main(words: Sequence[str] | None = None) -> None:
     agreement = (3, ("cpu",)) if options.rehearse else ()
     for name, run in speeds(steps, ours, reference).items():
         if name == "reference's settings":  # from here on every section compiles anew
+            sections["kernels"] = steps.kernels
             sections["agreement"] = lambda: check_agreement(*agreement)
         sections[f"speed: {name}"] = lambda r=run: dataclasses.asdict(r())
     if unknown := set(options.only or ()) - set(sections):

@@ -11,7 +11,7 @@ import bytejepa
 from bytejepa.config import replace
 from bytejepa.data.loader import IdStream
 from bytejepa.errors import Interrupted
-from bytejepa.model import fused, layers
+from bytejepa.model import fused, fused_mlp, layers
 from bytejepa.model.attention import attention_mask, available_backends, causal_attention, masked_attention
 from bytejepa.scoring.evaluate import Scorer, score_ids
 from bytejepa.training.loop import TrainProgress
@@ -70,6 +70,21 @@ def test_the_compiled_norm_and_rotation_is_the_plain_formula() -> None:
     gradients = [torch.autograd.grad((y.float() * weight).sum(), (heads, gain)) for y in (ours, plain)]
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine.float(), theirs.float(), rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("normalizes", [True, False])
+@pytest.mark.parametrize(("rows", "width", "hidden"), [(300, 512, 1536), (1, 64, 72), (4096, 192, 320)])
+def test_the_kernels_of_the_mlp_are_its_formulas(rows: int, width: int, hidden: int, normalizes: bool) -> None:
+    if not fused_mlp.find("cuda"):
+        pytest.skip("needs a GPU of compute capability 9.x and Triton")
+    given = [torch.randn(1, rows, width), torch.randn(hidden, width) / 8, torch.randn(width, hidden) / 8]
+    weight, found = torch.randn(1, rows, width), {}
+    for device in ("cuda", "cpu"):
+        there = [value.bfloat16().to(device).requires_grad_() for value in given]
+        y = fused_mlp.mlp(*there, normalizes=normalizes)
+        found[device] = [y, *torch.autograd.grad(y, there, weight.bfloat16().to(device))]
+    for ours, theirs in zip(found["cuda"], found["cpu"], strict=True):
+        assert ((ours.cpu().double() - theirs.double()).norm() / theirs.double().norm()).item() < 1e-2
 
 
 @pytest.mark.parametrize("compile_", ["on", "off"])

@@ -134,4 +134,4 @@ def test_muon_computes_every_share_before_it_waits_for_any(monkeypatch: pytest.M
     for _, parameter in named:
         parameter.grad = torch.eye(max(parameter.shape))[: parameter.size(0), : parameter.size(1)]
     muon.step(learning_rate_scale=1.0, momentum=0.9, clip=torch.tensor(1.0))
-    assert events == ["send"] * 3 + ["wait"] * 3
+    assert events == ["send"] * len(set(shapes)) + ["wait"] * len(set(shapes))

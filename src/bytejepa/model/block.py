@@ -49,8 +49,8 @@ class Block(nn.Module):
 
     def transform(self, attention_input: Tensor, x: Tensor) -> Tensor:
         """Return the residual `x` after attention plus the MLP's output."""
-        mlp_input = attention_input if self.is_parallel else rms_norm(x)
-        return self.mlp(mlp_input, x, norm_scale=self.norm_scale, scale=self.mlp_scale)
+        mlp_input = attention_input if self.is_parallel else x
+        return self.mlp(mlp_input, x, normalizes=not self.is_parallel, norm_scale=self.norm_scale, scale=self.mlp_scale)
 
     def forward(
         self,

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bytejepa.data.vocabulary import BOS
-from bytejepa.model import fused
+from bytejepa.model import fused, fused_mlp
 
 
 def rms_norm(x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
@@ -41,10 +41,15 @@ def add_projected(
     """Return residual + scale * (x @ weight^T): the scale is folded into the weight, which is far smaller than the
     activations. In eager mode on a CPU the residual is what the product accumulates onto; otherwise that would copy the
     residual first, while a compiler adds it on the way into the norm that follows."""
-    folded = (weight * scale[:, None]).to(x.dtype)
+    weight = folded(weight, scale, x.dtype)
     if x.is_cuda or torch.compiler.is_compiling():
-        return residual + F.linear(x, folded)
-    return torch.addmm(residual.flatten(0, 1), x.flatten(0, 1), folded.T).view_as(residual)
+        return residual + F.linear(x, weight)
+    return torch.addmm(residual.flatten(0, 1), x.flatten(0, 1), weight.T).view_as(residual)
+
+
+def folded(weight: Float[Tensor, "D in"], scale: Float[Tensor, D], dtype: torch.dtype) -> Float[Tensor, "D in"]:
+    """Return the weight of scale * (x @ weight^T) in `dtype`."""
+    return (weight * scale[:, None]).to(dtype)
 
 
 SMEAR_GATE_DIMS = 12
@@ -89,11 +94,15 @@ class MLP(nn.Module):
         x: Float[Tensor, "B T D"],
         residual: Float[Tensor, "B T D"],
         *,
+        normalizes: bool,
         norm_scale: float,
         scale: Float[Tensor, D],
     ) -> Float[Tensor, "B T D"]:
-        """Return residual + scale * mlp(norm_scale * x)."""
-        hidden = F.linear(x, (self.up.weight * norm_scale).to(x.dtype))
+        """Return residual + scale * mlp(norm_scale * x'), x' the RMS norm of `x` if it `normalizes`."""
+        up = (self.up.weight * norm_scale).to(x.dtype)
+        if fused_mlp.is_profitable(x, self.up.out_features):
+            return residual + fused_mlp.mlp(x, up, folded(self.down.weight, scale, x.dtype), normalizes=normalizes)
+        hidden = F.linear(rms_norm(x) if normalizes else x, up)
         return add_projected(residual, leaky_relu_squared(hidden), self.down.weight, scale)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from bytejepa.config import RunConfig
+from bytejepa.model import fused_mlp
 from bytejepa.model.attention import available_backends
 from bytejepa.model.jepa import Latents
 from bytejepa.model.quantization import fake_quantize_rows, is_block_matrix, row_rule, stored_bits
@@ -79,9 +80,9 @@ class GradientStep:
         # one graph each for a sequence length with and without latent losses, through the quantiser or not: shapes that are
         # left symbolic give slower kernels, and past its limit the compiler would run the rest uncompiled
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
-        available_backends(
-            next(self.loss.parameters()).device.type
-        )  # found while tracing, the first graph is made twice
+        device_type = next(self.loss.parameters()).device.type
+        available_backends(device_type)  # found while tracing, the first graph is made twice
+        fused_mlp.find(device_type)
         return torch.compile(self._forward, dynamic=False)
 
     def _forward(

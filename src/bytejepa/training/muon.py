@@ -4,9 +4,9 @@
 
 With `normalizes_rows` the rows of g + mu m get unit length first (MuonEq-R).
 
-Matrices of one wide shape (rows <= columns after transposing the tall ones) go through the Newton-Schulz iteration as
-one batch. With several ranks each takes its share of every batch and the updates are gathered, the gathering of one
-batch running while the next is computed. Source: Jordan et al., "Muon" (2024).
+Matrices of one shape go through the Newton-Schulz iteration as one batch. With several ranks each takes its share of
+every batch and the updates are gathered, the gathering of one batch running while the next is computed.
+Source: Jordan et al., "Muon" (2024).
 """
 
 from __future__ import annotations
@@ -61,36 +61,28 @@ def orthogonalize(
 ) -> Float[Tensor, "*n rows columns"]:
     """Return each matrix with its singular values driven to about 1: Newton-Schulz iterations on g / |g|_F.
 
-    bfloat16 on CUDA, float32 elsewhere. Tall matrices are iterated on transposed.
+    bfloat16 on CUDA, float32 elsewhere. The Gram matrix is that of the shorter side, as in the iteration of the wide
+    orientation; nothing is transposed in memory for it.
     """
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     tall = x.size(-2) > x.size(-1)
-    if tall:
-        x = x.mT
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    batched = x.ndim == 3
+    # baddbmm and addmm fold the scaled sum into the product: two passes over the matrices fewer
+    add_product = torch.baddbmm if x.ndim == 3 else torch.addmm
     for a, b, c in iteration:
-        gram = x @ x.mT
-        # baddbmm and addmm fold the scaled sum into the product: two passes over the matrices fewer
-        if batched:
-            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            x = torch.baddbmm(x, polynomial, x, beta=a)
-        else:
-            polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-            x = torch.addmm(x, polynomial, x, beta=a)
-    return x.mT if tall else x
+        gram = x.mT @ x if tall else x @ x.mT
+        polynomial = add_product(gram, gram, gram, beta=b, alpha=c)
+        x = add_product(x, x, polynomial, beta=a) if tall else add_product(x, polynomial, x, beta=a)
+    return x
 
 
 @dataclasses.dataclass
 class _Batch:
-    """Matrices that share a wide shape, and this rank's slice of their momentum."""
+    """Matrices that share a shape, and this rank's slice of their momentum."""
 
     parameters: list[Tensor]
-    tall: list[bool]
-    is_tall: Tensor
-    """(n, 1, 1) bool: `tall` on the device."""
-    update_scale: Tensor
-    """(n, 1, 1): sqrt(max(1, rows / columns))."""
+    update_scale: float
+    """sqrt(max(1, rows / columns))."""
     first: int
     count: int
     momentum: Tensor
@@ -100,23 +92,20 @@ class _Batch:
 def _update(
     gradient: Tensor,
     momentum: Tensor,
-    scale: Tensor,
-    is_tall: Tensor | None,
+    scale: float,
     mu: Tensor,
     clip: Tensor,
     iteration: tuple[Coefficients, ...],
-) -> tuple[Tensor, Tensor]:
-    """Return (new momentum, update) of a batch; `mu` and `clip` are 0-dimensional tensors so that nothing recompiles.
-
-    `is_tall`: which matrices lie on their side; if given, rows of the matrices as they are get unit length first.
-    """
-    gradient = gradient * clip
-    momentum = momentum * mu + gradient
+    normalizes_rows: bool,
+) -> Tensor:
+    """Return the update of a batch, whose `momentum` is moved on; `mu` and `clip` are 0-dimensional tensors so that nothing
+    recompiles."""
+    gradient = gradient.float() * clip
+    momentum.mul_(mu).add_(gradient)
     direction = gradient + mu * momentum
-    if is_tall is not None:
-        by_column, by_row = (torch.linalg.vector_norm(direction, dim=dim, keepdim=True) for dim in (-2, -1))
-        direction = direction / torch.where(is_tall, by_column, by_row).clamp_min(1e-7)
-    return momentum, orthogonalize(direction, iteration).to(gradient.dtype) * scale
+    if normalizes_rows:
+        direction = direction / torch.linalg.vector_norm(direction, dim=-1, keepdim=True).clamp_min(1e-7)
+    return orthogonalize(direction, iteration).to(gradient.dtype) * scale
 
 
 class Muon:
@@ -139,29 +128,23 @@ class Muon:
         self.normalizes_rows = normalizes_rows
         self.ranks = ranks
         self.names = {id(parameter): name for name, parameter in named_parameters}
-        self.update: Callable[..., tuple[Tensor, Tensor]] = torch.compile(_update) if compile_update else _update
+        self.update: Callable[..., Tensor] = torch.compile(_update, dynamic=False) if compile_update else _update
         by_shape: dict[tuple[int, int], list[Tensor]] = {}
         for _, parameter in named_parameters:
-            wide = (min(parameter.shape), max(parameter.shape))
-            by_shape.setdefault(wide, []).append(parameter)
+            by_shape.setdefault((parameter.size(0), parameter.size(1)), []).append(parameter)
         # the largest batch first: its gathering overlaps with the arithmetic of the others
-        shapes = sorted(by_shape, key=lambda shape: -shape[0] * shape[0] * shape[1] * len(by_shape[shape]))
+        shapes = sorted(by_shape, key=lambda shape: -(min(shape) ** 2) * max(shape) * len(by_shape[shape]))
         self.batches = [self._batch(by_shape[shape]) for shape in shapes]
 
     def _batch(self, parameters: list[Tensor]) -> _Batch:
         first, count = self.ranks.share(len(parameters))
-        wide = torch.Size((min(parameters[0].shape), max(parameters[0].shape)))
-        device = parameters[0].device
-        scales = torch.tensor([max(1.0, p.size(0) / p.size(1)) ** 0.5 for p in parameters], device=device)
-        tall = [p.size(0) > p.size(1) for p in parameters]
+        rows, columns = parameters[0].shape
         return _Batch(
             parameters=parameters,
-            tall=tall,
-            is_tall=torch.tensor(tall, device=device)[:, None, None],
-            update_scale=scales[:, None, None],
+            update_scale=max(1.0, rows / columns) ** 0.5,
             first=first,
             count=count,
-            momentum=torch.zeros((count, *wide), device=device),
+            momentum=torch.zeros((count, rows, columns), device=parameters[0].device),
         )
 
     @property
@@ -188,34 +171,26 @@ class Muon:
         """Update the matrices in place by what `start` began to gather."""
         lr = self.learning_rate * learning_rate_scale
         for batch, gathered in zip(self.batches, gathering, strict=True):
-            updates = gathered.wait().unbind()
-            oriented = [u.mT if tall else u for u, tall in zip(updates, batch.tall, strict=True)]
             torch._foreach_mul_(batch.parameters, 1 - lr * self.weight_decay)
-            torch._foreach_add_(batch.parameters, oriented, alpha=-lr)
+            torch._foreach_add_(batch.parameters, list(gathered.wait().unbind()), alpha=-lr)
 
     def _update_of_share(self, batch: _Batch, mu: Tensor, clip: Tensor) -> Tensor:
-        mine = slice(batch.first, batch.first + batch.count)
         if batch.count == 0:
             return batch.momentum
-        gradients = []
-        for parameter, tall in zip(batch.parameters[mine], batch.tall[mine], strict=True):
-            gradient = parameter.grad
-            assert gradient is not None
-            gradients.append(gradient.mT if tall else gradient)
-        is_tall = batch.is_tall[mine] if self.normalizes_rows else None
-        new_momentum, update = self.update(
-            torch.stack(gradients).float(), batch.momentum, batch.update_scale[mine], is_tall, mu, clip, self.iteration
+        gradients = [parameter.grad for parameter in batch.parameters[batch.first : batch.first + batch.count]]
+        present = [gradient for gradient in gradients if gradient is not None]
+        assert len(present) == batch.count
+        return self.update(
+            torch.stack(present), batch.momentum, batch.update_scale, mu, clip, self.iteration, self.normalizes_rows
         )
-        batch.momentum.copy_(new_momentum)
-        return update
 
     def state(self) -> dict[str, Tensor]:
         """Return the momentum of every matrix by its parameter's name, gathered from all ranks (a collective call)."""
         state = {}
         for batch in self.batches:
             momenta = self.ranks.all_gather_shares(batch.momentum, len(batch.parameters)).wait().unbind()
-            for parameter, tall, momentum in zip(batch.parameters, batch.tall, momenta, strict=True):
-                state[self.names[id(parameter)]] = momentum.mT if tall else momentum
+            for parameter, momentum in zip(batch.parameters, momenta, strict=True):
+                state[self.names[id(parameter)]] = momentum
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -223,5 +198,4 @@ class Muon:
         for batch in self.batches:
             for slot in range(batch.count):
                 parameter = batch.parameters[batch.first + slot]
-                momentum = state[self.names[id(parameter)]]
-                batch.momentum[slot].copy_(momentum.mT if batch.tall[batch.first + slot] else momentum)
+                batch.momentum[slot].copy_(state[self.names[id(parameter)]])
