@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bytejepa.artifact.calibration import Calibration, InputMoments, calibrate
 from bytejepa.artifact.fit import fit
@@ -18,7 +18,9 @@ from bytejepa.artifact.write import calibration_sequences
 from bytejepa.config import RunConfig, replace
 from bytejepa.data.loader import IdStream
 from bytejepa.errors import ArtifactError
+from bytejepa.model import fused_mlp
 from bytejepa.model.gptq import error_spread, gptq_rows
+from bytejepa.model.layers import rms_norm
 from bytejepa.model.quantization import ClipRule, dequantize, quantize_at, row_scales
 from bytejepa.model.transformer import ByteLM
 from bytejepa.presets import compact
@@ -114,9 +116,12 @@ def inputs_by_hooks(model: ByteLM, ids: Tensor) -> dict[str, Tensor]:
         for part, names in ((block.attention, ("query", "key", "value")), (block.mlp, ("up",))):
             kind = "attention" if len(names) == 3 else "mlp"
             keys = [f"blocks.{layer}.{kind}.{name}.weight" for name in names]
-            hooks.append(
-                part.register_forward_pre_hook(lambda _, args, keys=keys: seen.update(dict.fromkeys(keys, args[0])))
-            )
+
+            def see(_: nn.Module, args: tuple[Tensor, ...], keys: list[str] = keys, kind: str = kind) -> None:
+                # the MLP is given the residual, and normalises it itself
+                seen.update(dict.fromkeys(keys, rms_norm(args[0]) if kind == "mlp" else args[0]))
+
+            hooks.append(part.register_forward_pre_hook(see))
     model.logits(ids)
     for hook in hooks:
         hook.remove()
@@ -143,6 +148,16 @@ def test_moments_are_those_of_what_each_matrix_multiplies() -> None:
     assert set(found) == matrices - {"bigram.embedding.weight"}  # which is looked up, never multiplied
 
 
+def test_moments_are_seen_where_the_mlp_has_kernels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = small_model(), random_ids(2, 24)
+    expected = calibrate(model, ids)
+    monkeypatch.setattr(fused_mlp, "possible", {"cpu": True})
+    monkeypatch.setattr(fused_mlp, "fits", lambda *_: True)
+    found = calibrate(model, ids)
+    assert found.spreads.keys() == expected.spreads.keys()
+    assert fused_mlp.possible == {"cpu": True}
+
+
 def test_moments_of_folded_weights_are_of_their_inputs() -> None:
     """down's input is the squared activation, wherever norm scales and branch scales are multiplied in."""
     model = small_model()
@@ -150,7 +165,7 @@ def test_moments_of_folded_weights_are_of_their_inputs() -> None:
     moments = InputMoments(model)
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), moments:
-        mlp(x, x, norm_scale=0.5, scale=torch.linspace(0.1, 2, 32))
+        mlp(x, x, normalizes=False, norm_scale=0.5, scale=torch.linspace(0.1, 2, 32))
     hidden = torch.nn.functional.leaky_relu(0.5 * x @ mlp.up.weight.T, 0.5).square().flatten(0, 1).detach()
     seen = moments.by_name()
     torch.testing.assert_close(seen["blocks.1.mlp.down.weight"], hidden.T @ hidden)
@@ -160,20 +175,20 @@ def test_moments_of_folded_weights_are_of_their_inputs() -> None:
 def trained(
     tmp_path_factory: pytest.TempPathFactory, embedded_shards: Path, minimal_config: RunConfig
 ) -> tuple[RunConfig, dict[str, Tensor], Tensor, Tensor]:
-    """A small model of 60 steps: (configuration, weights, ids to calibrate on, ids to score)."""
+    """A small model of 150 steps: (configuration, weights, ids to calibrate on, ids to score)."""
     run = tmp_path_factory.mktemp("trained") / "run"
     config = replace(
         minimal_config,
-        schedule={"steps": 60},
+        schedule={"steps": 150},
         training={"validate_every_steps": None},
         artifact={"small_tensor_elements": 256, "calibration_bytes": 4096},
     )
     train(config, embedded_shards, run)
     weights = read_run(run).average
-    settings = {"calibration_bytes": 16_384, "rounding": "gptq"}
+    settings = {"calibration_bytes": 65_536, "rounding": "gptq"}  # most of it to score: the differences are small
     stream = IdStream.open(embedded_shards, "train")
     every = torch.from_numpy(calibration_sequences(stream, replace(config, artifact=settings), embedded_shards))
-    return config, weights, every[::4], every[1::4]
+    return config, weights, every[: len(every) // 4 : 4], every[1::2]
 
 
 def loss(config: RunConfig, weights: dict[str, Tensor], ids: Tensor) -> float:

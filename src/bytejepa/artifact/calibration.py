@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bytejepa.errors import ArtifactError
+from bytejepa.model import fused_mlp
 from bytejepa.model.gptq import ErrorSpread, error_spread
 from bytejepa.model.transformer import ByteLM
 
@@ -136,7 +137,7 @@ def calibrate(
     for number, sequence in enumerate(ids):
         model.zero_grad()
         moments.begin_pass()
-        with moments:
+        with moments, fused_mlp.plain_formulas():
             logits = model.logits(sequence[None])[0]
         _require_finite(logits, "the model's predictions")
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=random).squeeze(1)

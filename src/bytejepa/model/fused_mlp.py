@@ -11,8 +11,10 @@ Neither the normalised input nor the gradient of the activation is ever written.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,16 +44,26 @@ def _kernels() -> Any:
     return importlib.import_module(_KERNELS)  # by name, so that no script takes it in
 
 
+@contextlib.contextmanager
+def plain_formulas() -> Iterator[None]:
+    """Within it `mlp` is not taken: for those who look at what each weight is multiplied with."""
+    found = dict(possible)
+    possible.update(dict.fromkeys(("cpu", "cuda"), False))
+    try:
+        yield
+    finally:
+        possible.clear()
+        possible.update(found)
+
+
 def is_profitable(x: Tensor, mlp_dim: int) -> bool:
-    """Return whether `add_mlp` should be taken for `x`: training in bfloat16 on a GPU that has its kernels."""
-    return (
-        x.is_cuda
-        and x.dtype == torch.bfloat16
-        and torch.is_grad_enabled()
-        and find("cuda")
-        and x.size(-1) % 64 == 0
-        and mlp_dim % 8 == 0
-    )
+    """Return whether `mlp` should be taken for `x`: training in bfloat16 on a GPU that has its kernels."""
+    return torch.is_grad_enabled() and find(x.device.type) and fits(x, mlp_dim)
+
+
+def fits(x: Tensor, mlp_dim: int) -> bool:
+    """Return whether the kernels take `x`, (..., D), and an MLP of this width."""
+    return x.dtype == torch.bfloat16 and x.size(-1) % 64 == 0 and mlp_dim % 8 == 0
 
 
 @torch.library.custom_op(
