@@ -5,8 +5,9 @@
 DATA: byte260 shards of a training and a validation split; `--also` names further ones, of which the validation split is scored.
 One process an arm: they compile side by side, then train turn by turn, seed by seed, each for the same seconds (compilation
 not counted) at the reference's share of a batch, 49,152 bytes a step. What they trained is packed and scored by a process each,
-once nothing is timed any more. On one H100 compiling takes 100 s (pr832) to 200 s (golf). Writes OUT/ARM-SEED.json and
-OUT/comparison.json; run folders and artifacts stay in OUT.
+once nothing is timed any more. On an H200 compiling takes 85 s (pr832) and 160 s (golf), packing and scoring 40 s. Writes
+OUT/ARM-SEED.json and OUT/comparison.json, which ends with each arm against the first, paired by seed; run folders and
+artifacts stay in OUT.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import dataclasses
 import functools
 import gc
 import json
@@ -25,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from turns import alone, wait_for
 
 import bytejepa.training.runs as runs
@@ -37,6 +41,7 @@ from bytejepa.model.precision import on_device
 from bytejepa.model.transformer import ByteLM
 from bytejepa.presets import preset
 from bytejepa.scoring.evaluate import Scorer, score_ids
+from bytejepa.study.statistics import paired_difference
 from bytejepa.training.runlog import RunFolder
 from bytejepa.training.trainer import Trainer
 
@@ -47,8 +52,9 @@ CALIBRATION_BYTES = 32_768
 def arm(name: str, seconds: float) -> RunConfig:
     """Return what the arm `name` trains: a preset, at one GPU's share of the batch and so many seconds.
 
-    `pr832`: its warm-down in proportion (it would not begin in so short a run) and sequences shuffled, since a step of
-    these reads one book. `golf`: two sequence lengths, to compile less. `golf-chunks`: its middle blocks every 4 bytes.
+    `pr832`: its warm-down in proportion (it would not begin in so short a run), its average warmed up (after 720 steps a
+    ninth of one that decays by 0.997 is still the initial weights, which its 9,000 steps forget) and sequences shuffled,
+    since a step of these reads one book. `golf`: two sequence lengths, to compile less. `golf-chunks`: its middle blocks every 4 bytes.
     """
     share = {
         "data": {"batch_bytes": GPU_SHARE_BYTES, "num_streams": 1},
@@ -62,7 +68,12 @@ def arm(name: str, seconds: float) -> RunConfig:
         warmdown = {"warmdown": "progress", "warmdown_fraction": 0.28, "warmdown_to": 0.167}
         return replace(
             preset("pr832"),
-            **share | {"data": share["data"] | {"order": "shuffled"}, "schedule": share["schedule"] | warmdown},
+            **share
+            | {
+                "data": share["data"] | {"order": "shuffled"},
+                "training": share["training"] | {"ema_warmup": True},
+                "schedule": share["schedule"] | warmdown,
+            },
         )
     config = replace(preset("golf"), **share)
     config = replace(config, data={"sequence_growth": ((0.0, 1024), (0.5, 4096))})
@@ -132,7 +143,7 @@ def train_arm(name: str, config: RunConfig, options: argparse.Namespace) -> None
 
 
 def pack_and_score(name: str, seed: int, options: argparse.Namespace) -> None:
-    """Pack what an arm trained, and score average and artifact on the validation split of every corpus."""
+    """Pack what an arm trained, and score it as last trained, averaged and packed, on the validation split of every corpus."""
     run, artifact = options.out / f"{name}-{seed}", options.out / f"{name}-{seed}.bjm"
     trained = read_run(run)
     config, average = trained.config, trained.average
@@ -152,7 +163,9 @@ def pack_and_score(name: str, seed: int, options: argparse.Namespace) -> None:
 
     begin = time.perf_counter()
     found |= {"num_parameters": sum(value.numel() for value in average.values()), **surroundings(device)}
-    found |= {"window_bytes": window, "average_bpb": bpb(build(config, average, source=name), {"books": options.data})}
+    found |= {"window_bytes": window}
+    for kind, weights in (("raw", trained.raw), ("average", average)):
+        found[f"{kind}_bpb"] = bpb(build(config, weights, source=name), corpora)
     write(options.out, found)  # packing takes long; what there is is kept
     sequences = calibration_sequences(IdStream.open(options.data, "train"), config, options.data)
     info = write_artifact(artifact, average, config, sequences=sequences, device=device, force=True)
@@ -164,6 +177,32 @@ def write(out: Path, found: dict[str, Any]) -> None:
     """Write what came of an arm."""
     (out / f"{found['arm']}-{found['seed']}.json").write_text(json.dumps(found, indent=1))
     print(json.dumps(found), flush=True)
+
+
+def compared(rows: list[dict[str, Any]], arms: list[str]) -> list[dict[str, Any]]:
+    """Return every other arm minus the first, paired by seed, for each kind of score and corpus."""
+    differences = []
+    for name in arms[1:]:
+        for kind in ("raw_bpb", "average_bpb", "artifact_bpb"):
+            for text in sorted({text for row in rows for text in row.get(kind, {})}):
+                first, other = (
+                    {row["seed"]: row[kind][text] for row in rows if row["arm"] == arm and text in row.get(kind, {})}
+                    for arm in (arms[0], name)
+                )
+                if found := paired_difference(other, first):
+                    about = {"arm": name, "minus": arms[0], "score": kind, "corpus": text}
+                    differences.append(about | dataclasses.asdict(found))
+    return differences
+
+
+def show(differences: list[dict[str, Any]]) -> None:
+    """Print a table of `differences`."""
+    table = Table("arm", "minus", "score", "corpus", "seeds", "bpb", "95 % interval")
+    for row in differences:
+        interval = "-" if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
+        about = (row["arm"], row["minus"], row["score"].removesuffix("_bpb"), row["corpus"], str(row["num_pairs"]))
+        table.add_row(*about, f"{row['mean']:+.4f}", interval)
+    Console().print(table)
 
 
 def corpus(words: str) -> tuple[str, Path]:
@@ -202,7 +241,9 @@ def main() -> None:
     trained = [(name, seed) for name, seed in planned if (options.out / f"{name}-{seed}.json").exists()]
     failed += failures(["--score", name, str(seed)] for name, seed in trained)
     rows = [json.loads((options.out / f"{name}-{seed}.json").read_text()) for name, seed in trained]
-    (options.out / "comparison.json").write_text(json.dumps(rows, indent=1))
+    differences = compared(rows, options.arms)
+    (options.out / "comparison.json").write_text(json.dumps({"runs": rows, "differences": differences}, indent=1))
+    show(differences)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import runpy
+import statistics
 import subprocess
 import sys
 import time
@@ -73,7 +74,8 @@ def test_arms_of_the_comparison_train_and_come_back_from_their_artifacts(embedde
     arms, seeds = ("pr832", "golf-chunks"), (1, 2)
     options = ("--seconds", 0.5, "--rehearse", "--score-bytes", 1000, "--arms", *arms, "--seeds", *seeds)
     run_script("gpu_comparison.py", embedded_shards, tmp_path, *options, "--also", f"others={embedded_shards}")
-    rows = json.loads((tmp_path / "comparison.json").read_text())
+    report = json.loads((tmp_path / "comparison.json").read_text())
+    rows = report["runs"]
     assert [(row["arm"], row["seed"]) for row in rows] == [(arm, seed) for arm in arms for seed in seeds]
     for row in rows:
         assert row["train_s"] >= 0.5
@@ -81,6 +83,11 @@ def test_arms_of_the_comparison_train_and_come_back_from_their_artifacts(embedde
         assert row["artifact_bpb"]["others"] == row["artifact_bpb"]["books"]
         assert row["artifact_bytes"] == (tmp_path / f"{row['arm']}-{row['seed']}.bjm").stat().st_size
     assert rows[0]["average_bpb"] != rows[1]["average_bpb"]
+    difference = report["differences"][0]
+    assert (difference["arm"], difference["minus"], difference["score"]) == ("golf-chunks", "pr832", "raw_bpb")
+    expected = statistics.mean(rows[2 + seed]["raw_bpb"]["books"] - rows[seed]["raw_bpb"]["books"] for seed in (0, 1))
+    assert difference["mean"] == pytest.approx(expected)
+    assert len(report["differences"]) == 3 * 2
 
 
 @pytest.mark.slow

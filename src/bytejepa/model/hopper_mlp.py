@@ -1,8 +1,8 @@
-"""Products that end with what comes after them, for GPUs of compute capability 9.0 and later (Triton).
+"""The MLP's products with its activation, for GPUs of compute capability 9.x (Triton).
 
 Between `up` and `down` of the MLP lies the widest tensor of the network. A compiler that calls a library for its products
 writes it, reads it, writes its activation, and as much again in the backward pass. Here the activation is taken while the
-product is still in registers, and so is the sum with the residual.
+product is still in registers.
 
 A persistent kernel: its programs walk over the tiles, and loads of the next tile begin while the last one is written.
 Source of the idea: modded-nanogpt's fused linear and squared ReLU (2025); written anew.
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-Ending = Literal["activate", "slope", "add"]
+Ending = Literal["activate", "slope"]
 
 
 class Tiles(NamedTuple):
@@ -35,9 +35,8 @@ class Tiles(NamedTuple):
     """On each multiprocessor."""
 
 
-ACTIVATE_TILES = Tiles(128, 256, 64, 3, 8, 2)
-SLOPE_TILES = Tiles(128, 256, 64, 3, 8, 2)
-ADD_TILES = Tiles(128, 256, 64, 3, 8, 2)
+TILES = Tiles(128, 256, 64, 3, 8, 2)
+"""The fastest of those tried, forward and backward (benchmarks/benchmark_mlp_kernels.py)."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -52,10 +51,7 @@ def _finish(  # type: ignore[no-untyped-def]
         result = rounded * tl.where(rounded > 0, rounded, 0.25 * rounded)
     else:
         given = given_desc.load([row, column]).to(tl.float32)
-        if ENDING == "slope":
-            result = part * row_scale[:, None] * tl.where(given > 0, 2.0 * given, 0.5 * given)
-        else:
-            result = part + given
+        result = part * row_scale[:, None] * tl.where(given > 0, 2.0 * given, 0.5 * given)
     result_desc.store([row, column], result.to(result_desc.dtype))
 
 
@@ -102,9 +98,7 @@ def _product(  # type: ignore[no-untyped-def]
             _finish(total, row_scale, given_desc, result_desc, row, column, ENDING)
 
 
-def up_and_activate(
-    x: Tensor, weight: Tensor, row_scale: Tensor | None, tiles: Tiles = ACTIVATE_TILES
-) -> tuple[Tensor, Tensor]:
+def up_and_activate(x: Tensor, weight: Tensor, row_scale: Tensor | None, tiles: Tiles = TILES) -> tuple[Tensor, Tensor]:
     """Return hidden = row_scale * (x @ weight^T) and leaky_relu(hidden, 0.5)^2; x (N, D), weight (M, D), bfloat16."""
     hidden = torch.empty((x.size(0), weight.size(0)), device=x.device, dtype=x.dtype)
     activated = torch.empty_like(hidden)
@@ -113,18 +107,11 @@ def up_and_activate(
 
 
 def gradient_of_hidden(
-    gradient: Tensor, weight: Tensor, hidden: Tensor, row_scale: Tensor | None, tiles: Tiles = SLOPE_TILES
+    gradient: Tensor, weight: Tensor, hidden: Tensor, row_scale: Tensor | None, tiles: Tiles = TILES
 ) -> Tensor:
     """Return row_scale * (gradient @ weight) times the activation's slope at `hidden`; gradient (N, D), weight (D, M)."""
     result = torch.empty_like(hidden)
     _launch("slope", gradient, weight, row_scale, hidden, result, tiles)
-    return result
-
-
-def product_added_to(residual: Tensor, x: Tensor, weight: Tensor, tiles: Tiles = ADD_TILES) -> Tensor:
-    """Return residual + x @ weight^T; residual (N, D), x (N, M), weight (D, M)."""
-    result = torch.empty_like(residual)
-    _launch("add", x, weight, None, residual, result, tiles)
     return result
 
 
