@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from bytejepa.config import replace
 from bytejepa.errors import ConfigError
@@ -16,18 +17,18 @@ from small_models import random_ids, small_config, small_model
 CPU = torch.device("cpu")
 
 
-def queries_keys_values(length: int = 13, heads: int = 4, groups: int = 2) -> list[torch.Tensor]:
+def queries_keys_values(length: int = 13, heads: int = 4, groups: int = 2, E: int = 8) -> list[Tensor]:
     random = torch.Generator().manual_seed(0)
-    return [torch.randn(2, length, n, 8, generator=random) for n in (heads, groups, groups)]
+    return [torch.randn(2, length, n, E, generator=random) for n in (heads, groups, groups)]
 
 
-def explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+def explicit(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """Softmax attention in float64; `visible` (1 or B, T, T)."""
     q, k, v = q.double(), k.double(), v.double()
     out = torch.empty_like(q)
     for head in range(q.size(2)):
         group = head // (q.size(2) // k.size(2))
-        scores = q[:, :, head] @ k[:, :, group].mT / 8**0.5
+        scores = q[:, :, head] @ k[:, :, group].mT / q.size(-1) ** 0.5
         out[:, :, head] = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v[:, :, group]
     return out
 
@@ -77,9 +78,9 @@ def test_a_window_counts_the_position_itself() -> None:
 @pytest.mark.parametrize("backend", ["blocked", "flash", "math"])
 @pytest.mark.parametrize("length", [1, 13, 64, 65, 130])
 def test_values_and_gradients_of_every_kernel_are_the_explicit_ones(backend: str, length: int) -> None:
-    parts = [x.requires_grad_() for x in queries_keys_values(length)]
+    parts = [x.requires_grad_() for x in queries_keys_values(length, E=16)]
     exact = [x.detach().double().requires_grad_() for x in parts]
-    weight = torch.randn(2, length, 4, 8, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(2, length, 4, 16, generator=torch.Generator().manual_seed(1))
     ours = causal_attention(*parts, backend=backend)
     theirs = explicit(*exact, torch.ones(length, length).tril().bool()[None])
     torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
@@ -89,28 +90,89 @@ def test_values_and_gradients_of_every_kernel_are_the_explicit_ones(backend: str
         torch.testing.assert_close(mine.grad.double(), oracle.grad, rtol=0, atol=1e-5)
 
 
-def test_it_does_not_matter_how_many_heads_are_taken_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def masks_of(kind: str, length: int) -> tuple[Tensor | None, Tensor]:
+    """The first keys of two sequences, and the same as an explicit mask (rows, T, T)."""
+    random = torch.Generator().manual_seed(2)
+    documents = (torch.rand(2, length, generator=random) < 0.1).cumsum(1)
+    window = {"window": 20, "both": 9}.get(kind)
+    ids = documents if kind in ("documents", "both") else None
+    mask = attention_mask(length, window, ids, CPU)
+    mask = torch.ones(length, length).tril().bool()[None] if mask is None else mask[:, 0]
+    return blocked_attention.first_keys(length, window, ids, CPU), mask
+
+
+@pytest.mark.parametrize("kind", ["causal", "window", "documents", "both"])
+@pytest.mark.parametrize("shape", [(1, 2, 2, 16), (13, 4, 1, 48), (64, 4, 2, 64), (131, 2, 1, 80), (200, 4, 2, 16)])
+def test_blocks_see_what_windows_and_documents_leave(kind: str, shape: tuple[int, int, int, int]) -> None:
+    length, H, G, E = shape
+    random = torch.Generator().manual_seed(3)
+    # as slices of one product, as the model has them
+    product = torch.randn(2, length, H + 2 * G, E, generator=random)
+    parts = [x.requires_grad_() for x in product.split((H, G, G), dim=2)]
+    exact = [x.detach().double().requires_grad_() for x in parts]
+    first, mask = masks_of(kind, length)
+    assert (first is None) == (kind == "causal" or (kind == "window" and length <= 20))
+    weight = torch.randn(2, length, H, E, generator=random)
+    found, expected = causal_attention(*parts, backend="blocked", mask=first), explicit(*exact, mask)
+    gradients = torch.autograd.grad((found * weight).sum(), parts)
+    for ours, theirs in zip(
+        (found, *gradients), (expected, *torch.autograd.grad((expected * weight).sum(), exact)), strict=True
+    ):
+        assert (ours.double() - theirs).norm() < 2e-6 * theirs.norm() + 5e-6
+
+
+def test_kernels_that_do_not_take_a_head_leave_the_mask_to_the_library() -> None:
+    first, mask = masks_of("both", 40)
+    for q, k, v in (queries_keys_values(40), [x.double() for x in queries_keys_values(40, E=16)]):
+        assert not blocked_attention.takes(q)
+        found = causal_attention(q, k, v, backend="blocked", mask=first)
+        torch.testing.assert_close(
+            found.double(), explicit(q.double(), k.double(), v.double(), mask), rtol=0, atol=1e-5
+        )
+
+
+def test_threads_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for heads in (1, 3, 4):  # of 4
-        monkeypatch.setattr(blocked_attention, "SCORES_AT_ONCE", heads * 64 * 2 * 130)
-        q, k, v = (x.requires_grad_() for x in queries_keys_values(130))
+    before = torch.get_num_threads()
+    for threads, openmp in ((1, True), (3, True), (3, False)):
+        torch.set_num_threads(threads)
+        if not openmp:
+            monkeypatch.setattr(blocked_attention, "_openmp", lambda: None)
+        q, k, v = (x.requires_grad_() for x in queries_keys_values(130, E=16))
         output = causal_attention(q, k, v, backend="blocked")
-        output.square().sum().backward()
-        results.append((output, q.grad, k.grad, v.grad))
+        results.append((output, *torch.autograd.grad(output.square().sum(), (q, k, v))))
+    torch.set_num_threads(before)
     for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=0, atol=1e-5)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(other, results[0], strict=True))
 
 
-def test_the_operator_tells_a_compiler_the_truth() -> None:
-    rows, k, v = (torch.randn(4, n, 8, requires_grad=True) for n in (2 * 130, 130, 130))
+def test_numbers_that_are_none_stay_so() -> None:
+    """A run that has diverged must not look as if it had not."""
+    for place in range(3):
+        parts = queries_keys_values(70, E=16)
+        parts[place][0, 5, 0, 3] = torch.nan
+        assert causal_attention(*parts, backend="blocked")[0].isnan().any()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_operator_tells_a_compiler_the_truth(masked: bool) -> None:
+    q, k, v = (x.requires_grad_() for x in queries_keys_values(70, E=16))
+    first = masks_of("documents", 70)[0] if masked else None
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(blocked_attention._attention_in_blocks, (rows, k, v), test_utils=checks)
+    torch.library.opcheck(blocked_attention._attention_in_blocks, (q, k, v, first), test_utils=checks)
+
+
+def test_what_is_said_of_the_kernels_is_so() -> None:
+    from bytejepa.kernels import tiled_attention, tiled_products
+
+    assert tiled_attention.ROWS == blocked_attention.BLOCK
+    assert tiled_products.LANES == blocked_attention.HEAD_WIDTHS
 
 
 @pytest.mark.parametrize("backend", ["blocked", "flash", "math"])
 @pytest.mark.parametrize("place", [1, 63, 64, 65, 129])
 def test_no_kernel_sees_a_later_key_while_training(backend: str, place: int) -> None:
-    q, k, v = (x.requires_grad_() for x in queries_keys_values(130))
+    q, k, v = (x.requires_grad_() for x in queries_keys_values(130, E=16))
     outputs = []
     for change in (0.0, 1.0):
         moved_k, moved_v = k.clone(), v.clone()
@@ -123,7 +185,7 @@ def test_no_kernel_sees_a_later_key_while_training(backend: str, place: int) -> 
 
 
 def test_large_scores_do_not_overflow() -> None:
-    q, k, v = (x.requires_grad_() for x in queries_keys_values(70))
+    q, k, v = (x.requires_grad_() for x in queries_keys_values(70, E=16))
     for backend in ("blocked", "flash", "math"):
         assert torch.isfinite(causal_attention(300 * q, 300 * k, v, backend=backend)).all(), backend
 
@@ -153,7 +215,7 @@ def test_the_query_gain_starts_where_it_is_set() -> None:
 
 def test_auto_is_a_kernel_of_this_machine() -> None:
     assert choose_backend("auto", "cpu") == "blocked"
-    assert choose_backend("auto", "cpu", windows=True) == "flash"
+    assert choose_backend("auto", "cpu", windows=True) == "blocked"
     assert choose_backend("math", "cpu", documents=True) == "math"
 
 
@@ -235,9 +297,10 @@ def test_a_gpu_computes_float32_and_uncompiled_masks_by_the_kernel_that_can(monk
         choose_backend("cudnn", "cuda", dtype=torch.float32)
 
 
-def test_a_kernel_without_masks_is_refused_where_there_are_some() -> None:
-    with pytest.raises(ConfigError, match=r"blocked is impossible on cpu: it cannot mask .*possible: flash, math"):
-        choose_backend("blocked", "cpu", windows=True)
+def test_a_kernel_without_masks_is_refused_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(attention._available, "cuda", dict.fromkeys(attention.available_backends("cpu")))
+    with pytest.raises(ConfigError, match=r"cudnn is impossible on cuda: it cannot mask .*possible: "):
+        choose_backend("cudnn", "cuda", windows=True, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("kernel", ["math", "flash", "blocked"])

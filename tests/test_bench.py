@@ -78,7 +78,7 @@ def test_attention_is_timed_by_the_models_own_kernel_and_masks(
     assert speed.attention_ms(step, steps=1) > 0
     step.loader.close()
     T = config.data.sequence_bytes
-    assert set(seen) == {("flash", T, True), ("flash", T, False)}
+    assert set(seen) == {("blocked", T, True), ("blocked", T, False)}
 
 
 def test_what_the_jepa_losses_cost_is_not_hidden_by_a_machine_that_slows_down(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,11 +54,13 @@ def test_the_log_declares_every_key_and_the_folder_says_where_it_ran(minimal_run
     assert {"fingerprint", "versions", "platform", "data", "attention", "git_commit"} <= set(manifest)
 
 
-@pytest.mark.parametrize(("masks", "kernel"), [(False, "blocked"), (True, "flash")])
+@pytest.mark.parametrize(("asked", "kernel"), [("auto", "blocked"), ("flash", "flash")])
 def test_the_manifest_names_the_kernel_that_attention_takes(
-    masks, kernel, minimal_config, embedded_shards, tmp_path
+    asked, kernel, minimal_config, embedded_shards, tmp_path
 ) -> None:
-    config = quiet(minimal_config, model={"document_masking": masks}, schedule={"steps": 1})
+    config = quiet(
+        minimal_config, model={"document_masking": True}, schedule={"steps": 1}, training={"attention": asked}
+    )
     train(config, embedded_shards, tmp_path / "run")
     assert RunFolder(tmp_path / "run").read_manifest()["attention"] == kernel
 
@@ -71,9 +73,9 @@ def test_the_manifest_says_where_a_run_went_on(minimal_config, embedded_shards, 
     assert (again["device"], again["world_size"], again["attention"]) == ("cpu", 1, "blocked")
 
 
-def test_a_kernel_that_cannot_mask_is_refused_before_there_is_a_run(minimal_config, embedded_shards, tmp_path) -> None:
-    config = quiet(minimal_config, model={"document_masking": True}, training={"attention": "blocked"})
-    with pytest.raises(ConfigError, match=r"attention blocked is impossible on cpu: it cannot mask"):
+def test_a_kernel_that_cannot_be_is_refused_before_there_is_a_run(minimal_config, embedded_shards, tmp_path) -> None:
+    config = quiet(minimal_config, training={"attention": "cudnn"})
+    with pytest.raises(ConfigError, match=r"attention cudnn is impossible on cpu: needs a CUDA device"):
         train(config, embedded_shards, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

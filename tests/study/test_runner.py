@@ -246,7 +246,10 @@ def test_runs_of_another_environment_are_refused_by_name(
     assert "\n" not in str(refused.value)
 
 
-def test_a_variant_may_need_another_attention_kernel(tmp_path: Path, embedded_shards: Path) -> None:
+def test_a_variant_may_need_another_attention_kernel(
+    tmp_path: Path, embedded_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bytejepa.model.attention._takes_masks", lambda name, **_: name != "blocked")
     control, other = small_values()["variants"]
     masked = {**other, "overrides": {"jepa.enabled": False, "model.document_masking": True}}
     study = run_study(small_plan(variants=[control, masked]), tmp_path / "study", data=embedded_shards)

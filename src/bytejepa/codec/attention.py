@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from bytejepa.codec.compilation import compiled
 from bytejepa.codec.fixed_point import (
     ATTENTION_BITS,
     INT16_MAX,
@@ -18,6 +17,7 @@ from bytejepa.codec.fixed_point import (
 )
 from bytejepa.codec.kernels import clamped, normalize, rounded
 from bytejepa.codec.tiles import multiply_wide
+from bytejepa.kernels.compilation import compiled
 
 
 @compiled

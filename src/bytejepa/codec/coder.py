@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bytejepa.codec.compilation import compiled
 from bytejepa.codec.fixed_point import TOTAL_BITS
+from bytejepa.kernels.compilation import compiled
 
 RANGE_BITS = 48
 CODE_BYTES = RANGE_BITS // 8

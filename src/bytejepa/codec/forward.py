@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from bytejepa.codec.attention import attend, drop_own_values, heads
-from bytejepa.codec.compilation import compiled
 from bytejepa.codec.fixed_point import (
     FREQUENCY_BITS,
     GATE_BITS,
@@ -33,6 +32,7 @@ from bytejepa.codec.fixed_point import (
 )
 from bytejepa.codec.kernels import add_scaled, bit_length, clamped, mix, normalize, normalize_rows, rounded, squared
 from bytejepa.codec.tiles import multiply
+from bytejepa.kernels.compilation import compiled
 
 
 @compiled

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from bytejepa.codec.compilation import compiled
 from bytejepa.codec.fixed_point import (
     HIDDEN_LIMIT,
     INT16_MAX,
@@ -15,6 +14,7 @@ from bytejepa.codec.fixed_point import (
     NORMED_BITS,
     RESIDUAL_LIMIT,
 )
+from bytejepa.kernels.compilation import compiled
 
 
 @compiled

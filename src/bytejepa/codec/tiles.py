@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from bytejepa.codec.compilation import compiled
+from bytejepa.kernels.compilation import compiled
 
 LANES = 16
 TILE_BLOCKS = 2

@@ -20,7 +20,8 @@ from bytejepa.model import blocked_attention, fused
 from bytejepa.model.layers import Linear, add_projected, normalize_and_rotate
 
 Mask = Any
-"""None, a bool tensor, for `flex` a BlockMask, for `flash3` and `flash4` the number of ids that a query sees."""
+"""None, a bool tensor, for `flex` a BlockMask, for `flash3` and `flash4` the number of ids that a query sees, for `blocked`
+the first of them."""
 
 Kernel = Literal["flash4", "flash3", "cudnn", "blocked", "flash", "flex", "efficient", "math"]
 
@@ -63,12 +64,18 @@ def _find_backends(device_type: str) -> dict[Kernel, str | None]:
             if capability[0] >= 9 and torch.backends.cudnn.is_available()
             else "needs cuDNN and compute capability 9.0"
         ),
-        "blocked": None if device_type == "cpu" else "it is for CPUs",
+        "blocked": _why_not_blocked(device_type),
         "flash": None,
         "flex": no_cuda,
         "efficient": no_cuda,
         "math": None,
     }
+
+
+def _why_not_blocked(device_type: str) -> str | None:
+    if device_type != "cpu":
+        return "it is for CPUs"
+    return None if blocked_attention.is_installed() else "its kernels are not there"
 
 
 def choose_backend(
@@ -112,7 +119,7 @@ def choose_backend(
 def _takes_masks(name: Kernel, *, documents: bool, on_gpu: bool) -> bool:
     if name in ("flash3", "flash4"):
         return not documents
-    return name in ("flex", "efficient", "math") or (name == "flash" and not on_gpu)
+    return name in ("flex", "efficient", "math") or (name in ("blocked", "flash") and not on_gpu)
 
 
 def attention_mask(
@@ -141,15 +148,15 @@ def causal_attention(
 ) -> Float[Tensor, "B T H E"]:
     """Return softmax(q k^T / sqrt(E)) v over the keys at or before each query that `mask` allows.
 
-    `mask` is what `attention_mask` returned, for `flex` a BlockMask, for `flash3` and `flash4` the window or None; the
-    kernels without masks take None only.
+    `mask` is what `attention_mask` returned, for `flex` a BlockMask, for `flash3` and `flash4` the window or None, for
+    `blocked` what `first_keys` did; the kernels without masks take None only.
     """
     if backend in ("flash3", "flash4"):
         return _flash_on_hopper(q, k, v, backend, mask)
     if backend == "blocked":
-        if q.requires_grad and q.size(1) <= blocked_attention.MAX_LENGTH and q.dtype == torch.float32:
-            return blocked_attention.causal_attention(q, k, v)
-        backend = "flash"  # without a backward pass, or where keeping the probabilities would take too much memory
+        if blocked_attention.takes(q):
+            return blocked_attention.causal_attention(q, k, v, mask)
+        backend, mask = "flash", None if mask is None else blocked_attention.as_mask(mask)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, E)
     if backend == "flex":
         from torch.nn.attention.flex_attention import flex_attention

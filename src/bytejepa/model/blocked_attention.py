@@ -1,85 +1,148 @@
-"""Exact causal attention for training on a CPU, a block of positions at a time, eager or compiled.
+"""Exact causal attention on a CPU, with windows and documents, a block of positions at a time, eager or compiled.
 
-PyTorch's flash kernel for CPUs reaches a third of the speed of the same cores' matrix products. Here the work is batched
-products with contiguous results, the only ones that the library computes as one, on few enough scores at a time for the
-cache. An operator of its own, so that a compiler keeps the loop as it is and fuses what surrounds it.
+PyTorch's flash kernel for CPUs reaches a third of the speed of the same cores' matrix products. Here are the operators of
+`bytejepa.kernels.tiled_attention`, which does the arithmetic, and the threads that it runs in.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import importlib
+import importlib.util
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
+_KERNELS = "bytejepa.kernels.tiled_attention"
+"""Imported by name when it is needed: numba takes half a second, and no submission's script takes it in."""
 BLOCK = 64
-"""Queries a block: small enough that a block's scores stay in the cache, large enough for the products to be fast."""
-SCORES_AT_ONCE = 1 << 20
-"""Scores at a time, in as many heads as that makes: they then stay in the cache, too."""
-MAX_LENGTH = 1024
-"""Longest context for which the probabilities, T^2 / 2 numbers a head, are kept for the backward pass."""
+"""Queries that the kernels take at a time."""
+HEAD_WIDTHS = 16
+"""A head's width is to be a multiple of this."""
 
 
-def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return scale * a @ b of batches, the scale for nothing: it is a parameter of the library's product."""
-    return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale)
+def is_installed() -> bool:
+    """Return whether this machine has the kernels: all have numba, but a submission's script is not the package."""
+    return __name__.startswith("bytejepa.") and importlib.util.find_spec("numba") is not None
 
 
-def _attend(rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Return (B G, T R, E) attention of query `rows` to (B G, T, E) keys and values, and each block's probabilities."""
-    T, scale = k.size(1), k.size(2) ** -0.5
-    R = rows.size(1) // T
-    future = torch.full((BLOCK, BLOCK), -torch.inf).triu(1).repeat_interleave(R, 0)
-    output, probabilities = torch.empty_like(rows), []
-    for part, begin, end in _blocks(k, R):
-        queries = slice(begin * R, end * R)
-        scores = _product(rows[part, queries], k[part, :end].mT, scale)
-        scores[..., begin:].add_(future[: (end - begin) * R, : end - begin])
-        probability = torch.softmax(scores, -1)
-        output[part, queries] = torch.bmm(probability, v[part, :end])
-        probabilities.append(probability)
-    return output, probabilities
+def takes(q: Tensor) -> bool:
+    """Return whether the kernels take queries (B, T, H, E) like these."""
+    return q.dtype == torch.float32 and q.size(-1) % HEAD_WIDTHS == 0
 
 
-def _blocks(k: Tensor, repeats: int) -> list[tuple[slice, int, int]]:
-    """Return which heads of keys, and the queries of which positions, from and to, are taken at a time."""
-    heads, T = k.size(0), k.size(1)
-    at_once = max(1, SCORES_AT_ONCE // (BLOCK * repeats * T))
-    return [
-        (slice(head, min(head + at_once, heads)), begin, min(begin + BLOCK, T))
-        for head in range(0, heads, at_once)
-        for begin in range(0, T, BLOCK)
-    ]
+def first_keys(
+    length: int, window: int | None, document_ids: Int[Tensor, "B T"] | None, device: torch.device
+) -> Int[Tensor, "rows T"] | None:
+    """Return the first position that each one sees, (1 or B, T) int32, or None if that is 0 everywhere.
+
+    `document_ids` rise where a document starts.
+    """
+    if (window is None or window >= length) and document_ids is None:
+        return None
+    position = torch.arange(length, device=device, dtype=torch.int32)
+    first = torch.zeros_like(position) if window is None else (position - window + 1).clamp_min(0)
+    if document_ids is None:
+        return first[None]
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    starts = torch.where(begins, position, 0).cummax(1).values
+    return torch.maximum(starts, first)
 
 
-def _shapes(rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:  # noqa: ARG001 - the operator's signature
-    R = rows.size(1) // k.size(1)
-    shapes = [(part.stop - part.start, (end - begin) * R, end) for part, begin, end in _blocks(k, R)]
-    return torch.empty_like(rows), [rows.new_empty(shape) for shape in shapes]
+def as_mask(first: Int[Tensor, "rows T"]) -> Tensor:
+    """Return which keys each query may see, bool (1 or B, 1, T, T), of what `first_keys` returned."""
+    position = torch.arange(first.size(1), device=first.device)
+    return ((position <= position[:, None]) & (position >= first[:, :, None]))[:, None]
+
+
+def _run(tensors: dict[int, Tensor], log_sums: Tensor, first: Tensor | None, *, is_backward: bool) -> None:
+    """Let the kernels do their work on (B, T, heads, E) tensors by their place: q, k, v, o and the gradients of o, q, k, v."""
+    kernels = importlib.import_module(_KERNELS)
+    (B, T, H, E), G = tensors[0].shape, tensors[1].size(2)
+    repeats = H // G
+    first = torch.zeros(1, T, dtype=torch.int32) if first is None else first.contiguous()
+    words = np.zeros(kernels.WORDS, dtype=np.int64)
+    words[2:8] = is_backward, B * G, G, repeats, T, E
+    for place, x in tensors.items():
+        words[[8 + place, 16 + place, 24 + place]] = x.data_ptr(), x.stride(1), x.stride(0)
+        words[32 + place] = E if x.size(2) == G else E * repeats
+    threads = min(torch.get_num_threads(), B * G)
+    numbers = kernels.scratch_numbers(T, E, is_backward)
+    scratch = torch.empty(threads * numbers)
+    words[40:45] = (
+        first.data_ptr(), log_sums.data_ptr(), scratch.data_ptr(), numbers, 0 if first.size(0) == 1 else T
+    )  # fmt: skip
+    _in_threads(kernels.work, words.ctypes.data, threads)
+
+
+def _in_threads(work: Any, told: int, threads: int) -> None:
+    """Call `work`, compiled for C, with `told` in so many threads at once, and return when all have ended."""
+    if threads == 1:
+        work.ctypes(told)
+    elif parallel := _openmp():
+        parallel(work.address, told, threads, 0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work.ctypes, [told] * threads))
+
+
+@functools.cache
+def _openmp() -> Callable[[int, int, int, int], None] | None:
+    """Return how to run a C function in the threads that PyTorch's operators run in, or None where that is not known.
+
+    Threads of our own would have to wait for those: OpenMP's go on spinning for a while after an operator.
+    """
+    maps = Path("/proc/self/maps")
+    loaded = (
+        {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line} if maps.is_file() else set()
+    )
+    if len(loaded) != 1:
+        return None
+    parallel = ctypes.CDLL(loaded.pop()).GOMP_parallel
+    parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return parallel
+
+
+def _ready(x: Tensor) -> Tensor:
+    """Return `x` with its heads side by side, as the kernels read them."""
+    return x if x.stride(3) == 1 and x.stride(2) == x.size(3) else x.contiguous()
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return attention (B, T, H, E) and the logs of the softmaxes' sums (B, H, T)."""
+    q, k, v = _ready(q), _ready(k), _ready(v)
+    output, log_sums = _shapes(q, k, v, first)
+    _run(dict(enumerate((q, k, v, output))), log_sums, first, is_backward=False)
+    return output, log_sums
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG001 - the operator's signature
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(B, H, T)
 
 
 def _attend_back(
-    grad_rows: Tensor, rows: Tensor, k: Tensor, v: Tensor, probabilities: list[Tensor]
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, log_sums: Tensor, first: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `rows`, `k` and `v`, given that of `_attend`'s output."""
-    R, scale = rows.size(1) // k.size(1), k.size(2) ** -0.5
-    grad_q, grad_k, grad_v = torch.empty_like(rows), torch.empty_like(k), torch.empty_like(v)
-    blocks = list(zip(_blocks(k, R), probabilities, strict=True))
-    for (part, begin, end), probability in reversed(blocks):
-        # the last block of a head comes first and sees all keys: it fills, the others add
-        queries = slice(begin * R, end * R)
-        add = Tensor.copy_ if end == k.size(1) else Tensor.add_
-        add(grad_v[part, :end], torch.bmm(probability.mT, grad_rows[part, queries]))
-        grad_probability = torch.bmm(grad_rows[part, queries], v[part, :end].mT)
-        grad_scores = torch.ops.aten._softmax_backward_data(grad_probability, probability, -1, torch.float32)
-        grad_q[part, queries] = _product(grad_scores, k[part, :end], scale)
-        add(grad_k[part, :end], _product(grad_scores.mT, rows[part, queries], scale))
-    return grad_q, grad_k, grad_v
+    """Return the gradients of `q`, `k` and `v`, given that of `_attend`'s output."""
+    q, k, v, output, grad = (_ready(x) for x in (q, k, v, output, grad))
+    gradients = _gradient_shapes(grad, q, k, v, output, log_sums, first)
+    _run(dict(enumerate((q, k, v, output, grad, *gradients))), log_sums, first, is_backward=True)
+    return gradients
 
 
-def _gradient_shapes(_: Tensor, rows: Tensor, k: Tensor, v: Tensor, __: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(rows), torch.empty_like(k), torch.empty_like(v)
+def _gradient_shapes(
+    _grad: Tensor, q: Tensor, k: Tensor, v: Tensor, _output: Tensor, _log_sums: Tensor, _first: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _operator(
@@ -95,50 +158,34 @@ def _operator(
 
 _gradient_in_blocks = _operator(
     "attention_in_blocks_gradient",
-    "(Tensor grad_rows, Tensor rows, Tensor k, Tensor v, Tensor[] probabilities) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor output, Tensor log_sums, Tensor? first)"
+    " -> (Tensor, Tensor, Tensor)",
     _attend_back,
     _gradient_shapes,
     None,
 )
 
 
-def _keep_for_gradient(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, list[Tensor]]) -> None:  # type: ignore[no-untyped-def]
-    ctx.set_materialize_grads(False)  # the probabilities have none
-    ctx.save_for_backward(*inputs, *output[1])
+def _keep_for_gradient(ctx, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)  # the logs of the sums have none
+    ctx.save_for_backward(*inputs, *output)
 
 
-def _gradient_of_attention(ctx, grad: Tensor, _: list[Tensor | None]) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
-    rows, k, v, *probabilities = ctx.saved_tensors
-    gradients: tuple[Tensor, ...] = _gradient_in_blocks(grad.contiguous(), rows, k, v, probabilities)
-    return gradients
+def _gradient_of_attention(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    q, k, v, first, output, log_sums = ctx.saved_tensors
+    return *_gradient_in_blocks(grad, q, k, v, output, log_sums, first), None
 
 
 _attention_in_blocks = _operator(
     "attention_in_blocks",
-    "(Tensor rows, Tensor k, Tensor v) -> (Tensor, Tensor[])",
+    "(Tensor q, Tensor k, Tensor v, Tensor? first) -> (Tensor, Tensor)",
     _attend,
     _shapes,
     _gradient_of_attention,
 )
 
 
-def _rows(x: Tensor, repeats: int) -> Tensor:
-    """Return (B, T, heads, E) as (B heads / repeats, T repeats, E), contiguous."""
-    _, T, heads, E = x.shape
-    return x.unflatten(2, (heads // repeats, repeats)).transpose(1, 2).reshape(-1, T * repeats, E)
-
-
-def _heads(rows: Tensor, batch: int, repeats: int) -> Tensor:
-    """Return what `_rows` made as (B, T, heads, E) again."""
-    return rows.view(batch, -1, rows.size(1) // repeats, repeats, rows.size(2)).transpose(1, 2).flatten(2, 3)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return causal attention of (B, T, heads, E) queries, keys and values; for training at T up to MAX_LENGTH.
-
-    Exact, a block of positions at a time against the keys before its end. The R = H / G query heads that share a key head
-    are rows of one product, position by position, so that keys and values are never repeated and a block is a slice.
-    """
-    B, R = q.size(0), q.size(2) // k.size(2)
-    output, _ = _attention_in_blocks(_rows(q, R), _rows(k, 1), _rows(v, 1))
-    return _heads(output, B, R)
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None) -> Tensor:
+    """Return attention of (B, T, H, E) queries to the keys and values (B, T, G, E) from each one's `first` to itself."""
+    output, _ = _attention_in_blocks(q, k, v, first)
+    return output

@@ -21,6 +21,7 @@ from bytejepa.config import AttentionBackend, RunConfig, replace
 from bytejepa.data.vocabulary import VOCABULARY_SIZE
 from bytejepa.model.attention import Kernel, Mask, attention_mask, choose_backend, masked_attention
 from bytejepa.model.block import Block
+from bytejepa.model.blocked_attention import first_keys
 from bytejepa.model.chunk_stride import add_changes, at_chunk_ends
 from bytejepa.model.jepa import Jepa, Latents
 from bytejepa.model.layers import (
@@ -246,7 +247,8 @@ class ByteLM(nn.Module):
             return backend, {window: block_mask(length, window, document_ids, device) for window in windows}
         if backend in ("flash3", "flash4"):
             return backend, {window: window if window is not None and window < length else None for window in windows}
-        return backend, {window: attention_mask(length, window, document_ids, device) for window in windows}
+        form = first_keys if backend == "blocked" else attention_mask
+        return backend, {window: form(length, window, document_ids, device) for window in windows}
 
     def _windows(self, stride: int) -> set[int | None]:
         model = self.config.model

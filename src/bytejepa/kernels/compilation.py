@@ -1,4 +1,4 @@
-"""How the codec's functions are compiled and where the compiled code is kept.
+"""How numba compiles functions and where the compiled code is kept.
 
 Numba keeps compiled code with a function's own file and reuses it as long as that file stays as it is. But a compiled
 function contains those that it calls, and their constants: after a change of another file the kept code would compute other
@@ -7,34 +7,51 @@ integers than the source says, and write files that no other machine reads. So t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from numba import cfunc, njit
 from numba import config as numba_config
-from numba import njit
 
 config: Any = numba_config  # its attributes are made at run time
 
 
 def compiled(function: Callable[..., Any]) -> Any:
     """Return `function` compiled by numba: without the interpreter's lock, kept on disk for the next process."""
-    before = config.CACHE_DIR  # read while a function is decorated; others of this process keep theirs
-    config.CACHE_DIR = cache_folder()
-    try:
+    with _kept_beside(function):
         return njit(nogil=True, cache=True, error_model="numpy")(function)
+
+
+def compiled_for_c(signature: str) -> Callable[[Callable[..., Any]], Any]:
+    """Return a decorator that compiles a function of this `signature` for callers in C: its `.address` is what they call."""
+
+    def compile_it(function: Callable[..., Any]) -> Any:
+        with _kept_beside(function):
+            return cfunc(signature, cache=True, error_model="numpy")(function)
+
+    return compile_it
+
+
+@contextlib.contextmanager
+def _kept_beside(function: Callable[..., Any]) -> Iterator[None]:
+    before = config.CACHE_DIR  # read while a function is decorated; others of this process keep theirs
+    config.CACHE_DIR = cache_folder(Path(inspect.getfile(function)).parent)
+    try:
+        yield
     finally:
         config.CACHE_DIR = before
 
 
 @functools.cache
-def cache_folder() -> str:
-    """Return where compiled code of just these sources is kept: beside them, or where that is not allowed, in the user's
-    cache. NUMBA_CACHE_DIR comes before both."""
-    package = Path(__file__).parent
+def cache_folder(package: Path) -> str:
+    """Return where compiled code of just the sources in `package` is kept: beside them, or where that is not allowed, in the
+    user's cache. NUMBA_CACHE_DIR comes before both."""
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.glob("*.py"))))
     if config.CACHE_DIR:
         place = Path(config.CACHE_DIR)
@@ -42,4 +59,4 @@ def cache_folder() -> str:
         place = package / "__pycache__"
     else:
         place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return str(place / f"bytejepa-codec-{digest.hexdigest()[:16]}")
+    return str(place / f"bytejepa-{package.name}-{digest.hexdigest()[:16]}")
