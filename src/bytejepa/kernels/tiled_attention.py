@@ -26,7 +26,7 @@ from bytejepa.kernels.row_functions import (
     pointer_to,
     slopes,
 )
-from bytejepa.kernels.tiled_products import LANES, TILE_BLOCKS, TILE_ROWS, multiply
+from bytejepa.kernels.tiled_products import LANES, TILE_ROWS, multiply
 
 ROWS = 64
 """Most queries a block."""
@@ -34,7 +34,8 @@ _SCORES = 65_536
 """Most scores a block: their 256 KiB, twice in the backward pass, stay in a core's second cache."""
 WORDS = 45
 """Of 64 bits: what `work` is told."""
-_ACROSS = TILE_BLOCKS * LANES
+_ACROSS = 64
+"""Keys at a time: their 16 KiB stay in the first cache while all queries of a block pass."""
 
 
 @compiled

@@ -1,8 +1,8 @@
 """Small float32 matrix products in LLVM IR, for numba functions: the arithmetic under `tiled_attention`.
 
 Libraries reach two thirds of a core's speed on products of 64 rows; numba's own vectoriser keeps no sums in registers.
-A tile of up to 4 rows and 64 columns is summed in 16 vectors of 16 numbers, which LLVM divides among whatever registers
-the processor has.
+A tile of up to 4 rows and 64 columns is summed in up to 16 vectors of 16 numbers, which LLVM divides among whatever
+registers the processor has.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
@@ -19,10 +19,21 @@ from bytejepa.kernels.compilation import compiled
 
 LANES = 16
 TILE_ROWS = 4
-TILE_BLOCKS = 4
-"""Vectors across a tile: TILE_BLOCKS * LANES columns."""
-_SHAPES = [(rows, blocks) for rows in (1, TILE_ROWS) for blocks in (1, 2, TILE_BLOCKS)]
-"""Of tiles for which there is code; compiling takes half a second each."""
+
+
+def _vectors_across() -> tuple[int, ...]:
+    """Return of how many vectors a row of a tile may be: the sums of the widest tile fill half of the registers."""
+    try:
+        has_wide_registers = binding.get_host_cpu_features().get("avx512f", False)
+    except RuntimeError:  # LLVM knows no features of this kind of processor
+        has_wide_registers = False
+    return (1, 2, 4) if has_wide_registers else (1,)
+
+
+_BLOCKS = _vectors_across()
+_SHAPES = [(rows, blocks) for rows in (1, TILE_ROWS) for blocks in _BLOCKS]
+"""Of tiles for which there is code; compiling takes half a second each. None of them changes a number."""
+_WIDEST, _NARROWER = _BLOCKS[-1], min(2, _BLOCKS[-1])
 _I32, _I64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 VECTOR, INTEGERS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_I32, LANES)
 
@@ -122,7 +133,7 @@ def multiply(
     column = 0
     while column < columns:
         left = (columns - column) // LANES
-        blocks = TILE_BLOCKS if left >= TILE_BLOCKS else min(2, left)
+        blocks = _WIDEST if left >= _WIDEST else min(_NARROWER, left)
         row = 0
         while row < rows:
             count = TILE_ROWS if rows - row >= TILE_ROWS else 1

@@ -24,6 +24,8 @@ _KERNELS = "bytejepa.kernels.tiled_attention"
 """Imported by name when it is needed: numba takes half a second, and no submission's script takes it in."""
 BLOCK = 64
 """Queries that the kernels take at a time."""
+FLOP_OF_A_THREAD = 8_000_000
+"""Fewest, some 0.1 ms: below that, a thread costs more than it brings where cores are shared."""
 HEAD_WIDTHS = 16
 """A head's width is to be a multiple of this."""
 
@@ -74,7 +76,8 @@ def _run(tensors: dict[int, Tensor], log_sums: Tensor, first: Tensor | None, *, 
     for place, x in tensors.items():
         words[[8 + place, 16 + place, 24 + place]] = x.data_ptr(), x.stride(1), x.stride(0)
         words[32 + place] = E if x.size(2) == G else E * repeats
-    threads = min(torch.get_num_threads(), B * G)
+    flop = 2 * B * H * E * T * (T + BLOCK)
+    threads = max(1, min(torch.get_num_threads(), B * G, flop // FLOP_OF_A_THREAD))
     numbers = kernels.scratch_numbers(T, E, is_backward)
     scratch = torch.empty(threads * numbers)
     words[40:45] = (
