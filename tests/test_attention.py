@@ -121,6 +121,18 @@ def test_blocks_see_what_windows_and_documents_leave(kind: str, shape: tuple[int
         assert (ours.double() - theirs).norm() < 2e-6 * theirs.norm() + 5e-6
 
 
+@pytest.mark.parametrize("place", [5, 18, 33])
+def test_blocks_see_nothing_at_all_of_what_is_hidden(place: int) -> None:
+    """However large it is: a probability of 1e-38 is none that is zero."""
+    q, k, v = queries_keys_values(40, E=16)
+    first = torch.where(torch.arange(40) > place, place + 1, 0).int()[None]  # a document begins after it
+    changed = v.clone()
+    changed[:, place] = 3e38
+    outputs = [causal_attention(q, k, values, backend="blocked", mask=first) for values in (v, changed)]
+    for unmoved in (slice(None, place), slice(place + 1, None)):
+        assert torch.equal(outputs[0][:, unmoved], outputs[1][:, unmoved])
+
+
 def test_kernels_that_do_not_take_a_head_leave_the_mask_to_the_library() -> None:
     first, mask = masks_of("both", 40)
     for q, k, v in (queries_keys_values(40), [x.double() for x in queries_keys_values(40, E=16)]):
