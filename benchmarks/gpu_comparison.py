@@ -5,7 +5,7 @@
 DATA: byte260 shards of a training and a validation split; `--also` names further ones, of which the validation split is scored.
 One process an arm: they compile side by side, then train turn by turn, seed by seed, each for the same seconds (compilation
 not counted) at the reference's share of a batch, 49,152 bytes a step. What they trained is packed and scored by a process each,
-once nothing is timed any more. On an H200 compiling takes 85 s (pr832) and 160 s (golf), packing and scoring 40 s. Writes
+once nothing is timed any more. On an H200 compiling takes 85 s (pr832) and 160 s (golf), packing and scoring 20 to 40 s. Writes
 OUT/ARM-SEED.json and OUT/comparison.json, which ends with each arm against the first, paired by seed; run folders and
 artifacts stay in OUT.
 """

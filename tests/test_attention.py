@@ -1,6 +1,7 @@
 """Attention: every kernel of this machine against an explicit softmax in float64, masks, XSA, choice of kernel."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -144,19 +145,86 @@ def test_kernels_that_do_not_take_a_head_leave_the_mask_to_the_library() -> None
 
 
 def test_threads_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    results = []
-    before = torch.get_num_threads()
+    results, taken = [], []
+    work_in_threads = blocked_attention._in_threads
     monkeypatch.setattr(blocked_attention, "FLOP_OF_A_THREAD", 1)
-    for threads, openmp in ((1, True), (3, True), (3, False)):
-        torch.set_num_threads(threads)
-        if not openmp:
-            monkeypatch.setattr(blocked_attention, "_openmp", lambda: None)
-        q, k, v = (x.requires_grad_() for x in queries_keys_values(130, E=16))
-        output = causal_attention(q, k, v, backend="blocked")
-        results.append((output, *torch.autograd.grad(output.square().sum(), (q, k, v))))
-    torch.set_num_threads(before)
+    monkeypatch.setattr(blocked_attention, "_in_threads", lambda *told: taken.append(told[2]) or work_in_threads(*told))
+    before = torch.get_num_threads()
+    try:
+        for threads, openmp in ((1, True), (3, True), (3, False)):
+            torch.set_num_threads(threads)
+            if not openmp:
+                monkeypatch.setattr(blocked_attention, "_openmp", lambda: None)
+            q, k, v = (x.requires_grad_() for x in queries_keys_values(130, E=16))
+            output = causal_attention(q, k, v, backend="blocked")
+            results.append((output, *torch.autograd.grad(output.square().sum(), (q, k, v))))
+    finally:
+        torch.set_num_threads(before)
+    assert taken == [1, 1, 3, 3, 3, 3]
     for other in results[1:]:
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize("length", [1100, 4200])
+def test_blocks_of_long_sequences_are_smaller_and_see_the_same(length: int) -> None:
+    random = torch.Generator().manual_seed(4)
+    parts = [torch.randn(1, length, n, 16, generator=random, requires_grad=True) for n in (2, 1, 1)]
+    weight = torch.randn(1, length, 2, 16, generator=random)
+    results = []
+    for backend in ("blocked", "math"):
+        output = causal_attention(*parts, backend=backend)
+        results.append((output, *torch.autograd.grad((output * weight).sum(), parts)))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+def test_heads_need_not_lie_side_by_side() -> None:
+    parts = queries_keys_values(70, E=16)
+    expected = causal_attention(*parts, backend="blocked")
+    apart = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in parts]
+    output = causal_attention(*apart, backend="blocked")
+    assert torch.equal(output, expected)
+    together = [x.requires_grad_() for x in parts]
+    exact = torch.autograd.grad(
+        causal_attention(*together, backend="blocked").sum(), together
+    )  # its gradient is expanded
+    for ours, theirs in zip(torch.autograd.grad(output.sum(), apart), exact, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_another_default_type_is_not_that_of_the_kernels_memory() -> None:
+    q, k, v = queries_keys_values(130, E=16)
+    expected = causal_attention(q, k, v, backend="blocked")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = causal_attention(q, k, v, backend="blocked")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+def test_what_the_kernels_would_read_past_is_refused() -> None:
+    q, k, v = queries_keys_values(40, E=16)
+    first = torch.zeros(1, 40, dtype=torch.int32)
+    wrong = (
+        (q[:, :, :3], k, v, None), (q, k[:, :9], v[:, :9], None), (q, k, v[..., :8], None), (q, k.double(), v, None),
+        (q, k, v, first.bool()), (q, k, v, first[:, :9]), (q, k, v, first.expand(3, -1)),
+    )  # fmt: skip
+    for given in wrong:
+        with pytest.raises(ValueError, match="attention in blocks takes float32"):
+            blocked_attention.causal_attention(*given)
+
+
+def test_openmp_is_found_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = tmp_path / "maps"
+    monkeypatch.setattr(blocked_attention, "Path", lambda _: maps)
+    begin = "7f00-7f01 r-xp 00000000 fe:00 1234                       "
+    for lines in ("", f"{begin}/a b/libgomp.so.1 (deleted)\n", f"{begin}/a/libgomp.so.1\n{begin}/b/libgomp.so.1\n"):
+        maps.write_text(lines)
+        assert blocked_attention._openmp.__wrapped__() is None
+    loaded = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("libgomp.so.1")]
+    maps.write_text("\n".join(loaded))
+    assert (blocked_attention._openmp.__wrapped__() is None) == (not loaded)
 
 
 def test_numbers_that_are_none_stay_so() -> None:
@@ -229,6 +297,7 @@ def test_the_query_gain_starts_where_it_is_set() -> None:
 def test_auto_is_a_kernel_of_this_machine() -> None:
     assert choose_backend("auto", "cpu") == "blocked"
     assert choose_backend("auto", "cpu", windows=True) == "blocked"
+    assert choose_backend("auto", "cpu", head_width=24) == "flash"
     assert choose_backend("math", "cpu", documents=True) == "math"
 
 
@@ -318,7 +387,7 @@ def test_a_kernel_without_masks_is_refused_where_there_are_some(monkeypatch: pyt
 
 @pytest.mark.parametrize("kernel", ["math", "flash", "blocked"])
 def test_a_kernel_changes_no_loss_beyond_rounding(kernel: str) -> None:
-    model, ids = small_model(), random_ids(2, 131)
+    model, ids = small_model(model={"num_heads": 2, "num_kv_heads": 1}), random_ids(2, 131)
     other = ByteLM(replace(model.config, training={"attention": kernel}))
     other.load_state_dict(model.state_dict())
     with torch.no_grad():

@@ -155,6 +155,10 @@ def test_moments_are_seen_where_the_mlp_has_kernels_of_its_own(monkeypatch: pyte
     monkeypatch.setattr(fused_mlp, "fits", lambda *_: True)
     found = calibrate(model, ids)
     assert found.spreads.keys() == expected.spreads.keys()
+    for name, spread in found.spreads.items():
+        assert spread.gain == pytest.approx(expected.spreads[name].gain, rel=1e-3)
+    for name, sensitivity in found.sensitivity.items():
+        torch.testing.assert_close(sensitivity, expected.sensitivity[name], rtol=1e-3, atol=1e-9)
     assert fused_mlp.possible == {"cpu": True}
 
 

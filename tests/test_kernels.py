@@ -1,13 +1,15 @@
 """The compiled arithmetic under attention on a CPU, against numpy in float64."""
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 
-from bytejepa.kernels import tiled_products
-from bytejepa.kernels.compilation import compiled
+from bytejepa.kernels import compilation, tiled_products
 from bytejepa.kernels.row_functions import dot, exponentials, largest, multiply_row, slopes
 
 Numbers = npt.NDArray[np.float32]
@@ -42,17 +44,17 @@ def test_products_of_any_shape_and_stride_are_numpys(
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
-@compiled
+@njit
 def _exponentials(row: int, vectors: int, factor: float, least: float) -> float:
     return exponentials(row, vectors, factor, least)
 
 
-@compiled
+@njit
 def _slopes(s: int, dp: int, vectors: int, factor: float, log_sum: float, along: float) -> None:
     slopes(s, dp, vectors, factor, log_sum, along)
 
 
-@compiled
+@njit
 def _others(row: int, other: int, vectors: int, factor: float) -> tuple[float, float]:
     found = largest(row, vectors), dot(row, other, vectors)
     multiply_row(row, vectors, factor)
@@ -96,3 +98,28 @@ def test_what_is_not_a_number_is_passed_on() -> None:
     assert np.isnan(_exponentials(address(row), 2, 1.0, 0.0))
     assert np.isnan(row[20])
     assert np.isfinite(np.delete(row, 20)).all()
+
+
+def test_kept_code_is_that_of_the_sources_it_was_made_of(tmp_path: Path) -> None:
+    """Of a package's own and of those here, which its functions contain."""
+    package = tmp_path / "package"
+    package.mkdir()
+    folders = []
+    for text in ("a = 1", "a = 2", "a = 1"):
+        (package / "module.py").write_text(text)
+        folders.append(compilation.cache_folder.__wrapped__(package))
+    assert folders[0] == folders[2] != folders[1]
+
+
+def test_without_a_place_for_compiled_code_it_is_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refusing(*_: object, **options: object) -> object:
+        asked.append(options.get("cache", False))
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(error_model="numpy")
+
+    monkeypatch.setattr(compilation, "njit", refusing)
+    assert compilation.compiled(lambda x: x + 1)(2) == 3
+    assert asked == [True, False]

@@ -7,12 +7,11 @@ integers than the source says, and write files that no other machine reads. So t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +23,36 @@ config: Any = numba_config  # its attributes are made at run time
 
 def compiled(function: Callable[..., Any]) -> Any:
     """Return `function` compiled by numba: without the interpreter's lock, kept on disk for the next process."""
-    with _kept_beside(function):
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    return _kept(function, lambda **kept: njit(nogil=True, error_model="numpy", **kept)(function))
 
 
 def compiled_for_c(signature: str) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator that compiles a function of this `signature` for callers in C: its `.address` is what they call."""
 
     def compile_it(function: Callable[..., Any]) -> Any:
-        with _kept_beside(function):
-            return cfunc(signature, cache=True, error_model="numpy")(function)
+        return _kept(function, lambda **kept: cfunc(signature, error_model="numpy", **kept)(function))
 
     return compile_it
 
 
-@contextlib.contextmanager
-def _kept_beside(function: Callable[..., Any]) -> Iterator[None]:
+def _kept(function: Callable[..., Any], make: Callable[..., Any]) -> Any:
+    """Return what `make` compiles of `function`, with code kept on disk unless there is no place for it."""
     before = config.CACHE_DIR  # read while a function is decorated; others of this process keep theirs
     config.CACHE_DIR = cache_folder(Path(inspect.getfile(function)).parent)
     try:
-        yield
+        return make(cache=True)
+    except RuntimeError:  # numba finds no folder that it may write to: every process compiles for itself
+        return make()
     finally:
         config.CACHE_DIR = before
 
 
 @functools.cache
 def cache_folder(package: Path) -> str:
-    """Return where compiled code of just the sources in `package` is kept: beside them, or where that is not allowed, in the
-    user's cache. NUMBA_CACHE_DIR comes before both."""
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.glob("*.py"))))
+    """Return where compiled code of just the sources in `package` and here is kept: beside them, or where that is not allowed,
+    in the user's cache. NUMBA_CACHE_DIR comes before both."""
+    sources = sorted({*package.glob("*.py"), *Path(__file__).parent.glob("*.py")})
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources))
     if config.CACHE_DIR:
         place = Path(config.CACHE_DIR)
     elif os.access(package, os.W_OK):

@@ -32,8 +32,10 @@ ROWS = 64
 """Most queries a block."""
 _SCORES = 65_536
 """Most scores a block: their 256 KiB, twice in the backward pass, stay in a core's second cache."""
-WORDS = 45
-"""Of 64 bits: what `work` is told."""
+NEXT_PIECE, NEXT_SLOT, IS_BACKWARD, PIECES, GROUPS, REPEATS, LENGTH, WIDTH = range(8)
+ADDRESSES, STRIDES, BATCH_STRIDES, HEAD_STRIDES = 8, 16, 24, 32
+FIRST, LOG_SUMS, SCRATCH, SCRATCH_NUMBERS, FIRST_STRIDE, WORDS = range(40, 46)
+"""Places among the 64-bit words that `work` is told, and how many there are; see there."""
 _ACROSS = 64
 """Keys at a time: their 16 KiB stay in the first cache while all queries of a block pass."""
 
@@ -181,19 +183,28 @@ def _copy(x: int, T: int, E: int, out: int, stride: int) -> None:
 
 @compiled_for_c("void(intp)")
 def work(told: int) -> None:
-    """Take pieces of a call's work until none is left: one of the threads of `call`, which says what is `told`."""
+    """Take pieces of a call's work, a head of keys each, until none is left; several threads do so at once.
+
+    `told` is the address of WORDS 64-bit words. Two counters begin at 0: the next piece, and the next slot of scratch
+    memory. Then: whether this is the gradient; how many pieces there are, heads of keys a sequence, queries' heads for
+    each, T and E. From ADDRESSES on, eight of q, k, v, o and of the gradients of o, q, k and v, and in the same order
+    what lies between positions, sequences and heads of keys, in numbers. Last: the addresses of `first` (int32, a row a
+    sequence, FIRST_STRIDE apart), of the logs of the sums (B, H, T), of scratch memory, and its numbers a slot.
+    """
     words = carray(pointer_to(told), WORDS, np.int64)
-    is_backward, heads, G, R, T, E = words[2] != 0, words[3], words[4], words[5], words[6], words[7]
-    addresses, strides, batch_strides, head_strides = words[8:16], words[16:24], words[24:32], words[32:40]
-    first_at, log_sums_at, scratch_at = words[40], words[41], words[42]
+    is_backward, pieces, G, R = words[IS_BACKWARD] != 0, words[PIECES], words[GROUPS], words[REPEATS]
+    T, E = words[LENGTH], words[WIDTH]
+    addresses, strides = words[ADDRESSES : ADDRESSES + 8], words[STRIDES : STRIDES + 8]
+    batch_strides = words[BATCH_STRIDES : BATCH_STRIDES + 8]
+    head_strides = words[HEAD_STRIDES : HEAD_STRIDES + 8]
     factor = np.float32(1.0 / np.sqrt(E))
-    scratch = scratch_at + 4 * next_number(told + 8) * words[43]
+    scratch = words[SCRATCH] + 4 * next_number(told + 8 * NEXT_SLOT) * words[SCRATCH_NUMBERS]
     while True:
-        piece = next_number(told)
-        if piece >= heads:
+        piece = next_number(told + 8 * NEXT_PIECE)
+        if piece >= pieces:
             break
         b, g = piece // G, piece % G
-        first = carray(pointer_to(first_at + 4 * b * words[44]), T, np.int32)
+        first = carray(pointer_to(words[FIRST] + 4 * b * words[FIRST_STRIDE]), T, np.int32)
         base = addresses + 4 * (b * batch_strides + g * head_strides)
         _transpose(base[1], strides[1], T, E, scratch)
         sums = scratch
@@ -203,7 +214,7 @@ def work(told: int) -> None:
             _fill(sums, 0, 2 * T * E, 0.0)
         for repeat in range(R):
             query = 4 * repeat * E
-            log_sums = carray(pointer_to(log_sums_at + 4 * ((b * G + g) * R + repeat) * T), T, np.float32)
+            log_sums = carray(pointer_to(words[LOG_SUMS] + 4 * ((b * G + g) * R + repeat) * T), T, np.float32)
             if is_backward:
                 _backward(
                     base[0] + query, base[1], base[4] + query, base[3] + query, base[5] + query, log_sums, first,

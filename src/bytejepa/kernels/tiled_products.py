@@ -39,7 +39,8 @@ VECTOR, INTEGERS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_I32, LANES)
 
 
 def in_ir(function: Callable[..., Any]) -> Any:
-    """Return numba's intrinsic of `function`, whose parameters but the first are those of the calls."""
+    """Return numba's intrinsic of `function`, whose parameters but the first are those of the calls; as such it is called
+    with one parameter fewer than type checkers see."""
     return intrinsic(function)
 
 

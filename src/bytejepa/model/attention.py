@@ -86,6 +86,7 @@ def choose_backend(
     documents: bool = False,
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
+    head_width: int = blocked_attention.HEAD_WIDTHS,
 ) -> Kernel:
     """Return the kernel to use on `device_type`.
 
@@ -101,6 +102,8 @@ def choose_backend(
             refused[name] = why
         elif on_gpu and dtype not in (torch.bfloat16, torch.float16) and name in HALF_PRECISION_ONLY:
             refused[name] = f"it computes in half precision only, this is {str(dtype).removeprefix('torch.')}"
+        elif name == "blocked" and head_width % blocked_attention.HEAD_WIDTHS:
+            refused[name] = f"its heads are {head_width} wide, no multiple of {blocked_attention.HEAD_WIDTHS}"
         elif masked and not _takes_masks(name, documents=documents, on_gpu=on_gpu):
             refused[name] = "it cannot mask windows or documents here"
     possible = [name for name in available if name not in refused]
@@ -154,7 +157,7 @@ def causal_attention(
     if backend in ("flash3", "flash4"):
         return _flash_on_hopper(q, k, v, backend, mask)
     if backend == "blocked":
-        if blocked_attention.takes(q):
+        if blocked_attention.takes(q, k, v):
             return blocked_attention.causal_attention(q, k, v, mask)
         backend, mask = "flash", None if mask is None else blocked_attention.as_mask(mask)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, E)

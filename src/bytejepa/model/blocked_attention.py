@@ -23,7 +23,7 @@ from torch import Tensor
 _KERNELS = "bytejepa.kernels.tiled_attention"
 """Imported by name when it is needed: numba takes half a second, and no submission's script takes it in."""
 BLOCK = 64
-"""Queries that the kernels take at a time."""
+"""Queries that the kernels take at a time, at most."""
 FLOP_OF_A_THREAD = 8_000_000
 """Fewest, some 0.1 ms: below that, a thread costs more than it brings where cores are shared."""
 HEAD_WIDTHS = 16
@@ -35,9 +35,9 @@ def is_installed() -> bool:
     return __name__.startswith("bytejepa.") and importlib.util.find_spec("numba") is not None
 
 
-def takes(q: Tensor) -> bool:
-    """Return whether the kernels take queries (B, T, H, E) like these."""
-    return q.dtype == torch.float32 and q.size(-1) % HEAD_WIDTHS == 0
+def takes(*tensors: Tensor) -> bool:
+    """Return whether the kernels take queries, keys and values (B, T, heads, E) like these."""
+    return all(x.dtype == torch.float32 and x.size(-1) % HEAD_WIDTHS == 0 for x in tensors)
 
 
 def first_keys(
@@ -70,19 +70,20 @@ def _run(tensors: dict[int, Tensor], log_sums: Tensor, first: Tensor | None, *, 
     kernels = importlib.import_module(_KERNELS)
     (B, T, H, E), G = tensors[0].shape, tensors[1].size(2)
     repeats = H // G
-    first = torch.zeros(1, T, dtype=torch.int32) if first is None else first.contiguous()
-    words = np.zeros(kernels.WORDS, dtype=np.int64)
-    words[2:8] = is_backward, B * G, G, repeats, T, E
-    for place, x in tensors.items():
-        words[[8 + place, 16 + place, 24 + place]] = x.data_ptr(), x.stride(1), x.stride(0)
-        words[32 + place] = E if x.size(2) == G else E * repeats
+    first = torch.zeros(1, T, dtype=torch.int32, device="cpu") if first is None else first.contiguous()
     flop = 2 * B * H * E * T * (T + BLOCK)
     threads = max(1, min(torch.get_num_threads(), B * G, flop // FLOP_OF_A_THREAD))
     numbers = kernels.scratch_numbers(T, E, is_backward)
-    scratch = torch.empty(threads * numbers)
-    words[40:45] = (
-        first.data_ptr(), log_sums.data_ptr(), scratch.data_ptr(), numbers, 0 if first.size(0) == 1 else T
-    )  # fmt: skip
+    scratch = torch.empty(threads * numbers, dtype=torch.float32, device="cpu")
+    words = np.zeros(kernels.WORDS, dtype=np.int64)
+    words[kernels.IS_BACKWARD : kernels.WIDTH + 1] = is_backward, B * G, G, repeats, T, E
+    for place, x in tensors.items():
+        words[kernels.ADDRESSES + place] = x.data_ptr()
+        words[kernels.STRIDES + place], words[kernels.BATCH_STRIDES + place] = x.stride(1), x.stride(0)
+        words[kernels.HEAD_STRIDES + place] = E if x.size(2) == G else E * repeats
+    words[kernels.FIRST], words[kernels.FIRST_STRIDE] = first.data_ptr(), 0 if first.size(0) == 1 else T
+    words[kernels.LOG_SUMS] = log_sums.data_ptr()
+    words[kernels.SCRATCH], words[kernels.SCRATCH_NUMBERS] = scratch.data_ptr(), numbers
     _in_threads(kernels.work, words.ctypes.data, threads)
 
 
@@ -104,12 +105,13 @@ def _openmp() -> Callable[[int, int, int, int], None] | None:
     Threads of our own would have to wait for those: OpenMP's go on spinning for a while after an operator.
     """
     maps = Path("/proc/self/maps")
-    loaded = (
-        {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line} if maps.is_file() else set()
-    )
-    if len(loaded) != 1:
+    lines = maps.read_text().splitlines() if maps.is_file() else []
+    loaded = {line.split(maxsplit=5)[5] for line in lines if "libgomp" in line.rpartition("/")[2]}
+    try:
+        (library,) = loaded
+        parallel = ctypes.CDLL(library).GOMP_parallel
+    except (ValueError, OSError):  # none or several, or a file that was replaced meanwhile
         return None
-    parallel = ctypes.CDLL(loaded.pop()).GOMP_parallel
     parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
     return parallel
 
@@ -121,10 +123,22 @@ def _ready(x: Tensor) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return attention (B, T, H, E) and the logs of the softmaxes' sums (B, H, T)."""
+    _check(q, k, v, first)
     q, k, v = _ready(q), _ready(k), _ready(v)
     output, log_sums = _shapes(q, k, v, first)
     _run(dict(enumerate((q, k, v, output))), log_sums, first, is_backward=False)
     return output, log_sums
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> None:
+    """Refuse what the kernels, which know addresses only, would read past. Raises: ValueError."""
+    B, T, H, E = q.shape
+    fits = k.shape == v.shape == (B, T, k.size(2), E) and H % k.size(2) == 0 and takes(q, k, v)
+    if first is not None:
+        fits = fits and first.dtype == torch.int32 and first.shape in ((1, T), (B, T))
+    if not fits or any(x.device.type != "cpu" for x in (q, k, v)):
+        given = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in (q, k, v, first) if x is not None)
+        raise ValueError(f"attention in blocks takes float32 (B, T, heads, E) and int32 first keys, got {given}")
 
 
 def _shapes(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG001 - the operator's signature
@@ -189,6 +203,10 @@ _attention_in_blocks = _operator(
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None) -> Tensor:
-    """Return attention of (B, T, H, E) queries to the keys and values (B, T, G, E) from each one's `first` to itself."""
+    """Return attention of (B, T, H, E) queries to the keys and values (B, T, G, E) from each one's `first` to itself.
+
+    float32 on a CPU, E % 16 == 0; `first` (1 or B, T) int32, rising. It has a gradient, but no forward-mode derivative.
+    Raises: ValueError for other shapes or types.
+    """
     output, _ = _attention_in_blocks(q, k, v, first)
     return output

@@ -35,8 +35,9 @@ class Tiles(NamedTuple):
     """On each multiprocessor."""
 
 
-TILES = Tiles(128, 256, 64, 3, 8, 2)
-"""The fastest of those tried, forward and backward (benchmarks/benchmark_mlp_kernels.py)."""
+ACTIVATE_TILES = Tiles(128, 256, 64, 4, 8, 2)
+SLOPE_TILES = Tiles(128, 256, 64, 3, 8, 2)
+"""The fastest of those tried (benchmarks/benchmark_mlp_kernels.py); a fourth stage of the second does not fit."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -98,7 +99,9 @@ def _product(  # type: ignore[no-untyped-def]
             _finish(total, row_scale, given_desc, result_desc, row, column, ENDING)
 
 
-def up_and_activate(x: Tensor, weight: Tensor, row_scale: Tensor | None, tiles: Tiles = TILES) -> tuple[Tensor, Tensor]:
+def up_and_activate(
+    x: Tensor, weight: Tensor, row_scale: Tensor | None, tiles: Tiles = ACTIVATE_TILES
+) -> tuple[Tensor, Tensor]:
     """Return hidden = row_scale * (x @ weight^T) and leaky_relu(hidden, 0.5)^2; x (N, D), weight (M, D), bfloat16."""
     hidden = torch.empty((x.size(0), weight.size(0)), device=x.device, dtype=x.dtype)
     activated = torch.empty_like(hidden)
@@ -107,7 +110,7 @@ def up_and_activate(x: Tensor, weight: Tensor, row_scale: Tensor | None, tiles: 
 
 
 def gradient_of_hidden(
-    gradient: Tensor, weight: Tensor, hidden: Tensor, row_scale: Tensor | None, tiles: Tiles = TILES
+    gradient: Tensor, weight: Tensor, hidden: Tensor, row_scale: Tensor | None, tiles: Tiles = SLOPE_TILES
 ) -> Tensor:
     """Return row_scale * (gradient @ weight) times the activation's slope at `hidden`; gradient (N, D), weight (D, M)."""
     result = torch.empty_like(hidden)

@@ -268,6 +268,7 @@ class ByteLM(nn.Module):
             documents=documents,
             dtype=self.compute_dtype,
             compiled=compiled,
+            head_width=self.config.model.head_dim,
         )
 
     def attention_kernels(self, length: int, device: torch.device, *, compiled: bool) -> list[Kernel]:
