@@ -1,5 +1,6 @@
 """The compiled arithmetic under attention on a CPU, against numpy in float64."""
 
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,13 @@ def test_the_largest_a_scalar_product_and_a_factor() -> None:
     assert most == expected.max() / 2
     assert product == pytest.approx(float(expected.astype(np.float64) @ other) / 2, rel=1e-5)
     assert np.array_equal(row, expected)
+
+
+def test_the_benchmark_times_both_kernels_forward_and_with_the_gradient() -> None:
+    script = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "benchmark_cpu_attention.py"))
+    found = script["measure"]((1, 32, 2, 1, 16), repeats=2)
+    assert found.keys() == {f"{kernel} {kind}" for kernel in ("blocked", "flash") for kind in ("forward", "both")}
+    assert min(found.values()) > 0
 
 
 def test_what_is_not_a_number_is_passed_on() -> None:

@@ -91,7 +91,7 @@ def choose_backend(
     """Return the kernel to use on `device_type`.
 
     `windows`, `documents`: whether such borders apply somewhere; `dtype`: of queries, keys and values; `compiled`: under
-    torch.compile, without which FlexAttention writes all scores.
+    torch.compile, without which FlexAttention writes all scores; `head_width`: E.
     Raises: ConfigError if `requested` is impossible here, with the reason.
     """
     available, on_gpu = available_backends(device_type), device_type == "cuda"
