@@ -70,3 +70,21 @@ def test_batched_muon_is_muon_matrix_by_matrix(normalizes_rows: bool) -> None:
             muon.step(learning_rate_scale=1.0, momentum=0.9, clip=torch.tensor(1.0))
     for p, q in zip(together, apart, strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (24, 8), (8, 24)])
+def test_two_steps_are_those_of_the_formula(shape: tuple[int, int]) -> None:
+    """m <- mu m + g;  u = NS5(g + mu m);  w <- (1 - lr wd) w - lr sqrt(max(1, rows / cols)) u, g clipped."""
+    random = torch.Generator().manual_seed(2)
+    initial, *gradients = (torch.randn(shape, generator=random) for _ in range(3))
+    parameter = torch.nn.Parameter(initial.clone())
+    muon = Muon([("w", parameter)], learning_rate=0.2, weight_decay=0.5, ranks=Ranks())
+    expected, momentum = initial.double(), torch.zeros(shape, dtype=torch.float64)
+    for gradient, mu, clip in zip(gradients, (0.5, 0.9), (1.0, 0.25), strict=True):
+        parameter.grad = gradient.clone()
+        muon.step(learning_rate_scale=0.5, momentum=mu, clip=torch.tensor(clip))
+        clipped = clip * gradient.double()
+        momentum = mu * momentum + clipped
+        update = orthogonalize((clipped + mu * momentum).float()).double()
+        expected = (1 - 0.1 * 0.5) * expected - 0.1 * max(1, shape[0] / shape[1]) ** 0.5 * update
+    torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-4, atol=1e-5)
