@@ -116,6 +116,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "newton_schulz_steps": 3,
         "newton_schulz_coefficients": "polar_express",
         "muon_row_normalization": True,
+        "muon_beta2": 0.9,
+        "muon_cautious_weight_decay": True,
         "adam_beta1": 0.5,
         "adam_beta2": 0.5,
         "adam_epsilon": 0.1,

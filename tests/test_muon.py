@@ -1,10 +1,12 @@
 """Muon: what its iteration converges to, and that matrices of one shape together are the same as each alone."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from bytejepa.training.distributed import Ranks
-from bytejepa.training.muon import Muon, newton_schulz_iteration, orthogonalize
+from bytejepa.training.muon import Muon, even_out, newton_schulz_iteration, orthogonalize
 
 
 def test_orthogonalize_brings_singular_values_near_one_whatever_the_shape() -> None:
@@ -51,12 +53,12 @@ def test_row_normalization_forgets_the_length_of_every_row_of_the_gradient() -> 
             assert torch.allclose(*updated, atol=1e-4) == alike, (shape, normalizes)
 
 
-@pytest.mark.parametrize("normalizes_rows", [False, True])
-def test_batched_muon_is_muon_matrix_by_matrix(normalizes_rows: bool) -> None:
+@pytest.mark.parametrize("variant", [{}, {"normalizes_rows": True}, {"square_decay": 0.6, "cautious_decay": True}])
+def test_batched_muon_is_muon_matrix_by_matrix(variant: dict[str, Any]) -> None:
     random = torch.Generator().manual_seed(1)
     shapes = [(16, 16), (16, 16), (32, 16), (16, 32), (8, 16)]
     initial = [torch.randn(shape, generator=random) for shape in shapes]
-    settings = {"learning_rate": 0.1, "weight_decay": 0.1, "ranks": Ranks(), "normalizes_rows": normalizes_rows}
+    settings = {"learning_rate": 0.1, "weight_decay": 0.1, "ranks": Ranks(), **variant}
     together = [torch.nn.Parameter(w.clone()) for w in initial]
     apart = [torch.nn.Parameter(w.clone()) for w in initial]
     batched = Muon([(str(i), p) for i, p in enumerate(together)], **settings)
@@ -88,3 +90,53 @@ def test_two_steps_are_those_of_the_formula(shape: tuple[int, int]) -> None:
         update = orthogonalize((clipped + mu * momentum).float()).double()
         expected = (1 - 0.1 * 0.5) * expected - 0.1 * max(1, shape[0] / shape[1]) ** 0.5 * update
     torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (24, 8), (8, 24)])
+def test_two_steps_with_evened_updates_are_those_of_the_formula(shape: tuple[int, int]) -> None:
+    """s <- b s + (1 - b) mean(u^2);  u <- u / sqrt(s), as long as before; over columns, of a wide matrix over rows."""
+    random = torch.Generator().manual_seed(3)
+    gradients = [torch.randn(shape, generator=random) * torch.linspace(0.1, 2, shape[1]) for _ in range(2)]
+    parameter = torch.nn.Parameter(torch.zeros(shape))
+    muon = Muon([("w", parameter)], learning_rate=1.0, weight_decay=0.0, square_decay=0.7, ranks=Ranks())
+    axis = 0 if shape[0] < shape[1] else 1
+    square = torch.zeros(1, dtype=torch.float64)
+    for gradient in gradients:
+        parameter.grad, before = gradient.clone(), parameter.detach().double()
+        muon.step(learning_rate_scale=1.0, momentum=0.0, clip=torch.tensor(1.0))
+        update = orthogonalize(gradient).double()
+        square = 0.7 * square + 0.3 * (update**2).mean(axis, keepdim=True)
+        evened = update / square.sqrt()
+        expected = evened * (update.norm() / evened.norm()) * max(1, shape[0] / shape[1]) ** 0.5
+        torch.testing.assert_close(before - parameter.detach().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_evened_updates_are_even_and_as_long_as_before() -> None:
+    update = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(4)) * torch.linspace(0.01, 3, 12)[:, None]
+    evened = even_out(update, torch.zeros(2, 12, 1), 0.9)
+    lengths = evened.norm(dim=-1)
+    torch.testing.assert_close(lengths, lengths[:, :1].expand(2, 12))
+    torch.testing.assert_close(evened.norm(dim=(-2, -1)), update.norm(dim=(-2, -1)))
+    assert even_out(torch.zeros(1, 4, 4), torch.zeros(1, 4, 1), 0.9).abs().max() == 0
+
+
+def test_cautious_decay_leaves_the_weights_alone_that_the_update_makes_larger() -> None:
+    random = torch.Generator().manual_seed(5)
+    initial, gradient = (torch.randn(12, 12, generator=random) for _ in range(2))
+    initial[0] = 0
+    updated = {}
+    for cautious, decay in ((False, 0.0), (True, 0.5)):
+        parameter = torch.nn.Parameter(initial.clone())
+        muon = Muon([("w", parameter)], learning_rate=0.2, weight_decay=decay, cautious_decay=cautious, ranks=Ranks())
+        parameter.grad = gradient.clone()
+        muon.step(learning_rate_scale=0.5, momentum=0.0, clip=torch.tensor(1.0))
+        updated[cautious] = parameter.detach()
+    update = orthogonalize(gradient)
+    decayed = (initial != updated[True]) & (updated[False] != updated[True])
+    assert torch.equal(decayed, (initial * update) > 0)
+    torch.testing.assert_close(updated[False] - updated[True], 0.1 * 0.5 * initial * decayed)
+    unmoved = torch.nn.Parameter(torch.ones(4, 4))
+    muon = Muon([("w", unmoved)], learning_rate=0.2, weight_decay=0.5, cautious_decay=True, ranks=Ranks())
+    unmoved.grad = torch.zeros(4, 4)
+    muon.step(learning_rate_scale=1.0, momentum=0.0, clip=torch.tensor(1.0))
+    torch.testing.assert_close(unmoved.detach(), torch.full((4, 4), 0.9))  # without a gradient a weight decays as ever

@@ -292,7 +292,10 @@ TECHNIQUES = {
         "ngram_rows": 64, "num_layers": 4, "chunk_blocks": (1, 2), "chunk_stride_bytes": 3,
     },
     "jepa": {"context": "causal", "horizons": 2, "next_bytes_weight": 0.1},
-    "optimizer": {"muon_row_normalization": True, "newton_schulz_coefficients": "polar_express"},
+    "optimizer": {
+        "muon_row_normalization": True, "newton_schulz_coefficients": "polar_express", "muon_beta2": 0.95,
+        "muon_cautious_weight_decay": True,
+    },
 }  # fmt: skip
 
 

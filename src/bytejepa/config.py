@@ -108,6 +108,11 @@ class OptimizerConfig(Section):
     """`quintic`: Muon's own, the same in every iteration; `polar_express`: one set an iteration, closer to orthogonal."""
     muon_row_normalization: bool = False
     """Give every row of an update unit length before it is orthogonalised (MuonEq-R)."""
+    muon_beta2: Decay | None = None
+    """Decay of a running mean square of each neuron's updates, by whose root it is divided once orthogonalised (NorMuon); None:
+    not divided."""
+    muon_cautious_weight_decay: bool = False
+    """Only weights that the update moves towards zero decay."""
     adam_beta1: Decay = 0.9
     """Decay of AdamW's first moment."""
     adam_beta2: Decay = 0.95
@@ -116,6 +121,14 @@ class OptimizerConfig(Section):
     """AdamW's epsilon; zero would divide nothing by nothing in rows that have had no gradient."""
     gradient_clip: Annotated[float, Range(1e-6)] | None = 0.3
     """Largest global gradient norm; None: no clipping."""
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        if self.muon_cautious_weight_decay and not self.muon_weight_decay:
+            raise ConfigError(
+                "optimizer.muon_cautious_weight_decay: nothing decays",
+                hint="set optimizer.muon_weight_decay above 0, or optimizer.muon_cautious_weight_decay to False",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ from forked import TORCHRUN, run_on_ranks, started
 pytestmark = pytest.mark.integration
 SETTINGS = minimal_with(
     "--schedule.steps=20", "--data.batch-bytes=512", "--jepa.sigreg-group-sequences=2", "--data.order=shuffled",
-    "--training.validate-every-steps=None",
+    "--training.validate-every-steps=None", "--optimizer.muon-beta2=0.9", "--optimizer.muon-cautious-weight-decay",
 )  # fmt: skip
 
 

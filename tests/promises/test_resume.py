@@ -26,6 +26,7 @@ def config(minimal_config: RunConfig) -> RunConfig:
     return replace(
         minimal_config,
         schedule={"steps": 24},
+        optimizer={"muon_beta2": 0.9, "muon_cautious_weight_decay": True},  # state beside the momentum
         training={"checkpoint_every_s": 0.0, "keep_checkpoints": 3, "validate_every_steps": 8, "validation_bytes": 300},
     )
 

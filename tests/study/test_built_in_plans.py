@@ -26,7 +26,7 @@ SMALL = {
 }
 PLANS = (
     "golf-techniques", "golf-candidates", "golf-chunks", "golf-settings", "golf-structure", "golf-further",
-    "quantization-aware",
+    "quantization-aware", "muon",
 )  # fmt: skip
 VARIANTS = [
     (name, variant["name"])

@@ -2,7 +2,13 @@
 
     m <- mu m + g;   u = NS5(g + mu m);   w <- (1 - lr wd) w - lr sqrt(max(1, rows / cols)) u
 
-With `normalizes_rows` the rows of g + mu m get unit length first (MuonEq-R).
+With `normalizes_rows` the rows of g + mu m get unit length first (MuonEq-R). With `square_decay` b, u's rows (its columns, of
+a wide matrix: what an orthogonal matrix of that shape leaves uneven) are divided by the root of a running mean of their
+squares, and u keeps its norm (NorMuon; Li et al. 2025, arXiv 2510.05491, with the side chosen as in modded-nanogpt):
+
+    s <- b s + (1 - b) mean(u^2);   u <- u / sqrt(s) * |u| / |u / sqrt(s)|
+
+With `cautious_decay` only weights that the update moves towards zero, or not at all, decay (Chen et al. 2025, arXiv 2510.12402).
 
 Matrices of one shape go through the Newton-Schulz iteration as one batch. With several ranks each takes its share of
 every batch and the updates are gathered, the gathering of one batch running while the next is computed.
@@ -76,9 +82,20 @@ def orthogonalize(
     return x
 
 
+def even_out(
+    update: Float[Tensor, "n rows columns"], square: Float[Tensor, "n _ _"], decay: float
+) -> Float[Tensor, "n rows columns"]:
+    """Return each matrix with its rows or columns, whichever `square` has a number for, divided by the root of `square`, the
+    running mean of their squares, which is moved on; norms stay. It begins at zero: a common factor of it changes nothing."""
+    square.lerp_(update.square().mean(dim=-1 if square.size(-1) == 1 else -2, keepdim=True), 1 - decay)
+    evened = update * square.clamp_min(1e-20).rsqrt()
+    norm, evened_norm = (torch.linalg.matrix_norm(x, keepdim=True) for x in (update, evened))
+    return evened * (norm / evened_norm.clamp_min(1e-7))
+
+
 @dataclasses.dataclass
 class _Batch:
-    """Matrices that share a shape, and this rank's slice of their momentum."""
+    """Matrices that share a shape, and this rank's slice of their state."""
 
     parameters: list[Tensor]
     update_scale: float
@@ -87,25 +104,37 @@ class _Batch:
     count: int
     momentum: Tensor
     """(count, rows, columns): the slice first .. first + count of this rank."""
+    square: Tensor | None
+    """(count, rows, 1), of a wide matrix (count, 1, columns): the running mean square of its updates."""
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of this rank's matrices, by kind."""
+        return {"momentum": self.momentum} | ({} if self.square is None else {"square": self.square})
 
 
 def _update(
     gradient: Tensor,
     momentum: Tensor,
+    square: Tensor | None,
     scale: float,
     mu: Tensor,
     clip: Tensor,
     iteration: tuple[Coefficients, ...],
     normalizes_rows: bool,
+    square_decay: float,
 ) -> Tensor:
-    """Return the update of a batch, whose `momentum` is moved on; `mu` and `clip` are 0-dimensional tensors so that nothing
-    recompiles."""
+    """Return the update of a batch, whose `momentum` and `square` are moved on; `mu` and `clip` are 0-dimensional tensors so
+    that nothing recompiles."""
     gradient = gradient.float() * clip
     momentum.mul_(mu).add_(gradient)
     direction = gradient + mu * momentum
     if normalizes_rows:
         direction = direction / torch.linalg.vector_norm(direction, dim=-1, keepdim=True).clamp_min(1e-7)
-    return orthogonalize(direction, iteration).to(gradient.dtype) * scale
+    update = orthogonalize(direction, iteration).to(gradient.dtype)
+    if square is not None:
+        update = even_out(update, square, square_decay)
+    return update * scale
 
 
 class Muon:
@@ -119,6 +148,8 @@ class Muon:
         weight_decay: float,
         iteration: tuple[Coefficients, ...] = (QUINTIC,) * 5,
         normalizes_rows: bool = False,
+        square_decay: float | None = None,
+        cautious_decay: bool = False,
         ranks: Ranks,
         compile_update: bool = False,
     ) -> None:
@@ -126,6 +157,8 @@ class Muon:
         self.weight_decay = weight_decay
         self.iteration = iteration
         self.normalizes_rows = normalizes_rows
+        self.square_decay = square_decay
+        self.cautious_decay = cautious_decay
         self.ranks = ranks
         self.names = {id(parameter): name for name, parameter in named_parameters}
         self.update: Callable[..., Tensor] = torch.compile(_update, dynamic=False) if compile_update else _update
@@ -139,12 +172,15 @@ class Muon:
     def _batch(self, parameters: list[Tensor]) -> _Batch:
         first, count = self.ranks.share(len(parameters))
         rows, columns = parameters[0].shape
+        device = parameters[0].device
+        sides = (count, rows, 1) if rows >= columns else (count, 1, columns)
         return _Batch(
             parameters=parameters,
             update_scale=max(1.0, rows / columns) ** 0.5,
             first=first,
             count=count,
-            momentum=torch.zeros((count, rows, columns), device=parameters[0].device),
+            momentum=torch.zeros((count, rows, columns), device=device),
+            square=None if self.square_decay is None else torch.zeros(sides, device=device),
         )
 
     @property
@@ -171,8 +207,17 @@ class Muon:
         """Update the matrices in place by what `start` began to gather."""
         lr = self.learning_rate * learning_rate_scale
         for batch, gathered in zip(self.batches, gathering, strict=True):
-            torch._foreach_mul_(batch.parameters, 1 - lr * self.weight_decay)
-            torch._foreach_add_(batch.parameters, list(gathered.wait().unbind()), alpha=-lr)
+            updates = list(gathered.wait().unbind())
+            if self.cautious_decay:
+                decays = torch._foreach_mul(batch.parameters, updates)
+                torch._foreach_sign_(decays)
+                torch._foreach_add_(decays, 1.0)
+                # by now 0 where the update makes the weight larger, 2 where smaller, 1 where either is zero
+                torch._foreach_clamp_max_(decays, 1.0)
+                torch._foreach_addcmul_(batch.parameters, batch.parameters, decays, -lr * self.weight_decay)
+            else:
+                torch._foreach_mul_(batch.parameters, 1 - lr * self.weight_decay)
+            torch._foreach_add_(batch.parameters, updates, alpha=-lr)
 
     def _update_of_share(self, batch: _Batch, mu: Tensor, clip: Tensor) -> Tensor:
         if batch.count == 0:
@@ -181,21 +226,41 @@ class Muon:
         present = [gradient for gradient in gradients if gradient is not None]
         assert len(present) == batch.count
         return self.update(
-            torch.stack(present), batch.momentum, batch.update_scale, mu, clip, self.iteration, self.normalizes_rows
+            torch.stack(present),
+            batch.momentum,
+            batch.square,
+            batch.update_scale,
+            mu,
+            clip,
+            self.iteration,
+            self.normalizes_rows,
+            self.square_decay or 0.0,
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Return the momentum of every matrix by its parameter's name, gathered from all ranks (a collective call)."""
+        """Return `momentum.NAME` of every matrix and, where it is kept, `square.NAME`, gathered from all ranks (a collective
+        call)."""
         state = {}
         for batch in self.batches:
-            momenta = self.ranks.all_gather_shares(batch.momentum, len(batch.parameters)).wait().unbind()
-            for parameter, momentum in zip(batch.parameters, momenta, strict=True):
-                state[self.names[id(parameter)]] = momentum
+            for kind, mine in batch.state.items():
+                gathered = self.ranks.all_gather_shares(mine, len(batch.parameters)).wait().unbind()
+                for parameter, value in zip(batch.parameters, gathered, strict=True):
+                    state[f"{kind}.{self.names[id(parameter)]}"] = value
         return state
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of everything that `state` returns, without asking other ranks."""
+        return {
+            f"{kind}.{self.names[id(parameter)]}": tuple(mine.shape[1:])
+            for batch in self.batches
+            for kind, mine in batch.state.items()
+            for parameter in batch.parameters
+        }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take this rank's share of what `state` returned, on any number of ranks."""
         for batch in self.batches:
             for slot in range(batch.count):
-                parameter = batch.parameters[batch.first + slot]
-                batch.momentum[slot].copy_(state[self.names[id(parameter)]])
+                name = self.names[id(batch.parameters[batch.first + slot])]
+                for kind, mine in batch.state.items():
+                    mine[slot].copy_(state[f"{kind}.{name}"])

@@ -54,6 +54,8 @@ class Optimizers:
             weight_decay=config.muon_weight_decay,
             iteration=newton_schulz_iteration(config.newton_schulz_coefficients, config.newton_schulz_steps),
             normalizes_rows=config.muon_row_normalization,
+            square_decay=config.muon_beta2,
+            cautious_decay=config.muon_cautious_weight_decay,
             ranks=ranks,
             compile_update=compile_update,
         )
@@ -107,8 +109,9 @@ class Optimizers:
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """Return every optimiser tensor by name: `muon.momentum.NAME`, `adam.{mean,square,step}.NAME` (a collective call)."""
-        state = {f"muon.momentum.{name}": value for name, value in self.muon.state().items()}
+        """Return every optimiser tensor by name: `muon.{momentum,square}.NAME`, `adam.{mean,square,step}.NAME` (a collective
+        call)."""
+        state = {f"muon.{name}": value for name, value in self.muon.state().items()}
         for name, parameter in zip(self.adam_names, self.adam_parameters, strict=True):
             kept = self.adam.state.get(parameter)
             if kept:
@@ -119,7 +122,7 @@ class Optimizers:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state` returned, on any number of ranks."""
-        prefix = "muon.momentum."
+        prefix = "muon."
         self.muon.load_state({name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)})
         self.adam.state.clear()
         for name, parameter in zip(self.adam_names, self.adam_parameters, strict=True):

@@ -66,7 +66,7 @@ def _tensor_shapes(trainer: Trainer, *, has_stepped: bool) -> dict[str, tuple[in
     shapes = {f"model.{name}": shape for name, shape in weights.items()}
     if trainer.average.is_kept:
         shapes |= {f"average.{name}": shape for name, shape in weights.items()}
-    shapes |= {f"optimizer.muon.momentum.{name}": weights[name] for name in optimizers.muon.names.values()}
+    shapes |= {f"optimizer.muon.{name}": shape for name, shape in optimizers.muon.state_shapes().items()}
     if has_stepped:
         for name in optimizers.adam_names:
             shapes |= {f"optimizer.adam.{moment}.{name}": weights[name] for moment in ("mean", "square")}
