@@ -231,6 +231,7 @@ def speeds(steps: Steps, ours: RunConfig, reference: RunConfig) -> dict[str, Cal
         "reference's settings": (reference, {}),
         "without the kernels of the MLP": (ours, {"plain_mlp": True}),
         "with mix_order_reduction": (ours, {"inductor": {"triton.mix_order_reduction": True}}),
+        "with CUDA graphs": (ours, {"inductor": {"triton.cudagraphs": True}}),
         "with coordinate_descent_tuning": (ours, {"inductor": {"coordinate_descent_tuning": True}}),
         "without JEPA": (replace(ours, jepa={"enabled": False}), {}),
         "float32 embeddings": (replace(ours, training={"bfloat16_embeddings": False}), {}),
