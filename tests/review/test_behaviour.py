@@ -248,6 +248,11 @@ def test_a_run_folder_is_reviewed_from_its_records(tmp_path) -> None:
     assert found.kind == "run"
     assert found.facts["mean_bpb"] == 2.5
     assert found.finding("run.manifest").status is Status.PASS
+    assert found.finding("run.beginning").status is Status.PASS
     assert found.verdict.word is Word.AUTHOR  # it has no checkpoint to build a model from
     folder.manifest_path.write_text('{"fingerprint": "other"}')
     assert review(folder.path).finding("run.manifest").status is Status.FAIL
+    folder.manifest_path.write_text('{"started_from": {"path": "earlier.bjm"}}')
+    beginning = review(folder.path).finding("run.beginning")
+    assert beginning.status is Status.FAIL
+    assert "earlier.bjm" in beginning.evidence[0].text

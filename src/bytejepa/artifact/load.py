@@ -20,6 +20,7 @@ from bytejepa.model.precision import Precision, on_device
 from bytejepa.model.transformer import ByteLM, prediction_config, prediction_weights
 from bytejepa.training import checkpoint
 from bytejepa.training.runlog import RunFolder
+from bytejepa.training.starting_point import StartingPoint
 
 
 def load(path: Path | str, *, device: str = "cpu", precision: Precision = "auto") -> ByteLM:
@@ -37,6 +38,27 @@ def load(path: Path | str, *, device: str = "cpu", precision: Precision = "auto"
     model = on_device(build(config, container.tensors, source=str(path)), device, precision=precision)
     _stored_forms[model] = container.stored
     return model
+
+
+def configuration_in(path: Path) -> RunConfig:
+    """Return the configuration of the model in `path`, an artifact or a run folder. Raises: as `starting_point`."""
+    if path.is_dir():
+        return RunFolder(path).read_config()
+    return configuration_of(read_container(path).configuration, str(path))
+
+
+def starting_point(path: Path) -> StartingPoint:
+    """Return the model in `path`, an artifact or a run folder, for another run to begin with.
+
+    Raises: ArtifactError or CheckpointError that says what is wrong with it.
+    """
+    source = str(path.resolve())
+    if path.is_dir():
+        run = read_run(path)
+        return StartingPoint(source=source, config=run.config, weights=run.average)
+    container = read_container(path)
+    config = configuration_of(container.configuration, str(path))
+    return StartingPoint(source=source, config=config, weights=container.tensors)
 
 
 _stored_forms: weakref.WeakKeyDictionary[ByteLM, dict[str, StoredTensor]] = weakref.WeakKeyDictionary()

@@ -15,8 +15,9 @@ from bytejepa.presets import PRESETS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Print a preset (`bytejepa config tiny`), with any overrides applied."""
+    """Print a preset (`bytejepa config tiny`), or the configuration of an artifact or a run, with any overrides applied."""
 
+    TAKES_MODELS: typing.ClassVar[bool] = True
     config: ConfigField
     explain: bool = False
     """Say what every setting means, with its unit and range."""
@@ -32,7 +33,8 @@ class Config:
             refuse_ignored(self, "with --json", "explain")
             print_json(to_dict(self.config))
             return 0
-        description = (PRESETS[self.preset].__doc__ or "").split("\n")[0]
+        made_by = PRESETS.get(self.preset)
+        description = "configuration of the model" if made_by is None else (made_by.__doc__ or "").split("\n")[0]
         columns = ["setting", "value", "range", "meaning"] if self.explain else ["setting", "value"]
         rows = list(_rows(self.config, explain=self.explain))
         print_table(f"{self.preset}: {description}", columns, rows, prose=("range", "meaning"))

@@ -8,6 +8,7 @@ import io
 import itertools
 import re
 import typing
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import tyro
@@ -44,16 +45,17 @@ Verb = TypeVar("Verb", bound=Command)
 def parse(verb_class: type[Verb], verb: str, words: list[str]) -> Verb:
     """Return an instance of `verb_class` made from `words`.
 
-    A class with a field `config` takes the name of a preset as its first word; every setting of the preset can then be
-    overridden by name (`--model.num-layers 6`). Exits with code 0 after printing help that is asked for.
+    A class with a field `config` takes the name of a preset as its first word, one that is true of `TAKES_MODELS` also an
+    artifact or a run, whose configuration it then is; every setting of it can be overridden by name (`--model.num-layers
+    6`). Exits with code 0 after printing help that is asked for.
     Raises: ConfigError for words that cannot be parsed, an unknown preset, a number out of its range, an impossible
     combination of settings or words that contradict each other.
     """
     kept_unparsed: dict[str, Any] = {}
     fields = {field.name for field in dataclasses.fields(verb_class)}  # type: ignore[arg-type]
     if "config" in fields:
-        name, rest = _preset_word(verb_class, words)
-        kept_unparsed = {"config": preset(name), "preset": name}
+        name, config, rest = _configuration_word(verb_class, words)
+        kept_unparsed = {"config": config, "preset": name}
         if "configured_by" in fields:
             chosen = words[: len(words) - len(rest)]
             kept_unparsed["configured_by"] = (*chosen, *(word for word in rest if word.startswith(_SETTINGS)))
@@ -130,12 +132,23 @@ def _in_one_line(box: str, program: str) -> tuple[str, str]:
     return message[:1].lower() + message[1:], hint
 
 
-def _preset_word(verb_class: type[Any], words: list[str]) -> tuple[str, list[str]]:
+def _configuration_word(verb_class: type[Any], words: list[str]) -> tuple[str, RunConfig, list[str]]:
+    """Return (preset or model, its configuration, the other words)."""
     if words and not words[0].startswith("-"):
-        if words[0] not in PRESETS:
-            preset(words[0])  # raises, with the nearest name
-        return words[0], words[1:]
-    return typing.cast(str, getattr(verb_class, "DEFAULT_PRESET", "default")), words
+        name, rest = words[0], words[1:]
+    else:
+        name, rest = typing.cast(str, getattr(verb_class, "DEFAULT_PRESET", "default")), words
+    if name in PRESETS or not getattr(verb_class, "TAKES_MODELS", False):
+        return name, preset(name), rest
+    if Path(name).exists():
+        from bytejepa.artifact.load import configuration_in
+
+        return name, configuration_in(Path(name)), rest
+    if Path(name).suffix or len(Path(name).parts) > 1:
+        raise ConfigError(
+            f"there is no model {name}", hint=f"name an artifact, a run or a preset: {', '.join(PRESETS)}"
+        )
+    return name, preset(name), rest  # raises, with the nearest name
 
 
 def _with_defaults(verb_class: type[Any], values: dict[str, Any]) -> Any:
@@ -151,7 +164,7 @@ ConfigField = typing.Annotated[RunConfig, tyro.conf.arg(name="")]
 """A verb's resolved configuration: the preset with its overrides."""
 
 PresetField = typing.Annotated[str, tyro.conf.Suppress]
-"""The name of the preset that `config` began as."""
+"""The name of the preset that `config` began as, or the path of the model."""
 
 ConfiguredByField = typing.Annotated[tuple[str, ...], tyro.conf.Suppress]
 """The words that chose `config`: a preset, settings; empty if none did."""

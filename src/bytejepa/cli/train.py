@@ -7,12 +7,13 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
 from bytejepa.cli.parsing import ConfigField, ConfiguredByField, PresetField
 from bytejepa.errors import ConfigError
+from bytejepa.presets import PRESETS
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a model: `bytejepa train PRESET --data DIR --out RUN`, or go on with one: `bytejepa train --resume RUN`."""
+    """Train a model: `bytejepa train PRESET --data DIR --out RUN`; begin with an earlier one, an artifact or a run, on other
+    text or for longer: `bytejepa train MODEL --data DIR --out RUN`; go on with a run that was stopped: `bytejepa train
+    --resume RUN`."""
+
+    TAKES_MODELS: ClassVar[bool] = True
 
     config: ConfigField
     preset: PresetField = "default"
@@ -55,8 +60,13 @@ class Train:
         config = self.config
         if self.max_wallclock is not None:
             config = replace(config, schedule={"max_wallclock_s": self.max_wallclock})
+        start = None
+        if self.preset not in PRESETS:
+            from bytejepa.artifact.load import starting_point
+
+            start = starting_point(Path(self.preset))
         with training_bar() as on_progress:
-            return train(config, self.data, self.out, force=self.force, on_progress=on_progress)
+            return train(config, self.data, self.out, start=start, force=self.force, on_progress=on_progress)
 
     def _resume(self) -> TrainResult:
         from bytejepa.cli.terminal import note

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bytejepa.config import RunConfig
+from bytejepa.config_json import from_dict
 from bytejepa.presets import PRESETS, preset
 from bytejepa.report.inputs import LoggedRun
 from bytejepa.study.plan import built_in_plans
@@ -35,8 +36,12 @@ def settings_against_preset(config: RunConfig) -> tuple[str, tuple[Setting, ...]
     own = _flat(config)
     candidates = {name: _flat(preset(name)) for name in PRESETS}
     nearest = min(candidates, key=lambda name: sum(candidates[name][key] != value for key, value in own.items()))
-    theirs = candidates[nearest]
-    return nearest, tuple(Setting(name=key, value=value, preset_value=theirs[key]) for key, value in own.items())
+    return nearest, _settings_against(preset(nearest), config)
+
+
+def _settings_against(base: RunConfig, config: RunConfig) -> tuple[Setting, ...]:
+    theirs = _flat(base)
+    return tuple(Setting(name=key, value=value, preset_value=theirs[key]) for key, value in _flat(config).items())
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:
@@ -58,9 +63,16 @@ def shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
 
 
-def train_words(config: RunConfig) -> list[str]:
-    """Return the words after `bytejepa train` that give `config`: its nearest preset and what differs."""
-    name, settings = settings_against_preset(config)
+def train_words(config: RunConfig, started_from: Mapping[str, Any] | None = None) -> list[str]:
+    """Return the words after `bytejepa train` that give `config`: its nearest preset, or the model that the run began with
+    (`started_from` of its manifest), and what differs."""
+    if started_from is None:
+        name, settings = settings_against_preset(config)
+    else:
+        name = str(started_from.get("path"))
+        settings = _settings_against(
+            from_dict(started_from.get("configuration", {}), where=f"manifest of {name}"), config
+        )
     words = [name]
     for setting in settings:
         if setting.differs:
@@ -89,7 +101,19 @@ def commands(runs: Sequence[LoggedRun], scored_ids: int | None) -> list[str]:
         launcher = (
             ["bytejepa"] if ranks == 1 else ["torchrun", "--standalone", f"--nproc_per_node={ranks}", "-m", "bytejepa"]
         )
-        lines.append(_command([*launcher, "train", *train_words(run.config), "--data", data, "--out", out]))
+        lines.append(
+            _command(
+                [
+                    *launcher,
+                    "train",
+                    *train_words(run.config, run.manifest.get("started_from")),
+                    "--data",
+                    data,
+                    "--out",
+                    out,
+                ]
+            )
+        )
     first = runs[0]
     data, artifact = str(first.manifest.get("data", {}).get("path", "SHARDS")), f"{Path(first.name).name}.bjm"
     lines.append(_command(["bytejepa", "export", first.name, "-o", artifact]))

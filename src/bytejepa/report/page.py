@@ -6,6 +6,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jinja2
 
@@ -241,6 +242,12 @@ def _scored_ids(inputs: ReportInputs, configuration: Configuration, measured: Me
     return configuration.config.training.validation_bytes
 
 
+def _beginning(started_from: dict[str, Any] | None) -> str:
+    if started_from is None:
+        return "random, of the seed"
+    return f"those of {started_from.get('path')}, sha256 {str(started_from.get('weights_sha256'))[:16]}…"
+
+
 def _provenance(run: LoggedRun) -> dict[str, str]:
     manifest = run.manifest
     versions = ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items())
@@ -252,6 +259,7 @@ def _provenance(run: LoggedRun) -> dict[str, str]:
         "device": f"{device}, {manifest.get('world_size', 1)} rank(s), attention {manifest.get('attention', 'unknown')}, "
         + ("compiled" if manifest.get("compiled") else "not compiled"),
         "data": f"sha256 of the shards' ends {str(manifest.get('data', {}).get('sha256_of_ends', 'unknown'))[:16]}…",
+        "weights at the beginning": _beginning(manifest.get("started_from")),
         "fingerprint": f"{str(manifest.get('fingerprint', 'unknown'))[:16]}… of the configuration",
         "begun": str(manifest.get("created", "unknown")),
     }

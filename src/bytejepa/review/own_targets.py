@@ -53,7 +53,7 @@ def review_run(path: Path) -> Review:
         config, metrics, manifest = folder.read_config(), folder.read_metrics(), folder.read_manifest()
     except (BytejepaError, ValueError, OSError, RecursionError) as problem:
         return _unreadable(path, "run", problem)
-    findings = [_manifest(config, manifest), _metrics(metrics)]
+    findings = [_manifest(config, manifest), *_beginning(manifest), _metrics(metrics)]
     findings += [_budget(artifact) for artifact in sorted(path.rglob("*.bjm"))]
     findings += _behaviour(path, run_round_trip)
     values = [bpb for line in metrics if (bpb := bpb_in(line, "val_bpb_average")) is not None]
@@ -150,6 +150,22 @@ def _manifest(config: Any, manifest: dict[str, Any]) -> Finding:
             ),
         )
     return Finding(check=check, status=Status.PASS, summary="the configuration has the fingerprint of the manifest")
+
+
+def _beginning(manifest: dict[str, Any]) -> list[Finding]:
+    check, begun_with = "run.beginning", manifest.get("started_from")
+    if not manifest:
+        return []
+    if begun_with is None:
+        return [Finding(check=check, status=Status.PASS, summary="the manifest names no model that the run began with")]
+    return [
+        Finding(
+            check=check,
+            status=Status.FAIL,
+            summary="the run began with the weights of an earlier model, whose training its own time does not count",
+            evidence=(Evidence(file="manifest.json", text=f"started_from: {begun_with.get('path')}"),),
+        )
+    ]
 
 
 def _metrics(metrics: list[dict[str, float]]) -> Finding:

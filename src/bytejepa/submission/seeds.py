@@ -91,7 +91,12 @@ def _read_run(folder: Path) -> FinishedRun:
     run = RunFolder(folder)
     config = run.read_config()
     newest = checkpoint.read_newest(run.checkpoints_path)
-    metrics = run.read_metrics()
+    metrics, manifest = run.read_metrics(), run.read_manifest()
+    if begun_with := manifest.get("started_from"):
+        raise CheckpointError(
+            f"{folder} began with the weights of {begun_with.get('path')}",
+            hint="a submission's training counts from random weights; use a run of a preset",
+        )
     if newest is None or not metrics:
         raise CheckpointError(f"{folder} has no checkpoint yet", hint=f"go on with `bytejepa train --resume {folder}`")
     at, elapsed_s = newest.position, max(line["elapsed_s"] for line in metrics)
@@ -106,7 +111,7 @@ def _read_run(folder: Path) -> FinishedRun:
         steps=at.step,
         train_s=elapsed_s,
         num_bytes=at.num_bytes,
-        machine=run.read_manifest(),
+        machine=manifest,
     )
 
 

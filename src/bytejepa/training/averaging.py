@@ -24,6 +24,14 @@ class WeightAverage:
         self.num_swa_samples = 0
 
     @torch.no_grad()
+    def begin_with_live(self) -> None:
+        """Forget what was averaged: the average is the live weights."""
+        self.num_swa_samples = 0
+        if self.is_kept:
+            for average, live in zip(self.average, self.live, strict=True):
+                average.copy_(live)
+
+    @torch.no_grad()
     def update(self, *, step: int, progress: float) -> None:
         """Take in the live weights after optimiser step `step` (counted from 1)."""
         if not self.is_kept:

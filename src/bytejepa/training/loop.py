@@ -65,8 +65,17 @@ class TrainResult:
 class TrainingLoop:
     """Carries a trainer to the end of its schedule: clock, log, validation, checkpoints, signals."""
 
-    def __init__(self, trainer: Trainer, run: RunFolder, on_progress: Callable[[TrainProgress], None] | None) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        run: RunFolder,
+        on_progress: Callable[[TrainProgress], None] | None,
+        *,
+        keeps_beginning: bool = False,
+    ) -> None:
         self.trainer = trainer
+        self.keeps_beginning = keeps_beginning
+        """Whether there is to be a checkpoint before the first step: of weights that no seed makes again."""
         self.config, self.run, self.ranks = trainer.config, run, trainer.ranks
         self.on_progress = on_progress
         self.clock = Clock(self.run.clock_path if self.ranks.is_main else None)
@@ -126,6 +135,7 @@ class TrainingLoop:
         with self._keeping_failure():
             elapsed_s = self.clock.read(step)
             is_due = every is not None and step > 0 and elapsed_s - self.last_checkpoint_s >= every
+            is_due |= step == 0 and self.keeps_beginning
             return elapsed_s, float(is_due)
         return 0.0, 0.0
 

@@ -142,7 +142,7 @@ class RunFolder:
             raise CheckpointError(f"{self.manifest_path}: damaged: {problem}") from None
         if not isinstance(manifest, dict):
             raise CheckpointError(f"{self.manifest_path}: damaged: expected an object, got {manifest!r:.40}")
-        for name, kind in (("data", dict), ("resumed", list)):
+        for name, kind in (("data", dict), ("resumed", list), ("started_from", dict)):
             if not isinstance(manifest.get(name, kind()), kind):
                 raise CheckpointError(
                     f"{self.manifest_path}: damaged: expected {name} to be of type {kind.__name__}, got {manifest[name]!r:.40}"

@@ -17,6 +17,7 @@ from bytejepa.training import checkpoint, recovery
 from bytejepa.training.distributed import Ranks, join
 from bytejepa.training.loop import TrainingLoop, TrainProgress, TrainResult
 from bytejepa.training.runlog import RunFolder, describe_machine, run_manifest
+from bytejepa.training.starting_point import StartingPoint
 from bytejepa.training.trainer import Trainer
 
 
@@ -25,23 +26,30 @@ def train(
     data: Path,
     out: Path,
     *,
+    start: StartingPoint | None = None,
     force: bool = False,
     on_progress: Callable[[TrainProgress], None] | None = None,
 ) -> TrainResult:
     """Train a new run of `config` on the shards in `data`, in the folder `out`, and return how it ended.
 
+    It begins with the weights of `start`, or with random ones; rates, data and averages begin anew in either case.
     Raises: ConfigError, DataError and CheckpointError for what cannot be; Interrupted after SIGTERM or Ctrl-C.
     """
     ranks = join(config.training.device)
     run = RunFolder(out)
     with ranks.agree():
         trainer = Trainer(config, data, ranks)
+        if start is not None:
+            trainer.begin_with(start)
     with _locked(run, ranks):
         with ranks.agree():
             if ranks.is_main:
                 described = {"path": str(data.resolve()), **_described_data(data)}
-                run.create(config, run_manifest(config, described, _machine(trainer)), force=force)
-        return _loop(trainer, run, on_progress)
+                manifest = run_manifest(config, described, _machine(trainer))
+                if start is not None:
+                    manifest["started_from"] = start.described()
+                run.create(config, manifest, force=force)
+        return _loop(trainer, run, on_progress, keeps_beginning=start is not None)
 
 
 def resume(
@@ -69,6 +77,11 @@ def resume(
             found = checkpoint.read_newest(run.checkpoints_path, on_damaged=damaged)
             if found is not None:
                 recovery.check_configuration(found, config, run)
+            elif begun_with := manifest.get("started_from"):
+                raise CheckpointError(
+                    f"{run.path} was killed before it held the weights of {begun_with.get('path')}, which it was to begin with",
+                    hint="start it again with --force",
+                )
             readings_s = recovery.recovered_readings(run.clock_path, found)
             run.read_metrics()
             trainer = Trainer(config, data, ranks)
@@ -103,8 +116,14 @@ def _config_and_ranks(run: RunFolder) -> tuple[RunConfig, Ranks]:
     return config, ranks
 
 
-def _loop(trainer: Trainer, run: RunFolder, on_progress: Callable[[TrainProgress], None] | None) -> TrainResult:
-    loop = TrainingLoop(trainer, run, on_progress)
+def _loop(
+    trainer: Trainer,
+    run: RunFolder,
+    on_progress: Callable[[TrainProgress], None] | None,
+    *,
+    keeps_beginning: bool = False,
+) -> TrainResult:
+    loop = TrainingLoop(trainer, run, on_progress, keeps_beginning=keeps_beginning)
     try:
         return loop.run_to_end()
     finally:
