@@ -40,7 +40,8 @@ def train(
     with ranks.agree():
         trainer = Trainer(config, data, ranks)
         if start is not None:
-            trainer.begin_with(start)
+            start.load_into(trainer.model)
+            trainer.average.begin_with_live()
     with _locked(run, ranks):
         with ranks.agree():
             if ranks.is_main:

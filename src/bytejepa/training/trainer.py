@@ -34,7 +34,6 @@ from bytejepa.training.distributed import Ranks
 from bytejepa.training.gradient_step import GradientStep, StepLosses
 from bytejepa.training.optimizers import Optimizers
 from bytejepa.training.shared_scoring import score_on_ranks
-from bytejepa.training.starting_point import StartingPoint
 
 
 @dataclasses.dataclass(slots=True)
@@ -137,11 +136,6 @@ class Trainer:
             check_split(data, "val", {})  # missing is not the same as never promised
             return None
         return validation_ids(data, self.config.training.validation_bytes)
-
-    def begin_with(self, start: StartingPoint) -> None:
-        """Take the weights of `start` instead of random ones. Raises: ConfigError if they do not fit."""
-        start.load_into(self.model)
-        self.average.begin_with_live()
 
     def state(self) -> dict[str, Tensor]:
         """Return every tensor that decides how the run goes on (a collective call)."""
