@@ -239,6 +239,18 @@ def test_a_row_that_matters_more_gets_a_finer_scale() -> None:
     assert torch.equal(again.scales.float(), scales)
 
 
+def test_scales_by_sensitivity_cut_no_weight_off() -> None:
+    model = small_model()
+    config = replace(model.config, artifact={"clip": "sensitivity", "small_tensor_elements": 100, "matrix_bits": 4})
+    name = "blocks.1.mlp.up.weight"
+    weight = dict(model.named_parameters())[name].detach().clone()
+    weight[:, 3] *= 20  # far beyond what the sensitivity alone would give a code
+    calibration = calibrate(model, random_ids(4, 32))
+    stored = quantize_matrices({name: weight}, config.artifact, calibration)[name]
+    scales = sensitive_scales({name: weight}, config.artifact, calibration)[name]
+    assert bool(((weight - restore(stored)).abs() <= 0.5001 * scales[:, None]).all())
+
+
 @pytest.mark.parametrize("digits", [1, 3, 10])
 def test_scales_by_sensitivity_keep_as_many_digits_as_they_are_told(digits: int) -> None:
     model = small_model()

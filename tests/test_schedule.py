@@ -26,6 +26,12 @@ def test_the_learning_rate_ends_at_zero_and_never_rises_in_the_warmdown(at: floa
     assert learning_rate_scale(schedule, progress=1.0, step=0, elapsed_s=0.0) == 0
 
 
+def test_halfway_down_the_learning_rate_is_halfway_to_where_it_ends() -> None:
+    schedule = ScheduleConfig(warmdown_fraction=0.4, warmdown_to=0.2)
+    scales = [learning_rate_scale(schedule, progress=at, step=0, elapsed_s=0.0) for at in (0.6, 0.7, 0.8, 1.0)]
+    assert scales == pytest.approx([1.0, 0.8, 0.6, 0.2])
+
+
 def test_warmup_rises_from_almost_nothing() -> None:
     schedule = ScheduleConfig(warmup_fraction=0.1)
     assert 0 < learning_rate_scale(schedule, progress=0.0, step=0, elapsed_s=0.0) < 0.01

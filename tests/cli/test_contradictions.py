@@ -176,4 +176,6 @@ def test_a_demo_is_titled_by_its_preset_and_prints_its_sample(
     words = ("ablation-pr832", *MINIMAL[1:], "--out", tmp_path / "demo", "--sample-bytes=8")
     done = command("demo", *words, "--json")
     assert titles == ["ablation-pr832 on State of the Union addresses"]
-    assert json.loads(done.out)["sample"].startswith("My fellow Americans, ")
+    record = json.loads(done.out)
+    assert record["sample"].startswith("My fellow Americans, ")
+    assert record["train_bytes_per_s"] * record["train_s"] == pytest.approx(record["train_bytes_read"])

@@ -337,12 +337,13 @@ def test_the_commands_of_a_report_repeat_the_study_and_its_score(
     assert started == []
     assert (copied / "study.json").read_bytes() == before
 
-    evaluate = commands(inputs.configurations[0].runs, 600)[-1]
+    export, evaluate = (line.replace("\\\n", "") for line in commands(inputs.configurations[0].runs, 600)[-2:])
     page = render_page(inputs, {}, [], title="t", command="c", files="f")
-    assert evaluate in html.unescape(page)
+    assert evaluate in html.unescape(page).replace("\\\n", "")
     run = inputs.study.runs[0]
-    shutil.copy(copied / run.run / "model.bjm", Path(run.run).name + ".bjm")
-    scored = json.loads(command(*shlex.split(evaluate.replace("\\\n", ""))[1:], "--json").out)["scores"]["sliding"]
+    shutil.copytree(copied / run.run, Path(run.run).name)  # what the first commands would train
+    assert command(*shlex.split(export)[1:]).code == 0
+    scored = json.loads(command(*shlex.split(evaluate)[1:], "--json").out)["scores"]["sliding"]
     assert scored["bpb"] == pytest.approx(run.bpb, abs=1e-12)
 
 
