@@ -101,7 +101,7 @@ def compact(config: RunConfig) -> RunConfig:
 def golf() -> RunConfig:
     """`default` with a larger model and what proved itself here or elsewhere, about 35 million weights; 600 s on 8 GPUs.
 
-    Hashed runs of 3 to 6 ids and sequences that grow, both measured here; documents kept apart, windows in most blocks,
+    Hashed runs of 3 to 6 ids, sequences that grow and NorMuon, measured here; documents kept apart, windows in most blocks,
     a larger query gain, more weight decay, more and wider blocks: taken over from others' measurements
     (docs/techniques.md). Packed compactly, with the steps that just fill the budget (docs/quantization.md).
     """
@@ -117,7 +117,7 @@ def golf() -> RunConfig:
             "attention_windows": (*(local, local, local, local, full) * 2, local, local, local, full),
         },
         data={"sequence_growth": ((0.0, 1024), (0.4, 2048), (0.7, 4096))},
-        optimizer={"muon_weight_decay": 0.085},
+        optimizer={"muon_weight_decay": 0.085, "muon_beta2": 0.95},
         artifact={"fit": True},
     )
 
