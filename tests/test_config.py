@@ -82,6 +82,7 @@ def test_every_range_holds_on_both_sides(section: str, name: str, bounds: Range)
         (ScheduleConfig, {"warmup_fraction": 0.7}, ["warmup_fraction 0.7", "warmdown_fraction 0.4", "its peak"]),
         (ScheduleConfig, {"warmdown_fraction": 0.0, "warmdown_to": 0.1}, ["warmdown_to 0.1", "warmdown_fraction 0"]),
         (ScheduleConfig, {"steps": None}, ["nothing ends the run"]),
+        (OptimizerConfig, {"muon_cautious_weight_decay": True, "muon_weight_decay": 0.0}, ["nothing decays"]),
         (ScheduleConfig, {"steps": None, "max_bytes": 9, "warmdown": "mean_step_time"}, ["mean_step_time", "steps"]),
         (EvaluationConfig, {"stride_bytes": 8192}, ["8192", "4096"]),
         (ArtifactConfig, {"scales": "reference_floor", "clip": "max", "matrix_bits": 5}, ["reference_floor", "5, 8"]),

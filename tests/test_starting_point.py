@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bytejepa.artifact.load import starting_point
+from bytejepa.artifact.load import read_run, starting_point
 from bytejepa.config import RunConfig, replace
 from bytejepa.errors import CheckpointError, ConfigError, Interrupted
 from bytejepa.model.initialization import initialize
-from bytejepa.model.transformer import ByteLM
-from bytejepa.report.configuration import train_words
+from bytejepa.model.transformer import ByteLM, prediction_weights
+from bytejepa.report.configuration import commands, train_words
+from bytejepa.report.inputs import read_inputs
+from bytejepa.report.page import render_page
 from bytejepa.submission.seeds import read_runs
 from bytejepa.training import checkpoint
 from bytejepa.training.runlog import RunFolder
@@ -50,6 +52,10 @@ def test_a_run_begins_with_the_weights_of_an_artifact_or_a_run(
     of: str, config: RunConfig, embedded_shards: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     start = starting_point(request.getfixturevalue(of))
+    if of == "minimal_run":
+        run = read_run(request.getfixturevalue(of))
+        assert checkpoint.same_tensors(start.weights, run.average)
+        assert not checkpoint.same_tensors(start.weights, run.raw)
     train(config, embedded_shards, tmp_path / "run", start=start)
     begun = held_at(tmp_path / "run", 0)
     for part in ("model", "average"):
@@ -105,6 +111,12 @@ def test_what_only_training_needs_begins_anew(config: RunConfig, embedded_shards
     head = held_at(tmp_path / "more", 0).part("model")["multi_token_heads.0.weight"]
     assert torch.equal(head, dict(initialize(ByteLM(more), 5).named_parameters())["multi_token_heads.0.weight"])
     train(config, embedded_shards, tmp_path / "less", start=start_of(more, other_weights(more)))  # and is left out
+    apart = replace(config, jepa={"inject": False})
+    packed = prediction_weights(other_weights(apart), apart)  # all that an artifact of it holds
+    train(apart, embedded_shards, tmp_path / "apart", start=start_of(apart, packed))
+    begun = held_at(tmp_path / "apart", 0).part("model")
+    assert checkpoint.same_tensors(prediction_weights(begun, apart), packed)
+    assert begun.keys() > packed.keys()
 
 
 @pytest.mark.parametrize(
@@ -132,6 +144,28 @@ def test_a_submission_of_it_is_refused(config: RunConfig, embedded_shards: Path,
     train(config, embedded_shards, tmp_path / "run", start=start_of(config, other_weights(config)))
     with pytest.raises(CheckpointError, match=r"began with the weights of earlier\.bjm"):
         read_runs([tmp_path / "run"])
+
+
+def test_a_run_cannot_replace_the_model_that_it_begins_with(
+    config: RunConfig, embedded_shards: Path, tmp_path: Path, refuses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    train(config, embedded_shards, run)
+    before = held_at(run, 6).tensors
+    monkeypatch.chdir(tmp_path)
+    assert "would be replaced" in refuses(2, "train", run, "--data", embedded_shards, "--out", "run", "--force")
+    assert checkpoint.same_tensors(held_at(run, 6).tensors, before)
+
+
+def test_a_report_names_the_model_and_repeats_the_run_from_it(
+    config: RunConfig, embedded_shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(config, embedded_shards, run, start=start_of(config, other_weights(config)))
+    inputs = read_inputs([run])
+    begin = commands(inputs.configurations[0].runs, None)[0]
+    assert begin.split()[:3] == ["bytejepa", "train", "earlier.bjm"]
+    assert "those of earlier.bjm" in render_page(inputs, {}, [], title="t", command="c", files="f")
 
 
 def test_the_digest_is_of_the_weights_whatever_file_they_lie_in(config: RunConfig) -> None:

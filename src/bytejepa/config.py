@@ -112,7 +112,7 @@ class OptimizerConfig(Section):
     """Decay of a running mean square of each neuron's updates, by whose root it is divided once orthogonalised (NorMuon); None:
     not divided."""
     muon_cautious_weight_decay: bool = False
-    """Only weights that the update moves towards zero decay."""
+    """Weights that the update moves away from zero do not decay."""
     adam_beta1: Decay = 0.9
     """Decay of AdamW's first moment."""
     adam_beta2: Decay = 0.95

@@ -71,6 +71,15 @@ def test_a_run_of_two_ranks_goes_on_with_one(one_rank, embedded_shards, tmp_path
     assert losses(run) == pytest.approx(losses(one_rank), abs=1e-4)
 
 
+def test_beginning_with_a_model_two_ranks_do_as_one(one_rank, embedded_shards, tmp_path) -> None:
+    words = ["train", str(one_rank), "--data", str(embedded_shards), "--schedule.steps=6", "--json", "--out"]
+    for ranks in (1, 2):
+        done = run_on_ranks(ranks, *words, str(tmp_path / str(ranks)))
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), abs=1e-4)
+    assert losses(tmp_path / "1")[0] < losses(one_rank)[0] - 0.5
+
+
 def test_ranks_that_do_not_divide_the_batch_are_refused_with_all_numbers(embedded_shards, tmp_path) -> None:
     done = run_on_ranks(3, "train", *SETTINGS, "--data", str(embedded_shards), "--out", str(tmp_path / "run"))
     assert done.returncode == 2

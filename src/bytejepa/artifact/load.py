@@ -30,13 +30,10 @@ def load(path: Path | str, *, device: str = "cpu", precision: Precision = "auto"
     `precision` asks for that. Raises: ArtifactError or CheckpointError that says what is wrong.
     """
     path = Path(path)
-    if path.is_dir():
-        run = read_run(path)
-        return on_device(build(run.config, run.average, source=str(path)), device, precision=precision)
-    container = read_container(path)
-    config = configuration_of(container.configuration, str(path))
-    model = on_device(build(config, container.tensors, source=str(path)), device, precision=precision)
-    _stored_forms[model] = container.stored
+    config, weights, stored = _read(path)
+    model = on_device(build(config, weights, source=str(path)), device, precision=precision)
+    if stored is not None:
+        _stored_forms[model] = stored
     return model
 
 
@@ -52,13 +49,17 @@ def starting_point(path: Path) -> StartingPoint:
 
     Raises: ArtifactError or CheckpointError that says what is wrong with it.
     """
-    source = str(path.resolve())
+    config, weights, _ = _read(path)
+    return StartingPoint(source=str(path.resolve()), config=config, weights=weights)
+
+
+def _read(path: Path) -> tuple[RunConfig, dict[str, Tensor], dict[str, StoredTensor] | None]:
+    """Return (configuration, weights, their storage form in an artifact) of an artifact or a run's averaged weights."""
     if path.is_dir():
         run = read_run(path)
-        return StartingPoint(source=source, config=run.config, weights=run.average)
+        return run.config, run.average, None
     container = read_container(path)
-    config = configuration_of(container.configuration, str(path))
-    return StartingPoint(source=source, config=config, weights=container.tensors)
+    return configuration_of(container.configuration, str(path)), container.tensors, container.stored
 
 
 _stored_forms: weakref.WeakKeyDictionary[ByteLM, dict[str, StoredTensor]] = weakref.WeakKeyDictionary()

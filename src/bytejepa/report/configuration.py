@@ -101,19 +101,8 @@ def commands(runs: Sequence[LoggedRun], scored_ids: int | None) -> list[str]:
         launcher = (
             ["bytejepa"] if ranks == 1 else ["torchrun", "--standalone", f"--nproc_per_node={ranks}", "-m", "bytejepa"]
         )
-        lines.append(
-            _command(
-                [
-                    *launcher,
-                    "train",
-                    *train_words(run.config, run.manifest.get("started_from")),
-                    "--data",
-                    data,
-                    "--out",
-                    out,
-                ]
-            )
-        )
+        settings = train_words(run.config, run.manifest.get("started_from"))
+        lines.append(_command([*launcher, "train", *settings, "--data", data, "--out", out]))
     first = runs[0]
     data, artifact = str(first.manifest.get("data", {}).get("path", "SHARDS")), f"{Path(first.name).name}.bjm"
     lines.append(_command(["bytejepa", "export", first.name, "-o", artifact]))

@@ -25,8 +25,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def begin_with_live(self) -> None:
-        """Forget what was averaged: the average is the live weights."""
-        self.num_swa_samples = 0
+        """Take the live weights for the average: before the first step, once they have been replaced."""
         if self.is_kept:
             for average, live in zip(self.average, self.live, strict=True):
                 average.copy_(live)

@@ -8,7 +8,7 @@ squares, and u keeps its norm (NorMuon; Li et al. 2025, arXiv 2510.05491, with t
 
     s <- b s + (1 - b) mean(u^2);   u <- u / sqrt(s) * |u| / |u / sqrt(s)|
 
-With `cautious_decay` only weights that the update moves towards zero, or not at all, decay (Chen et al. 2025, arXiv 2510.12402).
+With `cautious_decay` weights that the update moves away from zero do not decay (Chen et al. 2025, arXiv 2510.12402).
 
 Matrices of one shape go through the Newton-Schulz iteration as one batch. With several ranks each takes its share of
 every batch and the updates are gathered, the gathering of one batch running while the next is computed.

@@ -11,7 +11,7 @@ import torch
 
 from bytejepa.config import RunConfig
 from bytejepa.data.loader import IdStream
-from bytejepa.errors import CheckpointError, DataError
+from bytejepa.errors import CheckpointError, ConfigError, DataError
 from bytejepa.files import locked
 from bytejepa.training import checkpoint, recovery
 from bytejepa.training.distributed import Ranks, join
@@ -38,6 +38,8 @@ def train(
     ranks = join(config.training.device)
     run = RunFolder(out)
     with ranks.agree():
+        if start is not None and Path(start.source) == out.resolve():
+            raise ConfigError(f"{out} is the model to begin with, and would be replaced", hint="name another folder")
         trainer = Trainer(config, data, ranks)
         if start is not None:
             start.load_into(trainer.model)

@@ -52,21 +52,22 @@ class StartingPoint:
             if expected != got and not (got == "nothing" and name not in needed):
                 raise ConfigError(
                     f"{self.source}: tensor {name}: this configuration expects {_shape(expected)}, the model has {_shape(got)}",
-                    hint=f"that model has {self._settings_that_differ(model.config)}",
+                    hint=self._settings_that_differ(model.config),
                 )
         for name, parameter in own.items():
             if name in self.weights:
                 parameter.copy_(self.weights[name])
 
     def _settings_that_differ(self, config: RunConfig) -> str:
-        """Return the settings of this model that shape one and are otherwise in `config`, as a configuration states them."""
+        """Return which settings of `model` and `jepa` are otherwise in `config`, and what they are in this model."""
         theirs, ours = to_dict(self.config), to_dict(config)
-        return ", ".join(
+        different = ", ".join(
             f"{section}.{name} {value}"
             for section in ("model", "jepa")
             for name, value in theirs[section].items()
             if value != ours[section][name]
         )
+        return f"that model has {different}" if different else ""
 
 
 def _shape(shape: tuple[int, ...] | str) -> str:
