@@ -134,7 +134,7 @@ class Steps:
         assert self.ours is not None, "after ours has been measured"
         on_gpu = self.device.type == "cuda"
         kind = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-        with alone(), profile(activities=sorted({ProfilerActivity.CPU, kind}, key=str)) as profiled:
+        with alone(), profile(activities=sorted({ProfilerActivity.CPU, kind}, key=str), acc_events=True) as profiled:
             for _ in range(steps):
                 self.ours()
             synchronize(self.device)
