@@ -1,11 +1,13 @@
 """Presets at full size on one GPU, at equal wallclock: train, pack, read back, score.
 
     python benchmarks/gpu_comparison.py DATA OUT --seconds 50 [--arms pr832 golf golf-chunks] [--seeds 1 2 3] [--also NAME=DATA]
+                                        [--minutes 9]
 
 DATA: byte260 shards of a training and a validation split; `--also` names further ones, of which the validation split is scored.
 One process an arm: they compile side by side, then train turn by turn, seed by seed, each for the same seconds (compilation
 not counted) at the reference's share of a batch, 49,152 bytes a step. What they trained is packed and scored by a process each,
-once nothing is timed any more. On an H200 compiling takes 85 s (pr832) and 160 s (golf), packing and scoring 20 to 40 s. Writes
+once nothing is timed any more. On an H200 compiling takes 85 s (pr832) and 160 s (golf), packing and scoring 20 to 40 s; beside
+three other programs that compile, 145 and 310 s. With `--minutes` no seed is begun that could not be scored by then. Writes
 OUT/ARM-SEED.json and OUT/comparison.json, which ends with each arm against the first, paired by seed; run folders and
 artifacts stay in OUT.
 """
@@ -47,6 +49,12 @@ from bytejepa.training.trainer import Trainer
 
 GPU_SHARE_BYTES = 49_152
 CALIBRATION_BYTES = 32_768
+PACK_AND_SCORE_S = 60.0
+"""What is set aside for it where time is limited."""
+
+
+class NoTimeError(Exception):
+    """A seed can no longer be trained by every arm and scored."""
 
 
 def arm(name: str, seconds: float) -> RunConfig:
@@ -116,6 +124,11 @@ def train_arm(name: str, config: RunConfig, options: argparse.Namespace) -> None
         wait_for(*(options.out / f"{other}.compiled" for other in options.arms))
         wait_for(*(options.out / f"{other}-{seed}.trained" for seed, other in before))
         turn.enter_context(alone())
+        this = trainer.config.training.seed
+        arms_left = len(options.arms) - options.arms.index(name)
+        is_late = options.deadline and time.time() + arms_left * options.seconds + PACK_AND_SCORE_S > options.deadline
+        if is_late or not all((options.out / f"{arm}-{seed}.json").exists() for seed, arm in before if seed == this):
+            raise NoTimeError(f"{name}: no time for seed {this}")
 
     Trainer.warm_up = warm_up_and_wait  # type: ignore[method-assign]
     runs.Trainer = functools.partial(Trainer, validate=False)  # type: ignore[misc, assignment]
@@ -124,7 +137,11 @@ def train_arm(name: str, config: RunConfig, options: argparse.Namespace) -> None
     for seed in options.seeds:
         run = options.out / f"{name}-{seed}"
         with contextlib.ExitStack() as turn:
-            result = runs.train(replace(config, training={"seed": seed}), options.data, run, force=True)
+            try:
+                result = runs.train(replace(config, training={"seed": seed}), options.data, run, force=True)
+            except NoTimeError as late:
+                print(late, flush=True)
+                return
         metrics = [line for line in RunFolder(run).read_metrics() if "train_bpb" in line]
         found = {
             "arm": name,
@@ -221,9 +238,11 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--also", nargs="*", type=corpus, default=[], metavar="NAME=DATA")
     parser.add_argument("--score-bytes", type=int, default=500_000)
+    parser.add_argument("--minutes", type=float, help="begin no seed that could not be scored by then")
     parser.add_argument("--rehearse", action="store_true", help="walk through it on a CPU, at a tiny size")
     parser.add_argument("--train", help=argparse.SUPPRESS)
     parser.add_argument("--score", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.train:
@@ -236,7 +255,8 @@ def main() -> None:
     for pattern in ("*.compiled", "*.trained", "*.json"):  # of a run before
         for left in options.out.glob(pattern):
             left.unlink()
-    failed = failures(["--train", name] for name in options.arms)
+    until = [] if options.minutes is None else ["--deadline", str(time.time() + 60 * options.minutes)]
+    failed = failures(["--train", name, *until] for name in options.arms)
     planned = [(name, seed) for name in options.arms for seed in options.seeds]
     trained = [(name, seed) for name, seed in planned if (options.out / f"{name}-{seed}.json").exists()]
     failed += failures(["--score", name, str(seed)] for name, seed in trained)

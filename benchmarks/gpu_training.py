@@ -36,7 +36,7 @@ from bytejepa.benchmark.speed import (
     time_step,
 )
 from bytejepa.config import RunConfig, replace
-from bytejepa.model import fused_mlp
+from bytejepa.model import attention, fused_mlp
 from bytejepa.model.attention import available_backends, causal_attention
 from bytejepa.presets import preset
 
@@ -168,17 +168,30 @@ class Steps:
         *,
         inductor: dict[str, bool] | None = None,
         plain_mlp: bool = False,
+        grouped_keys: bool = False,
+        graphs: bool = False,
         **how: object,
     ) -> Speed:
-        """Return the speed of another configuration, or of the same one compiled with settings of the `inductor` or with the
-        products of the MLP by a library."""
+        """Return the speed of another configuration, or of the same one compiled with settings of the `inductor`, with the
+        products of the MLP by a library, with groups of queries left to the attention kernel, or with CUDA `graphs` of the
+        forward and the backward pass."""
         self.ours = None
         self._forget()
         import torch._inductor.config as settings
 
         step = TrainingStep(config, self.device, compile=bool(how.get("compile", self.compile)))
+        if (
+            graphs and self.compile
+        ):  # Muon's updates are not in them: a graph that begins would overwrite their gradients
+            gradient_step, options = step.gradient_step, {"triton.cudagraphs": True}
+            gradient_step.weighted_loss = torch.compile(gradient_step._forward, dynamic=False, options=options)
         found = {self.device.type: not plain_mlp and fused_mlp.find(self.device.type)}
-        with settings.patch(inductor or {}), mock.patch.dict(fused_mlp.possible, found):
+        repeated = frozenset() if grouped_keys else attention.FASTER_WITHOUT_GROUPS
+        with (
+            settings.patch(inductor or {}),
+            mock.patch.dict(fused_mlp.possible, found),
+            mock.patch.object(attention, "FASTER_WITHOUT_GROUPS", repeated),
+        ):
             speed = self._measured(name, step, config, steps=8 if how else self.steps)
         del step
         self._forget()
@@ -231,7 +244,8 @@ def speeds(steps: Steps, ours: RunConfig, reference: RunConfig) -> dict[str, Cal
         "reference's settings": (reference, {}),
         "without the kernels of the MLP": (ours, {"plain_mlp": True}),
         "with mix_order_reduction": (ours, {"inductor": {"triton.mix_order_reduction": True}}),
-        "with CUDA graphs": (ours, {"inductor": {"triton.cudagraphs": True}}),
+        "with groups of queries left to the attention kernel": (ours, {"grouped_keys": True}),
+        "with CUDA graphs": (ours, {"graphs": True}),
         "with coordinate_descent_tuning": (ours, {"inductor": {"coordinate_descent_tuning": True}}),
         "without JEPA": (replace(ours, jepa={"enabled": False}), {}),
         "float32 embeddings": (replace(ours, training={"bfloat16_embeddings": False}), {}),

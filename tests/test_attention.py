@@ -400,6 +400,6 @@ def test_queries_keys_and_values_are_the_same_by_the_way_that_gpus_take(monkeypa
     model.compute_dtype = torch.bfloat16
     expected = model.logits(ids)
     taken = []
-    monkeypatch.setattr("bytejepa.model.fused.is_half_on_gpu", lambda x: taken.append(x.dtype) or True)
+    monkeypatch.setattr("bytejepa.model.fused_heads.is_half_on_gpu", lambda x: taken.append(x.dtype) or True)
     torch.testing.assert_close(model.logits(ids), expected, rtol=0.05, atol=0.05)
     assert set(taken) == {torch.bfloat16}

@@ -11,7 +11,7 @@ import bytejepa
 from bytejepa.config import replace
 from bytejepa.data.loader import IdStream
 from bytejepa.errors import Interrupted
-from bytejepa.model import fused, fused_mlp, layers
+from bytejepa.model import fused_heads, fused_mlp, layers
 from bytejepa.model.attention import attention_mask, available_backends, causal_attention, masked_attention
 from bytejepa.scoring.evaluate import Scorer, score_ids
 from bytejepa.training.loop import TrainProgress
@@ -64,7 +64,7 @@ def test_the_compiled_norm_and_rotation_is_the_plain_formula() -> None:
     heads = torch.randn(2, 128, 8, 64, device=CUDA).bfloat16().requires_grad_()
     gain = torch.linspace(0.5, 2.0, 6, device=CUDA).requires_grad_()
     weight = torch.randn_like(heads[:, :, :6])
-    ours = torch.cat(torch.compile(fused.queries_and_keys)(heads, *tables(128), gain, 4), dim=2)
+    ours = torch.cat(torch.compile(fused_heads.queries_keys_values)(heads, *tables(128), gain, 4)[:2], dim=2)
     plain = layers.rotate(layers.rms_norm(heads[:, :, :6].float()), *tables(128)) * gain[:, None]
     torch.testing.assert_close(ours.float(), plain, rtol=1e-2, atol=1e-2)
     gradients = [torch.autograd.grad((y.float() * weight).sum(), (heads, gain)) for y in (ours, plain)]

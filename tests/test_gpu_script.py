@@ -33,7 +33,7 @@ def test_every_section_runs_and_reports(tmp_path: Path, monkeypatch: pytest.Monk
     assert report["attention"]["flash"]["relative_error"] < 1e-5
     assert report["attention"]["blocked"]["relative_error"] < 1e-5
     speeds = [value for name, value in report.items() if name.startswith("speed: ")]
-    assert len(speeds) == 17
+    assert len(speeds) == 18
     assert report["targets"]["step_ms"].startswith(("met: ", "missed: "))
     assert report["targets"]["utilization"].startswith(("met: ", "missed: "))
     assert all(speed["bytes_per_s"] > 0 and speed["utilization"] > 0 for speed in speeds)
@@ -88,6 +88,17 @@ def test_arms_of_the_comparison_train_and_come_back_from_their_artifacts(embedde
     expected = statistics.mean(rows[2 + seed]["raw_bpb"]["books"] - rows[seed]["raw_bpb"]["books"] for seed in (0, 1))
     assert difference["mean"] == pytest.approx(expected)
     assert len(report["differences"]) == 3 * 2
+
+
+@pytest.mark.slow
+def test_a_comparison_begins_no_seed_that_it_could_not_finish_and_scores_the_others(
+    embedded_shards: Path, tmp_path: Path
+) -> None:
+    options = ("--seconds", 30, "--rehearse", "--score-bytes", 1000, "--arms", "pr832", "golf", "--seeds", 1, 2)
+    run_script("gpu_comparison.py", embedded_shards, tmp_path, *options, "--minutes", 2.3)
+    report = json.loads((tmp_path / "comparison.json").read_text())
+    assert [(row["arm"], row["seed"]) for row in report["runs"]] == [("pr832", 1), ("golf", 1)]
+    assert all("artifact_bpb" in row for row in report["runs"])
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bytejepa.model import fused, layers
+from bytejepa.model import fused, fused_heads, layers
 from bytejepa.model.layers import RotaryTables, SmearGate, rotate, softcap
 from bytejepa.model.ngram_embedding import BigramHash, NgramHash
 
@@ -156,10 +156,11 @@ def queries_and_keys_and_values(
     """Return 2 queries, a key and a value, beside each other, of (2, 5, 4, 16) heads."""
     cosines, sines = rotation(5, dims=4)
     if written_for_a_compiler:
-        q, k = fused.queries_and_keys(heads, cosines, sines, gain, 2)
+        q, k, v = fused_heads.queries_keys_values(heads, cosines, sines, gain, 2)
     else:
         q, k = plain_rotation(heads[:, :, :3], cosines, sines, gain).split((2, 1), dim=2)
-    return torch.cat((k, heads[:, :, 3:], q), dim=2)
+        v = heads[:, :, 3:]
+    return torch.cat((k, v, q), dim=2)
 
 
 def test_gradients_written_for_a_compiler_are_those_of_the_plain_formula() -> None:
@@ -185,8 +186,8 @@ def test_a_gradient_written_for_a_compiler_keeps_the_dtype_of_its_input() -> Non
 def test_tails_are_rotated_as_whole_sequences_are_on_a_gpu() -> None:
     cosines, sines = rotation(5, dims=4)
     heads, gain = normal(2, 5, 4, 16).bfloat16(), torch.tensor([1.5, 0.5, 1.0])
-    q, k = fused.queries_and_keys(heads, cosines, sines, gain, 2)
-    both = fused.normalize_and_rotate_in_float32(heads[:, 2:, :3], cosines[2:], sines[2:], gain)
+    q, k, _ = fused_heads.queries_keys_values(heads, cosines, sines, gain, 2)
+    both = fused_heads.normalize_and_rotate_in_float32(heads[:, 2:, :3], cosines[2:], sines[2:], gain)
     assert torch.equal(torch.cat((q, k), dim=2)[:, 2:], both)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bytejepa.training.distributed import Ranks
-from bytejepa.training.muon import Muon, even_out, newton_schulz_iteration, orthogonalize
+from bytejepa.training.muon import Muon, _in_place, _without_copies, even_out, newton_schulz_iteration, orthogonalize
+from bytejepa.training.optimizers import total_norm
 
 
 def test_orthogonalize_brings_singular_values_near_one_whatever_the_shape() -> None:
@@ -16,6 +17,14 @@ def test_orthogonalize_brings_singular_values_near_one_whatever_the_shape() -> N
         singular = torch.linalg.svdvals(result)
         assert singular.min() > 0.3
         assert singular.max() < 1.4
+
+
+@pytest.mark.parametrize("shape", [(5, 24, 8), (3, 8, 24), (2, 16, 16), (24, 8), (8, 24)])
+def test_an_iteration_is_the_same_with_and_without_copies(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 8
+    tall = shape[-2] > shape[-1]
+    gram = x.mT @ x if tall else x @ x.mT
+    torch.testing.assert_close(*(f(x, gram, tall, 3.0, -4.0, 2.0) for f in (_in_place, _without_copies)))
 
 
 def test_polar_express_comes_closer_to_orthogonal_than_the_quintic() -> None:
@@ -140,3 +149,13 @@ def test_cautious_decay_leaves_the_weights_alone_that_the_update_makes_larger() 
     unmoved.grad = torch.zeros(4, 4)
     muon.step(learning_rate_scale=1.0, momentum=0.0, clip=torch.tensor(1.0))
     torch.testing.assert_close(unmoved.detach(), torch.full((4, 4), 0.9))  # without a gradient a weight decays as ever
+
+
+def test_the_norm_of_gradients_of_several_dtypes_is_that_of_all_their_numbers() -> None:
+    random = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=random) for shape in ((3, 4), (7,), ())]
+    torch.testing.assert_close(total_norm(gradients), torch.nn.utils.get_total_norm(gradients), rtol=0, atol=0)
+    mixed = [gradients[0].bfloat16(), *gradients[1:]]
+    exact = torch.linalg.vector_norm(torch.cat([g.double().flatten() for g in mixed]))
+    assert total_norm(mixed).dtype == torch.float32
+    torch.testing.assert_close(total_norm(mixed).double(), exact, rtol=1e-6, atol=0)

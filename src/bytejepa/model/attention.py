@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bytejepa.config import AttentionBackend
 from bytejepa.errors import ConfigError
-from bytejepa.model import blocked_attention, fused
+from bytejepa.model import blocked_attention, fused, fused_heads
 from bytejepa.model.layers import Linear, add_projected, normalize_and_rotate
 
 Mask = Any
@@ -28,6 +28,9 @@ Kernel = Literal["flash4", "flash3", "cudnn", "blocked", "flash", "flex", "effic
 
 HALF_PRECISION_ONLY: frozenset[Kernel] = frozenset({"flash4", "flash3", "cudnn", "flash"})
 """Of the kernels of a GPU."""
+
+FASTER_WITHOUT_GROUPS: frozenset[Kernel] = frozenset({"flash3"})
+"""Kernels whose backward pass sums over groups in float32 buffers, which takes longer than to repeat keys and values for them."""
 
 _available: dict[str, dict[Kernel, str | None]] = {}
 
@@ -250,19 +253,28 @@ class Attention(nn.Module):
         sines: Float[Tensor, "T half"],
         *,
         norm_scale: float = 1.0,
-    ) -> tuple[Float[Tensor, "B T H E"], Float[Tensor, "B T G E"], Float[Tensor, "B T G E"]]:
-        """Return queries (gain included), keys and values of norm_scale * x, queries and keys normalised and rotated."""
+        repeats: int = 1,
+    ) -> tuple[Float[Tensor, "B T H E"], Float[Tensor, "B T _ E"], Float[Tensor, "B T _ E"]]:
+        """Return queries (gain included), keys and values of norm_scale * x, queries and keys normalised and rotated.
+
+        Each of the G keys and values comes `repeats` times, where `_repeats` said so.
+        """
         H, G, E = self.num_heads, self.num_kv_heads, self.head_dim
         # one product for the three maps; queries and keys go through norm and rotation together
         weight = torch.cat((self.query.weight, self.key.weight, self.value.weight))
         heads = F.linear(x, (weight * norm_scale).to(x.dtype)).unflatten(-1, (H + 2 * G, E))
         gain = torch.cat((self.query_gain, self.query_gain.new_ones(G)))
-        qk, v = heads.split((H + G, G), dim=2)
-        if fused.is_half_on_gpu(heads):
-            q, k = fused.queries_and_keys(heads, cosines, sines, gain, H)
+        if fused_heads.is_half_on_gpu(heads):
+            q, k, v = fused_heads.queries_keys_values(heads, cosines, sines, gain, H, repeats=repeats)
         else:
+            qk, v = heads.split((H + G, G), dim=2)
             q, k = normalize_and_rotate(qk, cosines, sines, gain).split((H, G), dim=2)
         return q, k, self._with_embedding(v, ids)
+
+    def _repeats(self, x: Tensor, backend: Kernel) -> int:
+        """Return how often a key should be handed to the kernel."""
+        possible = fused_heads.is_half_on_gpu(x) and torch.is_grad_enabled() and self.value_embedding is None
+        return self.num_heads // self.num_kv_heads if possible and backend in FASTER_WITHOUT_GROUPS else 1
 
     def _with_embedding(self, v: Tensor, ids: Tensor) -> Tensor:
         if self.value_embedding is None:
@@ -320,6 +332,7 @@ class Attention(nn.Module):
         mask: Mask = None,
     ) -> Float[Tensor, "B T D"]:
         """Return residual + scale * attention(norm_scale * x)."""
-        q, k, v = self.project(x, ids, cosines, sines, norm_scale=norm_scale)
+        repeats = self._repeats(x, backend)
+        q, k, v = self.project(x, ids, cosines, sines, norm_scale=norm_scale, repeats=repeats)
         y = self.gated(causal_attention(q, k, v, backend=backend, mask=mask), x)
-        return self.merge(y, v, residual, scale)
+        return self.merge(y, v[:, :, ::repeats], residual, scale)

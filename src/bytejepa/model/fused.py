@@ -1,25 +1,19 @@
-"""Hand-written gradients for eager CPU training, and the one that a compiler for GPUs does not fuse by itself.
+"""Hand-written gradients for eager CPU training.
 
 Eager autograd writes every intermediate of a norm or an activation to memory and reads it back, which at small widths
 costs as much as the matrix products. These functions compute the same values in fewer passes. Under torch.compile the
-compiler fuses the plain formulas itself, so they are used in eager mode on a CPU only; but for `queries_and_keys`.
+compiler fuses the plain formulas itself, so they are used in eager mode on a CPU only.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
 def is_profitable(x: Tensor) -> bool:
     """Return whether the hand-written version of an operation should be taken for `x`."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
-
-
-def is_half_on_gpu(x: Tensor) -> bool:
-    """Return whether `x` is in half precision on a GPU, where the formulas written for a compiler are taken."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -122,86 +116,6 @@ def _rotate_in_place(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 def normalize_and_rotate(heads: Tensor, cosines: Tensor, sines: Tensor, gain: Tensor) -> Tensor:
     """Return gain * rotate(rms_norm(heads)); see `layers.normalize_and_rotate`."""
     return _NormalizeAndRotate.apply(heads, cosines, sines, gain)
-
-
-class _QueriesAndKeys(torch.autograd.Function):
-    """For a compiler to fuse: out of place, in float32 inside, and the gradient over all heads of the product at once.
-
-    A compiler fuses what runs over one space of indices: with the gradients of queries, keys and values padded to all heads,
-    that of the product is one pass instead of three. Saving the product alone costs nothing, attention keeps it for its values.
-    In half precision only: where `float()` is no copy, compiled code of PyTorch 2.11 returns gradients of zero.
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, heads: Tensor, cosines: Tensor, sines: Tensor, gain: Tensor, num_queries: int
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(heads, cosines, sines, gain)
-        ctx.num_queries = num_queries
-        num_rotated = gain.size(0)
-        rotated = normalize_and_rotate_in_float32(heads[:, :, :num_rotated], cosines, sines, gain)
-        q, k = rotated.split((num_queries, num_rotated - num_queries), dim=2)
-        return q, k
-
-    @staticmethod
-    def backward(ctx, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        heads, cosines, sines, gain = ctx.saved_tensors
-        E, H, num_rotated = heads.size(-1), ctx.num_queries, gain.size(0)
-        num_values = heads.size(2) - num_rotated
-        half, (cos, sin) = cosines.size(-1), _full_tables(cosines, sines, E)
-
-        def of_all_heads(q: Tensor, k: Tensor) -> Tensor:
-            before_keys, after_queries = (0, 0, H, num_values), (0, 0, 0, heads.size(2) - H)
-            return (F.pad(q, after_queries) + F.pad(k, before_keys)).float()
-
-        # swapped before they are summed: the sum would be written to memory for it
-        swapped = of_all_heads(_with_pairs_swapped(grad_q, half), _with_pairs_swapped(grad_k, half))
-        turned_back = of_all_heads(grad_q, grad_k) * cos - swapped * sin
-        x = F.pad(heads[:, :, :num_rotated], (0, 0, 0, num_values)).float()
-        inverse = _inverse_root_mean_square(x)
-        normed = x * inverse
-        along = (turned_back * normed).sum(-1)  # (B, T, heads)
-        towards = turned_back - normed * (along / E).unsqueeze(-1)
-        grad_heads = (towards * inverse * F.pad(gain.float(), (0, num_values))[:, None]).to(heads.dtype)
-        return grad_heads, None, None, along.sum((0, 1))[:num_rotated].to(gain.dtype), None
-
-
-def _inverse_root_mean_square(x: Tensor) -> Tensor:
-    return (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt()
-
-
-def _full_tables(cosines: Tensor, sines: Tensor, E: int) -> tuple[Tensor, Tensor]:
-    """Return (T, 1, E) cosines and sines with which x cos + `_with_pairs_swapped`(x) sin is x rotated."""
-    half = cosines.size(-1)
-    cos = F.pad(torch.cat((cosines, cosines), -1), (0, E - 2 * half), value=1.0)
-    sin = F.pad(torch.cat((sines, -sines), -1), (0, E - 2 * half))
-    return cos[:, None], sin[:, None]
-
-
-def _with_pairs_swapped(x: Tensor, half: int) -> Tensor:
-    """Return (b, a, 0) for x = (a, b, rest); by padding, which compilers fuse, where what they concatenate they write first."""
-    E = x.size(-1)
-    return F.pad(x[..., half : 2 * half], (0, E - half)) + F.pad(x[..., :half], (half, E - 2 * half))
-
-
-def normalize_and_rotate_in_float32(heads: Tensor, cosines: Tensor, sines: Tensor, gain: Tensor) -> Tensor:
-    """Return gain * rotate(rms_norm(heads)) in the dtype of `heads`; nothing is rounded to it on the way."""
-    x = heads.float()
-    half, (cos, sin) = cosines.size(-1), _full_tables(cosines, sines, x.size(-1))
-    inverse = _inverse_root_mean_square(x)
-    rotated = x * inverse * cos + _with_pairs_swapped(x, half) * inverse * sin
-    return (rotated * gain.float()[:, None]).to(heads.dtype)
-
-
-def queries_and_keys(
-    heads: Tensor, cosines: Tensor, sines: Tensor, gain: Tensor, num_queries: int
-) -> tuple[Tensor, Tensor]:
-    """Return the queries and keys, normalised, rotated and times `gain`, of a product's (B, T, heads, E) result.
-
-    `gain` (queries and keys) says how many of the heads are theirs. For half precision on GPUs, under torch.compile.
-    """
-    q, k = _QueriesAndKeys.apply(heads, cosines, sines, gain, num_queries)
-    return q, k
 
 
 class _MixResidual(torch.autograd.Function):

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bytejepa.data.vocabulary import BOS
-from bytejepa.model import fused, fused_mlp
+from bytejepa.model import fused, fused_heads, fused_mlp
 
 
 def rms_norm(x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
@@ -173,8 +173,8 @@ def normalize_and_rotate(
     """Return gain * rotate(rms_norm(heads)), the gain one number a head."""
     if fused.is_profitable(heads):
         return fused.normalize_and_rotate(heads, cosines, sines, gain)
-    if fused.is_half_on_gpu(heads):
-        return fused.normalize_and_rotate_in_float32(heads, cosines, sines, gain)
+    if fused_heads.is_half_on_gpu(heads):
+        return fused_heads.normalize_and_rotate_in_float32(heads, cosines, sines, gain)
     return rotate(rms_norm(heads), cosines, sines) * gain.to(heads.dtype)[:, None]
 
 

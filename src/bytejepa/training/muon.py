@@ -73,13 +73,25 @@ def orthogonalize(
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     tall = x.size(-2) > x.size(-1)
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    # baddbmm and addmm fold the scaled sum into the product: two passes over the matrices fewer
-    add_product = torch.baddbmm if x.ndim == 3 else torch.addmm
-    for a, b, c in iteration:
-        gram = x.mT @ x if tall else x @ x.mT
-        polynomial = add_product(gram, gram, gram, beta=b, alpha=c)
-        x = add_product(x, x, polynomial, beta=a) if tall else add_product(x, polynomial, x, beta=a)
+    iterate = _without_copies if x.is_cuda else _in_place
+    for coefficients in iteration:
+        x = iterate(x, x.mT @ x if tall else x @ x.mT, tall, *coefficients)
     return x
+
+
+def _in_place(x: Tensor, gram: Tensor, tall: bool, a: float, b: float, c: float) -> Tensor:
+    """Return a x + (b G + c G^2) x, of a tall x its mirror image; the scaled sums are folded into the products."""
+    add_product = torch.baddbmm if x.ndim == 3 else torch.addmm
+    polynomial = add_product(gram, gram, gram, beta=b, alpha=c)
+    return add_product(x, x, polynomial, beta=a) if tall else add_product(x, polynomial, x, beta=a)
+
+
+def _without_copies(x: Tensor, gram: Tensor, tall: bool, a: float, b: float, c: float) -> Tensor:
+    """Return the same as (a + b G + c G^2) x. On CUDA what a product is added to is copied first, by a kernel of its own; the
+    polynomial a compiler fuses."""
+    polynomial = b * gram + c * (gram @ gram)
+    polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+    return x @ polynomial if tall else polynomial @ x
 
 
 def even_out(

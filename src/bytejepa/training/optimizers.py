@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -33,6 +34,19 @@ def role_of(name: str, parameter: Tensor) -> Role:
     if is_vector(name, parameter) or name.endswith("gate.weight"):
         return "scalar"
     return "matrix"
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the norm of all `gradients` together, float32.
+
+    As torch.nn.utils.get_total_norm does, but those of a dtype apart: numbers of two dtypes are not stacked in one kernel but
+    copied one by one, and the norm of a bfloat16 gradient is not rounded to bfloat16.
+    """
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    norms = [norm for group in by_dtype.values() for norm in torch._foreach_norm(group, 2, dtype=torch.float32)]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 class Optimizers:
@@ -95,7 +109,7 @@ class Optimizers:
                 # a part left out of this step's loss still decays, and its step counter moves on, as in the reference
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = total_norm(gradients)
         if self.config.gradient_clip is None:
             clip = torch.ones_like(norm)
         else:
