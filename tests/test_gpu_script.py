@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from bytejepa.config import replace
+from bytejepa.model.initialization import initialize
 from bytejepa.presets import preset
+from bytejepa.training import muon, trainer
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_training.py"
 
@@ -47,6 +49,30 @@ def test_agreement_is_judged_by_bfloat16s_rounding(monkeypatch: pytest.MonkeyPat
     compared = runpy.run_path(str(SCRIPT))["compared"]
     assert compared(2.0, 1.995) == {"relative_difference": pytest.approx(0.0025), "target": "met: at most 2^-8"}
     assert compared(2.0, 2.01)["target"].startswith("missed")
+
+
+def test_rounding_on_a_cpu_is_a_gpus_and_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    script = importlib.import_module("gpu_rounding_on_cpu")
+    training = importlib.import_module("gpu_training")
+    config, device = training.rehearsal()[0], torch.device("cpu")
+    matrices = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
+    exact = muon.orthogonalize(matrices)
+    with script.rounded_as_on_a_gpu():
+        model = trainer.on_device(initialize(trainer.ByteLM(config), 0), device)
+        assert model.hidden(torch.zeros(1, 8, dtype=torch.int64))[0].dtype == torch.bfloat16
+        rounded = muon.orthogonalize(matrices, (muon.QUINTIC,) * 5)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.05)
+    assert trainer.on_device(model, device).compute_dtype == torch.float32
+    assert torch.equal(muon.orthogonalize(matrices), exact)
+
+
+def test_the_interval_of_one_more_run_is_students(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    found = importlib.import_module("gpu_rounding_on_cpu").summary([-1.0, 0.0, 1.0])
+    reach = 4.302653 * (4 / 3) ** 0.5  # of two degrees of freedom
+    assert found == {"mean": 0, "standard_deviation": 1, "one_more_run": pytest.approx([-reach, reach], rel=1e-5)}
 
 
 @pytest.mark.parametrize("name", ["batches made ahead", "foreach average", "fused AdamW", "batched Muon"])
