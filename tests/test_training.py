@@ -1,5 +1,6 @@
 """Training: what stops it, what leaves no trace, and that each option of the recipe takes effect."""
 
+import itertools
 import json
 import shutil
 import time
@@ -118,13 +119,32 @@ def test_every_kind_of_step_is_warmed_up_and_no_other(minimal_config, embedded_s
         minimal_config,
         data={"sequence_growth": ((0.0, 32), (0.5, 64))},
         jepa={"lambda_zero_until": 0.25, "lambda_ramp_until": 0.75, "lambda_after": "zero"},
-        training={"qat_start": 0.9},
+        training={"qat_start": 0.9, "warmup_steps": 1},
     )
     trainer = Trainer(config, embedded_shards, Ranks(), validate=False)
     lengths = {0: 32, 1: 64}
     kinds = [(lengths[kind.stage], kind.latent_losses, kind.quantized) for kind in trainer.step_kinds()]
     assert kinds == [(32, False, False), (32, True, False), (64, True, False), (64, False, False), (64, False, True)]
+    taken: list[tuple[int, bool, bool]] = []
+    step = trainer.gradient_step
+
+    def noted(inputs: torch.Tensor, targets: torch.Tensor, **how: object) -> object:
+        taken.append((inputs.size(1), bool(how["latent_losses"]), bool(how["quantized"])))
+        return step(inputs, targets, **how)
+
+    trainer.gradient_step = noted
+    trainer.warm_up()
+    assert config.training.warmup_steps < len(kinds)
+    assert taken == kinds
     trainer.close()
+
+
+def test_the_clock_goes_on_after_a_validation(minimal_config, embedded_shards, tmp_path) -> None:
+    config = quiet(minimal_config, training={"validate_every_steps": 1, "validation_bytes": 100, "log_every_steps": 1})
+    train(config, embedded_shards, tmp_path / "run")
+    elapsed = [line["elapsed_s"] for line in RunFolder(tmp_path / "run").read_metrics() if "train_loss_nats" in line]
+    assert len(elapsed) > 3
+    assert all(before < after for before, after in itertools.pairwise(elapsed))
 
 
 def test_seeds_differ_and_repeat(minimal_config, embedded_shards, tmp_path) -> None:

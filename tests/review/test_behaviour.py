@@ -88,7 +88,7 @@ def test_a_leak_at_borders_beyond_a_short_window_is_caught(model: ByteLM, monkey
 
 
 def test_the_positions_lie_on_every_kind_of_border_and_few_are_the_most_telling() -> None:
-    sparse = {"attention_windows": (96,), "chunk_blocks": (1, 4), "chunk_stride_bytes": 7}
+    sparse = {"attention_windows": (96, 0, 96, 0, 96, 0), "chunk_blocks": (1, 4), "chunk_stride_bytes": 7}
     config = replace(preset("tiny"), model=sparse, evaluation={"stride_bytes": 40})
     assert border_distances(config) == [40, 64, 8, 7, 96]
     positions = positions_to_try(512, border_distances(config))

@@ -51,6 +51,13 @@ def test_each_variable_changes_the_run(name: str, text: str) -> None:
     assert notes == []
 
 
+@pytest.mark.parametrize("growth", [None, ((0.0, 512), (0.5, 4096))])
+def test_a_length_that_growth_replaces_is_named(growth: tuple[tuple[float, int], ...] | None) -> None:
+    for variables, noted in (({"TRAIN_SEQ_LEN": "4096"}, growth is not None), ({"NUM_LAYERS": "12"}, False)):
+        _, notes = configured(replace(pr832(), data={"sequence_growth": growth}), variables)
+        assert notes == ["TRAIN_SEQ_LEN holds until the first stage of sequence growth only"] * noted
+
+
 def test_zero_turns_off_what_can_be_off() -> None:
     config, _ = configured(
         default(),

@@ -24,6 +24,7 @@ DECIDING_SOURCES = (
     "bits.py",
     "config*.py",
     "presets.py",
+    "kernels/*.py",
     "data/*.py",
     "model/*.py",
     "scoring/*.py",

@@ -1,0 +1,58 @@
+"""Whether two studies ran the same code: the digest of the sources that decide a run's figures."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bytejepa
+from bytejepa.study.environment import DECIDING_SOURCES, code_sha256
+
+SOURCES = Path(bytejepa.__file__).parent
+DECIDES_NOTHING = {"errors.py", "files.py", "processors.py", "progress.py", "compressors.py", "__init__.py"}
+"""What training and packing import besides."""
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = tmp_path / "bytejepa"
+    shutil.copytree(SOURCES, root, ignore=shutil.ignore_patterns("__pycache__", "*.xz", "shipped"))
+    monkeypatch.setattr(bytejepa, "__file__", str(root / "__init__.py"))
+    return root
+
+
+@pytest.mark.parametrize("name", ["bits.py", "kernels/tiled_attention.py", "model/layers.py", "artifact/packing.py"])
+def test_a_changed_byte_or_name_is_other_code(copied: Path, name: str) -> None:
+    before, path = code_sha256(), copied / name
+    text = path.read_bytes()
+    path.write_bytes(text + b"\n")
+    changed = code_sha256()
+    path.write_bytes(text)
+    assert code_sha256() == before != changed
+    path.rename(path.with_name("renamed_" + path.name))
+    assert (code_sha256() != before) == (path.parent != copied or name == "bits.py")
+
+
+def test_how_a_report_looks_is_no_other_code(copied: Path) -> None:
+    before = code_sha256()
+    (copied / "report" / "page.py").write_text("")
+    assert code_sha256() == before
+
+
+def test_all_that_training_and_packing_import_is_among_the_sources() -> None:
+    program = (
+        "import sys, torch\n"
+        "import bytejepa.training.runs, bytejepa.artifact.export, bytejepa.scoring.evaluate\n"
+        "from bytejepa.model import blocked_attention\n"
+        "x = torch.randn(1, 64, 2, 32, requires_grad=True)\n"
+        "blocked_attention.causal_attention(x, x, x, None).sum().backward()\n"
+        "print(*(module.__file__ for name, module in sys.modules.items() if name.startswith('bytejepa.')), sep='\\n')"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    imported = {Path(line).relative_to(SOURCES).as_posix() for line in ran.stdout.split()}
+    deciding = {path.relative_to(SOURCES).as_posix() for pattern in DECIDING_SOURCES for path in SOURCES.glob(pattern)}
+    assert "kernels/tiled_attention.py" in imported
+    left = imported - deciding
+    assert {name for name in left if name.rpartition("/")[2] not in DECIDES_NOTHING} == set()
