@@ -251,6 +251,18 @@ def test_scales_by_sensitivity_cut_no_weight_off() -> None:
     assert bool(((weight - restore(stored)).abs() <= 0.5001 * scales[:, None]).all())
 
 
+def test_only_pairs_that_share_hidden_units_are_ordered() -> None:
+    random = torch.Generator().manual_seed(0)
+    shapes = {
+        "alone.up.weight": (6, 3), "other.down.weight": (3, 6), "uneven.up.weight": (6, 3), "uneven.down.weight": (3, 5),
+        "group.weight": (6, 3), "grodown.weight": (3, 6), "pair.up.weight": (6, 3), "pair.down.weight": (3, 6),
+    }  # fmt: skip
+    weights = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
+    ordered, _ = order_hidden_units(weights, None, by_sensitivity=False)
+    changed = [name for name in weights if not torch.equal(ordered[name], weights[name])]
+    assert changed == ["pair.up.weight", "pair.down.weight"]
+
+
 @pytest.mark.parametrize("digits", [1, 3, 10])
 def test_scales_by_sensitivity_keep_as_many_digits_as_they_are_told(digits: int) -> None:
     model = small_model()

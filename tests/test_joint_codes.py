@@ -11,6 +11,7 @@ import torch
 
 from bytejepa.artifact import joint_codes
 from bytejepa.artifact.container import container_from_bytes, container_to_bytes
+from bytejepa.artifact.header import joint_from_json, joint_to_json
 from bytejepa.artifact.joint_codes import choose_tables, row_histograms
 from bytejepa.artifact.packing import pack, unpack
 from bytejepa.errors import ArtifactError
@@ -140,6 +141,20 @@ def test_impossible_joint_records_are_refused(changes, message):
     assert packed.joint is not None
     with pytest.raises(ArtifactError, match=message):
         unpack(packed.records, packed.payload, dataclasses.replace(packed.joint, **changes))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("sha256", 7), ("codecs", ["rans", 1]), ("codecs", "zstd"), ("stream_bytes", [1.5, 2]), ("stream_bytes", [3]), ("lanes", True),
+     ("offset", "0"), ("num_tables", 1 << 60)],
+)  # fmt: skip
+def test_a_joint_record_of_other_types_is_refused(key, value):
+    packed = pack(model(), codecs=CODECS)
+    assert packed.joint is not None
+    entry = joint_to_json(packed.joint)
+    assert joint_from_json(entry) == packed.joint
+    with pytest.raises(ArtifactError, match="wrong type or is out of range"):
+        joint_from_json(entry | {key: value})
 
 
 def test_a_joint_stream_and_its_tensors_come_together():
