@@ -1,5 +1,6 @@
 """The GPU scripts are walked through on a CPU: a GPU's minutes must not be spent on their mistakes."""
 
+import argparse
 import importlib
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -155,27 +157,71 @@ def test_the_codec_script_checks_both_ways_and_measures(tmp_path: Path) -> None:
     assert min(report["shipped"].values()) > 0
 
 
-@pytest.mark.slow
-def test_turns_are_opened_once_all_has_compiled_and_late_work_is_stopped(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def gpu_checks(monkeypatch: pytest.MonkeyPatch, stages: list[tuple[str, float, dict[str, str]]]) -> ModuleType:
+    """Return the script with `stages` of its own: a name, the usual seconds, programs."""
     monkeypatch.syspath_prepend(SCRIPT.parent)
-    checks = importlib.import_module("gpu_checks")
-    out = tmp_path / "out"
-    marked = "import time; from turns import alone\nwith alone(): open({0!r}, 'w').write(str(time.time()))"
-    compiled = (
-        f"import os, time; os.mkdir({str(out / 'comparison')!r}); time.sleep(1);"
-        f"open({str(out / 'comparison' / 'arm.compiled')!r}, 'w').close()\n"
-    )
-    first, last = tmp_path / "first", tmp_path / "last"
-    monkeypatch.setattr(
-        checks, "untimed", lambda _: {"late": ["-c", "import time; time.sleep(100)"], "done": ["-c", ""]}
-    )
-    monkeypatch.setattr(
-        checks, "timed", lambda _: {"first": ["-c", marked.format(str(first))], "broken": ["-c", "1/0"]}
-    )
-    monkeypatch.setattr(checks, "comparison", lambda _: ["-c", compiled + marked.format(str(last))])
     monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parent))
-    words = ["data", str(out), "text", "--arms", "arm", "--untimed-s", "2"]
-    monkeypatch.setattr(sys, "argv", ["gpu_checks.py", *words])
+    checks = importlib.import_module("gpu_checks")
+    made = [checks.Stage(name, s, {p: ["-c", code] for p, code in programs.items()}) for name, s, programs in stages]
+    monkeypatch.setattr(checks, "stages", lambda *_: made)
+    return checks
+
+
+@pytest.mark.integration
+def test_stages_run_in_turn_as_long_as_there_is_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marked = (
+        "import time; time.sleep({1}); from turns import alone\nwith alone(): open({0!r}, 'w').write(str(time.time()))"
+    )
+    files = [tmp_path / name for name in ("quick", "slow", "next")]
+    quick, slow, after = (marked.format(str(file), wait) for file, wait in zip(files, (0, 1.5, 0), strict=True))
+    stages = [
+        ("first", 1.0, {"quick": quick, "slow": slow, "broken": "1/0"}),
+        ("second", 1.0, {"after": after}),
+        ("long", 3600.0, {"never": "raise SystemExit"}),
+        ("late", 1.0, {"endless": "import time; time.sleep(600)"}),
+    ]
+    checks = gpu_checks(monkeypatch, stages)
+    monkeypatch.setattr(sys, "argv", ["gpu_checks.py", "data", str(tmp_path / "out"), "text", "--minutes", "0.25"])
     begin = time.time()
     checks.main()
-    assert begin + 2 <= float(first.read_text()) < float(last.read_text()) < begin + 30
+    assert 15 <= time.time() - begin < 25
+    times = [float(file.read_text()) for file in files]
+    assert begin + 1.5 < min(times[:2])  # nobody is timed while another compiles
+    assert max(times[:2]) < times[2]
+    said = [line.split("s  ", 1)[1] for line in capsys.readouterr().out.splitlines()]
+    assert said == [
+        "quick: ended with 0", "slow: ended with 0", "broken: ended with 1", "after: ended with 0",
+        "long: left out, too little time is left", "endless: stopped, it took too long",
+    ]  # fmt: skip
+
+
+def test_every_command_of_the_checks_is_one_that_its_script_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    checks = importlib.import_module("gpu_checks")
+    sections = runpy.run_path(str(SCRIPT))
+    known = {"kernels", "agreement", *(f"speed: {name}" for name in sections["speeds"](None, *sections["rehearsal"]()))}
+    options = argparse.Namespace(
+        data=tmp_path, out=tmp_path, text=tmp_path, seeds=[1], seconds=1.0, arms=["pr832", "golf"], also=[]
+    )
+    found = [words for stage in checks.stages(options, 600.0) for words in stage.programs.values()]
+    assert len(found) == 10
+    for words in found:
+        if words[0] == str(SCRIPT):
+            only = words[words.index("--only") + 1 :]
+            named = only[: only.index("--attention")] if "--attention" in only else only
+            assert set(named) <= known, named
+        else:
+            assert words[0] == "-m" or Path(words[0]).is_file()
+
+
+def test_a_stage_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    checks = gpu_checks(monkeypatch, [("first", 1.0, {"quick": ""})])
+    words = ["data", str(tmp_path / "out"), "text", "--only", "frist"]
+    monkeypatch.setattr(sys, "argv", ["gpu_checks.py", *words])
+    with pytest.raises(SystemExit):
+        checks.main()
+    assert "no stage frist; there are first" in capsys.readouterr().err
