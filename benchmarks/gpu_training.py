@@ -246,6 +246,7 @@ def speeds(steps: Steps, ours: RunConfig, reference: RunConfig) -> dict[str, Cal
         "with mix_order_reduction": (ours, {"inductor": {"triton.mix_order_reduction": True}}),
         "with groups of queries left to the attention kernel": (ours, {"grouped_keys": True}),
         "with CUDA graphs": (ours, {"graphs": True}),
+        "with combo_kernels": (ours, {"inductor": {"combo_kernels": True}}),
         "with coordinate_descent_tuning": (ours, {"inductor": {"coordinate_descent_tuning": True}}),
         "without JEPA": (replace(ours, jepa={"enabled": False}), {}),
         "float32 embeddings": (replace(ours, training={"bfloat16_embeddings": False}), {}),

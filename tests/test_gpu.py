@@ -11,7 +11,7 @@ import bytejepa
 from bytejepa.config import replace
 from bytejepa.data.loader import IdStream
 from bytejepa.errors import Interrupted
-from bytejepa.model import fused_heads, fused_mlp, layers
+from bytejepa.model import attention, fused_heads, fused_mlp, layers
 from bytejepa.model.attention import attention_mask, available_backends, causal_attention, masked_attention
 from bytejepa.scoring.evaluate import Scorer, score_ids
 from bytejepa.training.loop import TrainProgress
@@ -57,6 +57,20 @@ def test_every_kernel_agrees_with_an_explicit_softmax(kernel: str, window: int |
     gradients = [torch.autograd.grad(y.double().square().sum(), (q, k, v)) for y in (out, exact)]
     for ours, theirs in zip(*gradients, strict=True):
         assert ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item() < 2e-2
+
+
+def test_keys_repeated_for_a_kernel_change_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := available_backends("cuda")["flash3"]:
+        pytest.skip(reason)
+    ids, gradients = random_ids(2, 129).to(CUDA), []
+    for kernels in (frozenset(), frozenset({"flash3"})):
+        monkeypatch.setattr(attention, "FASTER_WITHOUT_GROUPS", kernels)
+        model = small_model(model={"model_dim": 128, "num_heads": 2, "num_kv_heads": 1, "xsa_last_layers": 2}).to(CUDA)
+        model.compute_dtype, model.attention_backend = torch.bfloat16, "flash3"
+        model.losses(ids[:, :-1], ids[:, 1:]).ce.backward()
+        gradients.append([p.grad.double() for p in model.parameters() if p.grad is not None])
+    for grouped, repeated in zip(*gradients, strict=True):
+        assert ((grouped - repeated).norm() / grouped.norm().clamp_min(1e-6)).item() < 5e-2
 
 
 def test_the_compiled_norm_and_rotation_is_the_plain_formula() -> None:

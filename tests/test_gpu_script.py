@@ -37,7 +37,7 @@ def test_every_section_runs_and_reports(tmp_path: Path, monkeypatch: pytest.Monk
     assert report["attention"]["flash"]["relative_error"] < 1e-5
     assert report["attention"]["blocked"]["relative_error"] < 1e-5
     speeds = [value for name, value in report.items() if name.startswith("speed: ")]
-    assert len(speeds) == 18
+    assert len(speeds) == 19
     assert report["targets"]["step_ms"].startswith(("met: ", "missed: "))
     assert report["targets"]["utilization"].startswith(("met: ", "missed: "))
     assert all(speed["bytes_per_s"] > 0 and speed["utilization"] > 0 for speed in speeds)
