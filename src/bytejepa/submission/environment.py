@@ -145,8 +145,11 @@ def _notes(config: RunConfig, given: dict[str, str]) -> list[str]:
         notes.append("EMA_DECAY has no effect: this run keeps no average")
     if "BIGRAM_DIM" in given and config.model.bigram_rows is None and "BIGRAM_VOCAB_SIZE" not in given:
         notes.append("BIGRAM_DIM has no effect: this run has no bigram table")
-    if "TRAIN_SEQ_LEN" in given and config.data.sequence_growth is not None:
-        notes.append("TRAIN_SEQ_LEN holds until the first stage of sequence growth only")
+    if "TRAIN_SEQ_LEN" in given and config.data.sequence_growth:
+        if config.data.sequence_growth[0][0] == 0:
+            notes.append("TRAIN_SEQ_LEN has no effect: sequence growth states every length")
+        else:
+            notes.append("TRAIN_SEQ_LEN holds until the first stage of sequence growth only")
     return notes
 
 
