@@ -331,6 +331,16 @@ def test_the_step_is_compiled_once_a_kind_and_never_left_uncompiled(minimal_conf
 
 @pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_weight_of_a_latent_module_that_is_switched_off_does_not_stop_compiled_training(minimal_config) -> None:
+    config = replace(minimal_config, jepa={"enabled": False, "next_bytes_weight": 0.1})
+    step = GradientStep(initialize(ByteLM(config), 0), config, compile=True)
+    ids = torch.randint(4, 260, (2, 17))
+    step(ids[:, :-1], ids[:, 1:], jepa_lambda=0.0)
+    assert all(parameter.grad is not None for parameter in step.loss.parameters())
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("options", [{}, TECHNIQUES], ids=["default", "every technique"])
 def test_compiled_training_takes_the_same_steps(options, minimal_config, embedded_shards, tmp_path) -> None:
     for mode in ("off", "on"):

@@ -38,7 +38,7 @@ class _WeightedLoss(nn.Module):
         super().__init__()
         self.model = model
         self.sigreg_weight = config.jepa.sigreg_weight
-        self.next_bytes_weight = config.jepa.next_bytes_weight
+        self.next_bytes_weight = config.jepa.next_bytes_weight if config.jepa.enabled else 0.0
         self.multi_token_weight = config.training.multi_token_weight
 
     def forward(self, inputs: Tensor, targets: Tensor, jepa_lambda: Tensor, jepa: bool) -> tuple[Tensor, ...]:
