@@ -9,6 +9,7 @@ import psutil
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from bytejepa.benchmark import bench, speed
 from bytejepa.benchmark.against_plain import _plain_in_its_own_process
@@ -18,6 +19,8 @@ from bytejepa.cli import bench as verb
 from bytejepa.config import RunConfig, replace
 from bytejepa.errors import BytejepaError, ConfigError
 from bytejepa.model.attention import causal_attention
+from bytejepa.model.initialization import initialize
+from bytejepa.model.transformer import ByteLM
 
 CPU = torch.device("cpu")
 
@@ -91,6 +94,30 @@ def test_what_the_jepa_losses_cost_is_not_hidden_by_a_machine_that_slows_down(mo
 
     monkeypatch.setattr(speed.time, "perf_counter", lambda: now_s)
     assert speed.jepa_losses_ms(step, CPU, pairs=12) == pytest.approx(4.0)
+
+
+def test_every_matrix_that_a_byte_is_multiplied_with_is_counted(minimal_config: RunConfig) -> None:
+    def counted(config: RunConfig) -> tuple[float, float]:
+        model = initialize(ByteLM(config), 0)
+        ids = torch.randint(4, 260, (1, 1024))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.losses(ids, ids)
+        products = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+        return (products["aten.mm"] + products["aten.addmm"]) / 2 / ids.numel(), speed.matmul_parameters(config)
+
+    base = replace(minimal_config, training={"attention": "math"})
+    before, formula = counted(base)
+    for options in (
+        {"model": {"multi_token_heads": 2}},
+        {"model": {"attention_gate_dims": 12}},
+        {"model": {"ngram_orders": (3, 5), "ngram_rows": 64}},
+        {"model": {"recurrent_layers": (0, 1)}},
+        {"jepa": {"context": "causal"}},
+        {"jepa": {"next_bytes_weight": 0.1}},
+    ):
+        more, by_formula = counted(replace(base, **options))
+        assert more > before
+        assert by_formula - formula == pytest.approx(more - before, rel=0.01), options
 
 
 @pytest.mark.parametrize("name", ["eval", "prepare", "load"])

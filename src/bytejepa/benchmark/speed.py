@@ -66,7 +66,8 @@ def matmul_parameters(config: RunConfig) -> float:
     D, kv = model.model_dim, model.num_kv_heads * model.head_dim
     gate = (model.attention_gate_dims or 0) * model.num_heads
     passes = sum(1 / stride for stride in model.stride_of_place)
-    count = passes * (2 * D * D + 2 * D * kv + 2 * D * model.mlp_dim + gate) + VOCABULARY_SIZE * D
+    heads = 1 + model.multi_token_heads
+    count = passes * (2 * D * D + 2 * D * kv + 2 * D * model.mlp_dim + gate) + heads * VOCABULARY_SIZE * D
     if model.bigram_rows is not None:
         count += model.bigram_dim * D
     if model.ngram_orders is not None:
