@@ -20,7 +20,7 @@ from bytejepa.config import RunConfig, replace
 from bytejepa.errors import BytejepaError, ConfigError
 from bytejepa.model.attention import causal_attention
 from bytejepa.model.initialization import initialize
-from bytejepa.model.transformer import ByteLM
+from bytejepa.model.transformer import ByteLM, Losses
 
 CPU = torch.device("cpu")
 
@@ -118,6 +118,26 @@ def test_every_matrix_that_a_byte_is_multiplied_with_is_counted(minimal_config: 
         more, by_formula = counted(replace(base, **options))
         assert more > before
         assert by_formula - formula == pytest.approx(more - before, rel=0.01), options
+
+
+def test_a_step_without_latent_losses_is_timed_without_them(
+    minimal_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    losses = ByteLM.losses
+
+    def noticed(model: ByteLM, inputs: Tensor, targets: Tensor, *, jepa: bool) -> Losses:
+        asked.append(jepa)
+        return losses(model, inputs, targets, jepa=jepa)
+
+    monkeypatch.setattr(ByteLM, "losses", noticed)
+    config = replace(minimal_config, jepa={"losses": False}, data={"sequence_growth": None})
+    step = speed.TrainingStep(config, CPU, compile=False)
+    step()
+    assert "jepa losses" not in speed.measure_parts(step, steps=1)
+    step.loader.close()
+    assert asked
+    assert not any(asked)
 
 
 @pytest.mark.parametrize("name", ["eval", "prepare", "load"])

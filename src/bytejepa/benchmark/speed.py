@@ -130,6 +130,7 @@ class TrainingStep:
         ranks: Ranks | None = None,
     ) -> None:
         self.config, self.device, self.compiled = config, device, compile
+        self.has_latent_losses = config.jepa.enabled and config.jepa.losses
         ranks = ranks or Ranks(device=device)
         on_gpu = device.type == "cuda"
         if not on_gpu:
@@ -155,7 +156,7 @@ class TrainingStep:
         """Take one step and return its loss; `wait` reads the loss at once, as a plain loop does."""
         inputs, targets = self.read()
         self.optimizers.zero_grad()
-        losses = self.gradient_step(inputs, targets, jepa_lambda=jepa_lambda if self.config.jepa.enabled else 0.0)
+        losses = self.gradient_step(inputs, targets, jepa_lambda=jepa_lambda if self.has_latent_losses else 0.0)
         self.optimizers.step(learning_rate_scale=0.1, momentum=0.95)
         self.average.update(step=1000, progress=0.5)
         if wait:
@@ -233,7 +234,7 @@ def measure_parts(step: TrainingStep, *, steps: int) -> dict[str, float]:
     weight = torch.tensor(0.001, device=device)
 
     def forward() -> Tensor:
-        return step.gradient_step.weighted_loss(inputs, targets, weight, step.config.jepa.enabled, False)[0]
+        return step.gradient_step.weighted_loss(inputs, targets, weight, step.has_latent_losses, False)[0]
 
     def forward_backward() -> None:
         step.optimizers.zero_grad()
@@ -250,7 +251,7 @@ def measure_parts(step: TrainingStep, *, steps: int) -> dict[str, float]:
     parts["backward"] = max(0.0, median(forward_backward) - parts["forward"])
     parts["optimizer"] = median(lambda: step.optimizers.step(learning_rate_scale=0.0, momentum=0.9))
     parts["average"] = median(lambda: step.average.update(step=1000, progress=0.5))
-    if step.config.jepa.enabled:
+    if step.has_latent_losses:
         parts["jepa losses"] = jepa_losses_ms(step, device, pairs=max(FEWEST_PAIRS, steps))
     parts["attention"] = attention_ms(step, steps=steps)
     return parts
