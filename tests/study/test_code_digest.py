@@ -1,5 +1,6 @@
 """Whether two studies ran the same code: the digest of the sources that decide a run's figures."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -8,11 +9,17 @@ from pathlib import Path
 import pytest
 
 import bytejepa
-from bytejepa.study.environment import DECIDING_SOURCES, code_sha256
+from bytejepa.study.environment import DECIDING_SOURCES, code_sha256, environment_here
 
 SOURCES = Path(bytejepa.__file__).parent
 DECIDES_NOTHING = {"errors.py", "files.py", "processors.py", "progress.py", "compressors.py", "__init__.py"}
 """What training and packing import besides."""
+
+
+COMPUTES_NOTHING = {"cattrs", "jaxtyping", "safetensors", "psutil", "pyarrow", "sentencepiece"}
+"""Packages that check, store and describe, or read text before there are shards."""
+OF_A_GPU = {"triton", "flash_attn", "flash_attn_interface"}
+"""Not installed everywhere."""
 
 
 @pytest.fixture
@@ -56,3 +63,15 @@ def test_all_that_training_and_packing_import_is_among_the_sources() -> None:
     assert "kernels/tiled_attention.py" in imported
     left = imported - deciding
     assert {name for name in left if name.rpartition("/")[2] not in DECIDES_NOTHING} == set()
+
+
+def test_the_versions_of_all_packages_that_compute_are_recorded() -> None:
+    imported: set[str] = set()
+    for path in (path for pattern in DECIDING_SOURCES for path in SOURCES.glob(pattern)):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    computing = imported - sys.stdlib_module_names - COMPUTES_NOTHING - OF_A_GPU
+    assert set(environment_here()["versions"]) == computing

@@ -40,7 +40,7 @@ class Environment:
     """Attention kernel."""
     python: str
     versions: dict[str, str]
-    """Of torch, numpy, zstandard and bytejepa."""
+    """Of `runlog.DECIDING_PACKAGES`."""
     code_sha256: str
     """Of the sources that decide a run: configuration, data, model, scoring, training, artifact."""
 

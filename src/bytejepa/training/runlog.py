@@ -187,15 +187,18 @@ class RunFolder:
             file.write(json.dumps(values) + "\n")
 
 
+DECIDING_PACKAGES = ("bytejepa", "torch", "numpy", "numba", "llvmlite", "zstandard", "brotli")
+"""What computes a run's figures: training, attention on a CPU, compression."""
+
+
 def describe_machine() -> dict[str, Any]:
     """Return versions, hardware and the git commit: what a figure needs beside it to be worth anything."""
     import psutil
 
-    versions = {name: importlib.metadata.version(name) for name in ("bytejepa", "torch", "numpy", "zstandard")}
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {name: importlib.metadata.version(name) for name in DECIDING_PACKAGES},
         "platform": platform.platform(),
         "processor": processor_name(),
         "physical_cores": psutil.cpu_count(logical=False),
