@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bytejepa.benchmark import bench, speed
-from bytejepa.benchmark.against_plain import _plain_in_its_own_process
+from bytejepa.benchmark.against_plain import _plain_in_its_own_process, plain_config
 from bytejepa.benchmark.generation import bench_generate
 from bytejepa.benchmark.memory import peak_bytes, restart_peak
 from bytejepa.cli import bench as verb
@@ -157,6 +157,29 @@ def test_the_other_measurements_report_what_they_are_asked_for(name: str, minima
         report = bench.bench_load(minimal_config, CPU, steps=2)
         assert 0 < report["make_ms"] < 1000
     assert report["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "value"),
+    [
+        ("model", "depth_scaled_norm", False),
+        ("model", "attention_gate_dims", 4),
+        ("jepa", "inject", False),
+        ("jepa", "losses", False),
+        ("jepa", "sigreg_knots", 5),
+        ("optimizer", "muon_row_normalization", True),
+        ("optimizer", "muon_beta2", 0.95),
+        ("optimizer", "muon_cautious_weight_decay", True),
+        ("optimizer", "newton_schulz_coefficients", "polar_express"),
+        ("optimizer", "newton_schulz_steps", 3),
+    ],
+)
+def test_a_model_or_optimizer_that_is_not_the_plain_one_is_not_timed_against_it(
+    section: str, setting: str, value: object, minimal_config: RunConfig
+) -> None:
+    plain_config(minimal_config)
+    with pytest.raises(ConfigError, match=rf"arithmetic only, not {section}\.{setting}"):
+        plain_config(replace(minimal_config, **{section: {setting: value}}))
 
 
 @pytest.mark.integration

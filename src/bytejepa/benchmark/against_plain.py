@@ -16,10 +16,12 @@ from bytejepa.benchmark.plain import (
     PlainConfig,
     PlainJepa,
     PlainModel,
+    PlainRecipe,
     build_plain_optimizers,
     plain_train_step,
     start_ema,
 )
+from bytejepa.benchmark.plain_model import SIGREG_KNOTS
 from bytejepa.benchmark.speed import Speed, TrainingStep, random_loader, speed_of, synchronize, time_step
 from bytejepa.config import RunConfig
 from bytejepa.errors import BytejepaError, ConfigError
@@ -30,7 +32,7 @@ PlainStep = tuple[float, float, int]
 
 def plain_config(config: RunConfig) -> PlainConfig:
     """Return the plain model's settings for the same arithmetic. Raises: ConfigError for options it does not have."""
-    model, jepa = config.model, config.jepa
+    model, jepa, optimizer, recipe = config.model, config.jepa, config.optimizer, PlainRecipe()
     unsupported = [
         name
         for name, value in (
@@ -49,6 +51,21 @@ def plain_config(config: RunConfig) -> PlainConfig:
             ("jepa.horizons", jepa.horizons > 1),
             ("jepa.next_bytes_weight", jepa.next_bytes_weight),
             ("model.multi_token_heads", model.multi_token_heads),
+            ("model.depth_scaled_norm off", not model.depth_scaled_norm),
+            ("jepa.inject off", jepa.enabled and not jepa.inject),
+            ("jepa.losses off", jepa.enabled and not jepa.losses),
+            (f"jepa.sigreg_knots {jepa.sigreg_knots}", jepa.enabled and jepa.sigreg_knots != SIGREG_KNOTS[2]),
+            ("optimizer.muon_row_normalization", optimizer.muon_row_normalization),
+            ("optimizer.muon_beta2", optimizer.muon_beta2 is not None),
+            ("optimizer.muon_cautious_weight_decay", optimizer.muon_cautious_weight_decay),
+            (
+                f"optimizer.newton_schulz_coefficients {optimizer.newton_schulz_coefficients}",
+                optimizer.newton_schulz_coefficients != "quintic",
+            ),
+            (
+                f"optimizer.newton_schulz_steps {optimizer.newton_schulz_steps}",
+                optimizer.newton_schulz_steps != recipe.newton_schulz_steps,
+            ),
         )
         if value
     ]
