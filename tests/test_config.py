@@ -86,6 +86,7 @@ def test_every_range_holds_on_both_sides(section: str, name: str, bounds: Range)
         (ScheduleConfig, {"steps": None, "max_bytes": 9, "warmdown": "mean_step_time"}, ["mean_step_time", "steps"]),
         (EvaluationConfig, {"stride_bytes": 8192}, ["8192", "4096"]),
         (ArtifactConfig, {"scales": "reference_floor", "clip": "max", "matrix_bits": 5}, ["reference_floor", "5, 8"]),
+        (ArtifactConfig, {"scales": "reference_floor", "clip": "max", "rounding": "gptq"}, ["reference_floor", "gptq"]),
     ],
 )
 def test_contradictions_name_all_numbers(section: type, settings: dict[str, Any], words: list[str]) -> None:

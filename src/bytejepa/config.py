@@ -290,10 +290,11 @@ class ArtifactConfig(Section):
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)
-        if self.scales == "reference_floor" and (self.matrix_bits, self.other_bits, self.clip) != (6, 8, "max"):
+        chosen = (self.matrix_bits, self.other_bits, self.clip, self.rounding)
+        if self.scales == "reference_floor" and chosen != (6, 8, "max", "nearest"):
             raise ConfigError(
                 f"artifact.scales reference_floor is the reference's rule: expected matrix_bits 6, other_bits 8, clip max, "
-                f"got {self.matrix_bits}, {self.other_bits}, {self.clip}",
+                f"rounding nearest, got {', '.join(map(str, chosen))}",
                 hint="use artifact.scales per_row",
             )
         if self.fit and self.clip not in ("standard_deviations", "sensitivity"):
