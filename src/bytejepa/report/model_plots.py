@@ -39,7 +39,10 @@ def modules(tensors: Sequence[TensorFigures]) -> dict[str, list[TensorFigures]]:
     grouped: dict[str, list[TensorFigures]] = {}
     for tensor in tensors:
         grouped.setdefault(module_of(tensor.name), []).append(tensor)
-    order = ("token_embedding", "bigram", "smear", "blocks", "skip_weights", "jepa")
+    order = (
+        "token_embedding", "bigram", "ngrams", "smear", "blocks", "skip_weights", "skip_gates", "chunk_scale", "jepa",
+        "multi_token_heads",
+    )  # fmt: skip
 
     def place(module: str) -> tuple[int, int]:
         first, _, rest = module.partition(".")
@@ -183,7 +186,7 @@ def artifact_parts(measured: RunMeasurements) -> dict[str, int]:
 
 def _part_of(tensor: TensorFigures) -> str:
     placed = layer_of(tensor.name)
-    if placed and placed[1] in KINDS:
+    if placed and placed[1] in (*KINDS, "attention.gate"):
         return placed[1].partition(".")[0]
     if tensor.name.startswith("jepa."):
         return "jepa"
