@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 from pathlib import Path
@@ -51,19 +52,21 @@ def bench_scaling(config: RunConfig, device: torch.device, *, steps: int, compil
 
 
 def _points(config: RunConfig) -> list[tuple[str, float, RunConfig]]:
+    """Return (axis, value, configuration) of every point that the other settings of `config` allow."""
     data, model = config.data, config.model
     points: list[tuple[str, float, RunConfig]] = []
+
+    def add(axis: str, value: int, **sections: dict[str, Any]) -> None:
+        with contextlib.suppress(ConfigError):
+            points.append((axis, value, _at(config, **sections)))
+
     for factor in FACTORS:
-        length = int(data.sequence_bytes * factor)
-        if length >= 2 * config.jepa.chunk_bytes and data.batch_bytes % length == 0:
-            points.append(("context", length, _at(config, data={"sequence_bytes": length})))
-        batch = int(data.batch_bytes * factor)
-        if batch % data.sequence_bytes == 0 and batch:
-            points.append(("batch", batch, _at(config, data={"batch_bytes": batch})))
-        width = int(model.model_dim * factor)
-        if width % (2 * model.num_heads) == 0 and width >= 8:
-            rotary = min(model.rotary_dims or width // model.num_heads, width // model.num_heads)
-            points.append(("width", width, _at(config, model={"model_dim": width, "rotary_dims": rotary})))
+        length, width = int(data.sequence_bytes * factor), int(model.model_dim * factor)
+        if length >= 2 * config.jepa.chunk_bytes:
+            add("context", length, data={"sequence_bytes": length})
+        add("batch", int(data.batch_bytes * factor), data={"batch_bytes": int(data.batch_bytes * factor)})
+        rotary = min(model.rotary_dims or width // model.num_heads, width // model.num_heads)
+        add("width", width, model={"model_dim": width, "rotary_dims": rotary})
     return points
 
 
