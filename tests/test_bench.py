@@ -3,6 +3,7 @@
 import math
 import mmap
 import multiprocessing
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -11,13 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bytejepa.benchmark import bench, speed
+from bytejepa.benchmark import bench, generation, speed
 from bytejepa.benchmark.against_plain import _plain_in_its_own_process, plain_config
 from bytejepa.benchmark.generation import bench_generate
 from bytejepa.benchmark.memory import peak_bytes, restart_peak
 from bytejepa.cli import bench as verb
 from bytejepa.config import RunConfig, replace
 from bytejepa.errors import BytejepaError, ConfigError
+from bytejepa.inference.chunks import ChunkInjector
+from bytejepa.inference.engine import Engine
+from bytejepa.inference.state import EngineState, JepaState
 from bytejepa.model.attention import causal_attention
 from bytejepa.model.initialization import initialize
 from bytejepa.model.transformer import ByteLM, Losses
@@ -192,6 +196,37 @@ def test_a_plain_process_that_is_killed_is_an_error_and_no_broken_pipe(minimal_c
         process.join()
         with pytest.raises(BytejepaError, match=r"plain baseline ended \(exit code -9\)"):
             step()
+
+
+def test_stepping_is_timed_with_its_share_of_what_runs_once_a_chunk(
+    minimal_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[range] = []
+    run_pass, end_chunk = Engine._pass, ChunkInjector._end_chunk
+    ended: list[int] = []
+
+    def noticed(engine: Engine, places: range, state: EngineState, x: Tensor, *others: Any) -> Tensor:
+        if x.size(1) == 1:
+            ran.append(places)
+        return run_pass(engine, places, state, x, *others)
+
+    def noticed_end(injector: ChunkInjector, state: JepaState, last: Tensor) -> None:
+        ended.append(last.size(0))
+        end_chunk(injector, state, last)
+
+    def called(call: Callable[[], object], *_: Any, **__: Any) -> generation.Cost:
+        for _ in range(24):
+            call()
+        return generation.Cost(wall_s=1.0, cpu_s=1.0)
+
+    monkeypatch.setattr(Engine, "_pass", noticed)
+    monkeypatch.setattr(ChunkInjector, "_end_chunk", noticed_end)
+    monkeypatch.setattr(generation, "cost_of", called)
+    options = {"num_layers": 4, "chunk_blocks": (1, 2), "chunk_stride_bytes": 3, "xsa_last_layers": 0}
+    config = replace(minimal_config, model=options)
+    bench_generate(config, CPU, lanes=(1,), contexts=(32,), runs=1, at_least_s=0.0)
+    assert ran.count(config.model.chunk_places) == 24 / 3
+    assert len(ended) == 24 / config.jepa.chunk_bytes
 
 
 def test_more_context_than_the_engine_has_is_refused(minimal_config: RunConfig) -> None:
