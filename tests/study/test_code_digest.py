@@ -1,6 +1,7 @@
 """Whether two studies ran the same code: the digest of the sources that decide a run's figures."""
 
 import ast
+import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 import bytejepa
 from bytejepa.study.environment import DECIDING_SOURCES, code_sha256, environment_here
+from bytejepa.training.runlog import describe_machine
 
 SOURCES = Path(bytejepa.__file__).parent
 DECIDES_NOTHING = {"errors.py", "files.py", "processors.py", "progress.py", "compressors.py", "__init__.py"}
@@ -75,3 +77,16 @@ def test_the_versions_of_all_packages_that_compute_are_recorded() -> None:
                 imported.add(node.module.partition(".")[0])
     computing = imported - sys.stdlib_module_names - COMPUTES_NOTHING - OF_A_GPU
     assert set(environment_here()["versions"]) == computing
+
+
+def test_a_machine_without_one_of_the_packages_is_described_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, version = describe_machine()["versions"], importlib.metadata.version
+
+    def without_numba(name: str) -> str:
+        if name == "numba":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_numba)
+    assert describe_machine()["versions"] == {name: v for name, v in whole.items() if name != "numba"}
+    assert "numba" in whole

@@ -5,6 +5,7 @@ Torch-free, so that reports and the command line read runs at once.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -188,17 +189,21 @@ class RunFolder:
 
 
 DECIDING_PACKAGES = ("bytejepa", "torch", "numpy", "numba", "llvmlite", "zstandard", "brotli")
-"""What computes a run's figures: training, attention on a CPU, compression."""
+"""What computes a run's figures: training, attention on a CPU, compression. Where numba is not there, PyTorch's attention is."""
 
 
 def describe_machine() -> dict[str, Any]:
     """Return versions, hardware and the git commit: what a figure needs beside it to be worth anything."""
     import psutil
 
+    versions = {}
+    for name in DECIDING_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in DECIDING_PACKAGES},
+        "versions": versions,
         "platform": platform.platform(),
         "processor": processor_name(),
         "physical_cores": psutil.cpu_count(logical=False),
