@@ -379,6 +379,42 @@ def test_a_gpu_computes_float32_and_uncompiled_masks_by_the_kernel_that_can(monk
         choose_backend("cudnn", "cuda", dtype=torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("head_width", "dtype", "masked", "kernel"),
+    [
+        (64, torch.bfloat16, False, "flash3"),
+        (160, torch.bfloat16, False, "flash3"),
+        (264, torch.bfloat16, False, "efficient"),
+        (20, torch.bfloat16, False, "flash"),  # PyTorch pads for it
+        (20, torch.bfloat16, True, "flex"),
+        (12, torch.bfloat16, True, "math"),
+        (12, torch.float32, True, "efficient"),
+        (10, torch.float32, True, "math"),
+    ],
+)
+def test_a_gpus_kernel_is_one_that_takes_heads_of_that_width(
+    head_width: int, dtype: torch.dtype, masked: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_gpu = dict.fromkeys(attention.available_backends("cpu")) | {"blocked": "for CPUs"}
+    monkeypatch.setitem(attention._available, "cuda", on_a_gpu)
+    how = {"documents": masked, "dtype": dtype, "compiled": True, "head_width": head_width}
+    assert choose_backend("auto", "cuda", **how) == kernel
+    assert choose_backend(kernel, "cuda", **how) == kernel
+
+
+def test_a_kernel_that_takes_no_such_heads_is_refused_with_their_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(attention._available, "cuda", dict.fromkeys(attention.available_backends("cpu")))
+    half = {"dtype": torch.bfloat16}
+    for kernel, head_width, why in (
+        ("flash3", 20, "no multiple of 8"), ("flash4", 136, "more than 128"), ("cudnn", 160, "more than 128"),
+        ("flash", 264, "more than 256"), ("flex", 8, "less than 16"), ("efficient", 12, "no multiple of 8"),
+    ):  # fmt: skip
+        with pytest.raises(
+            ConfigError, match=f"{kernel} is impossible on cuda: its heads are {head_width} wide, {why}"
+        ):
+            choose_backend(kernel, "cuda", head_width=head_width, **half)
+
+
 def test_a_kernel_without_masks_is_refused_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(attention._available, "cuda", dict.fromkeys(attention.available_backends("cpu")))
     with pytest.raises(ConfigError, match=r"cudnn is impossible on cuda: it cannot mask .*possible: "):

@@ -116,14 +116,15 @@ def test_warmup_steps_leave_no_trace(minimal_config, embedded_shards, tmp_path) 
 def test_every_kind_of_step_is_warmed_up_and_no_other(minimal_config, embedded_shards) -> None:
     config = quiet(
         minimal_config,
-        data={"sequence_growth": ((0.0, 32), (0.5, 64))},
+        data={"sequence_growth": ((0.0, 16), (0.001, 32), (0.5, 64))},
         jepa={"lambda_zero_until": 0.25, "lambda_ramp_until": 0.75, "lambda_after": "zero"},
-        training={"qat_start": 0.9, "warmup_steps": 1},
+        training={"qat_start": 0.9995, "warmup_steps": 1},
     )
     trainer = Trainer(config, embedded_shards, Ranks(), validate=False)
-    lengths = {0: 32, 1: 64}
+    lengths = {0: 16, 1: 32, 2: 64}
     kinds = [(lengths[kind.stage], kind.latent_losses, kind.quantized) for kind in trainer.step_kinds()]
-    assert kinds == [(32, False, False), (32, True, False), (64, True, False), (64, False, False), (64, False, True)]
+    later = [(32, False, False), (32, True, False), (64, True, False), (64, False, False), (64, False, True)]
+    assert kinds == [(16, False, False), *later]
     taken: list[tuple[int, bool, bool]] = []
     step = trainer.gradient_step
 

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from bytejepa.config import replace
 from bytejepa.errors import ArtifactError, CheckpointError, DataError
+from bytejepa.model.attention import available_backends
 from bytejepa.review import Review, Word, review
 from bytejepa.submission.folder import Author, make_submission
+from bytejepa.submission.seeds import read_runs
+from bytejepa.training.runs import train
 from submission.seeds_of_one_run import finished_run
 
 AUTHOR = Author(author="A. Name", github_id="aname", name="Small bytes", blurb="Tiny.")
@@ -202,3 +206,12 @@ def test_the_challenges_split_is_told_by_its_counts(submission, missing: int, sa
     seed = submission.seeds[0]
     whole = dataclasses.replace(seed.sliding, num_bytes=151_080_891 - missing)
     assert says in _dataset(seed.run, dataclasses.replace(seed, sliding=whole), 50_000)
+
+
+def test_a_run_whose_attention_a_script_does_not_have_is_refused(minimal_config, embedded_shards, tmp_path) -> None:
+    if available_backends("cpu")["blocked"] is not None:
+        pytest.skip("its kernels are not there")
+    config = replace(minimal_config, model={"num_heads": 2, "num_kv_heads": 1}, training={"attention": "blocked"})
+    train(config, embedded_shards, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"training\.attention blocked, whose kernels a submission's script"):
+        read_runs([tmp_path / "run"])

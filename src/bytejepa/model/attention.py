@@ -105,8 +105,8 @@ def choose_backend(
             refused[name] = why
         elif on_gpu and dtype not in (torch.bfloat16, torch.float16) and name in HALF_PRECISION_ONLY:
             refused[name] = f"it computes in half precision only, this is {str(dtype).removeprefix('torch.')}"
-        elif name == "blocked" and head_width % blocked_attention.HEAD_WIDTHS:
-            refused[name] = f"its heads are {head_width} wide, no multiple of {blocked_attention.HEAD_WIDTHS}"
+        elif unfit := _why_not_so_wide(name, head_width, dtype, on_gpu=on_gpu):
+            refused[name] = f"its heads are {head_width} wide, {unfit}"
         elif masked and not _takes_masks(name, documents=documents, on_gpu=on_gpu):
             refused[name] = "it cannot mask windows or documents here"
     possible = [name for name in available if name not in refused]
@@ -120,6 +120,24 @@ def choose_backend(
     sparse: tuple[Kernel, ...] = ("flex", "efficient") if masked and compiled else ("efficient", "flex")
     order: tuple[Kernel, ...] = ("flash3", "flash4", "cudnn", "blocked", "flash", *sparse, "math")
     return next(name for name in order if name in possible)
+
+
+def _why_not_so_wide(name: Kernel, head_width: int, dtype: torch.dtype, *, on_gpu: bool) -> str | None:
+    """Return what is wrong with heads of this width, None if nothing is. Source: the checks of PyTorch's `sdp_utils.cpp`, of
+    `flex_attention` and of FlashAttention's interfaces."""
+    if name == "blocked":
+        step = blocked_attention.HEAD_WIDTHS
+        return f"no multiple of {step}" if head_width % step else None
+    if not on_gpu:
+        return None
+    most = {"flash4": 128, "flash3": 256, "cudnn": 128, "flash": 256}.get(name, head_width)
+    steps: dict[Kernel, int] = {"flash4": 8, "flash3": 8, "cudnn": 8, "efficient": 4 if dtype == torch.float32 else 8}
+    step = steps.get(name, 1)
+    if head_width > most:
+        return f"more than {most}"
+    if head_width % step:
+        return f"no multiple of {step}"
+    return "less than 16" if name == "flex" and head_width < 16 else None
 
 
 def _takes_masks(name: Kernel, *, documents: bool, on_gpu: bool) -> bool:

@@ -13,7 +13,7 @@ from bytejepa.report.tables import Cell, Table
 CURVES = {
     "train_bpb": ("train, batches", FAINT),
     "val_bpb": ("validation, live weights", SERIES[1]),
-    "val_bpb_average": ("validation, averaged weights (EMA)", SERIES[0]),
+    "val_bpb_average": ("validation, averaged weights", SERIES[0]),
 }
 
 

@@ -97,6 +97,11 @@ def _read_run(folder: Path) -> FinishedRun:
             f"{folder} began with the weights of {begun_with.get('path')}",
             hint="a submission's training counts from random weights; use a run of a preset",
         )
+    if config.training.attention == "blocked":
+        raise CheckpointError(
+            f"{folder} asks for training.attention blocked, whose kernels a submission's script does not have",
+            hint="use a run with training.attention auto or flash",
+        )
     if newest is None or not metrics:
         raise CheckpointError(f"{folder} has no checkpoint yet", hint=f"go on with `bytejepa train --resume {folder}`")
     at, elapsed_s = newest.position, max(line["elapsed_s"] for line in metrics)

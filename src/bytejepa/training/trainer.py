@@ -178,7 +178,9 @@ class Trainer:
 
     def step_kinds(self) -> list[StepKind]:
         """Return every kind of step that the run takes, in the order of their first one."""
-        shares = [number / 128 for number in range(128)]
+        data, jepa, qat_start = self.config.data, self.config.jepa, self.config.training.qat_start
+        changes = [0.0, *(begin for begin, _ in data.stages), jepa.lambda_zero_until, jepa.lambda_ramp_until]
+        shares = sorted(share for share in {*changes, 1.0 if qat_start is None else qat_start} if share < 1)
         if self.config.schedule.warmdown == "mean_step_time":  # its latent losses follow the steps, not the wallclock
             return list(dict.fromkeys(self._kind(share, of_steps) for share in shares for of_steps in shares))
         return list(dict.fromkeys(self._kind(share, share) for share in shares))
