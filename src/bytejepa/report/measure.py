@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from bytejepa.artifact.quantize import hidden_pairs
 from bytejepa.artifact.store import code_bytes
 from bytejepa.bits import NATS_PER_BIT, bits_per_byte
 from bytejepa.config import RunConfig, replace
+from bytejepa.config_model import JepaConfig
 from bytejepa.data.loader import IdStream, validation_ids
 from bytejepa.data.vocabulary import BYTE_OFFSET
 from bytejepa.errors import CheckpointError, DataError
@@ -149,12 +151,18 @@ def _gradients(
     length = min(config.data.stages[-1][1], len(ids) - 1)
     rows = min(GRADIENT_SEQUENCES, (len(ids) - 1) // length)
     block = torch.from_numpy(ids[: rows * length + 1].astype(np.int64)).to(device)
-    jepa_lambda = max(schedule.jepa_lambda(config.jepa, share / 64) for share in range(65))
     step = GradientStep(model, config, compile=False)
+    jepa_lambda = largest_jepa_lambda(config.jepa)
     step(block[:-1].view(rows, length), block[1:].view(rows, length), jepa_lambda=jepa_lambda)
     gradients = {name: None if p.grad is None else p.grad.float().cpu() for name, p in model.named_parameters()}
     batch = GradientBatch(num_sequences=rows, sequence_bytes=length, jepa_lambda=jepa_lambda)
     return batch, gradients, initial
+
+
+def largest_jepa_lambda(jepa: JepaConfig) -> float:
+    """Return the largest weight of the latent losses in a run: where their ramp ends, or just before where it falls then."""
+    ends = jepa.lambda_ramp_until
+    return max(schedule.jepa_lambda(jepa, progress) for progress in (math.nextafter(ends, 0.0), ends))
 
 
 def in_trained_order(stored: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
