@@ -39,6 +39,21 @@ class LoggedRun:
         """Seed of initialisation and data order."""
         return self.config.training.seed
 
+    @property
+    def steps(self) -> int:
+        """Steps taken: the log's last line may be of an earlier one, the clock is read at every one."""
+        return max(int(self.metrics[-1]["step"]), len(self.step_starts_s) - 1)
+
+    @property
+    def num_bytes(self) -> int:
+        """Ids read."""
+        return self.steps * self.config.data.batch_bytes
+
+    @property
+    def train_s(self) -> float | None:
+        """Seconds of training by the clock, the last step's too; without one the last that were logged, if any."""
+        return self.step_starts_s[-1] if self.step_starts_s else self.last("elapsed_s")
+
     def last(self, key: str) -> float | None:
         """Return the last logged value of `key`, None if it was never logged."""
         return next((line[key] for line in reversed(self.metrics) if key in line), None)

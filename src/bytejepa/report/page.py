@@ -132,14 +132,14 @@ def summary(configuration: Configuration, measured: Measured) -> list[Figure]:
         share = statistics.fmean(sizes) / limit
         detail = f"{share:.1%} of {limit:,}" + (", mean" if len(sizes) > 1 else "")
         figures.append(Figure(label="bytes, weights and code", value=f"{statistics.fmean(sizes):,.0f}", detail=detail))
-    read = f"{runs[0].metrics[-1]['num_bytes'] / 1e6:,.2f} MB read"
-    steps, _, spread = with_spread([run.last("step") for run in runs], ",.0f").partition(" ± ")
+    read = f"{statistics.fmean(run.num_bytes for run in runs) / 1e6:,.2f} MB read"
+    steps, _, spread = with_spread([float(run.steps) for run in runs], ",.0f").partition(" ± ")
     figures.append(
         Figure(label="steps", value=steps, detail=f"± {spread}, {read}" if spread not in ("", "0") else read)
     )
     rates = [mean_rate(run) for run in runs]
     rate = statistics.fmean(known) if (known := [value for value in rates if value]) else math.nan
-    seconds, _, spread = with_spread([run.last("elapsed_s") for run in runs], ",.0f").partition(" ± ")
+    seconds, _, spread = with_spread([run.train_s for run in runs], ",.0f").partition(" ± ")
     detail = (f"± {spread}, " if spread else "") + ("training" if math.isnan(rate) else f"{rate / 1e3:,.1f} kB/s")
     return [*figures, Figure(label="seconds of training", value=seconds, detail=detail)]
 
@@ -175,9 +175,9 @@ def _run_row(configuration: str, run: LoggedRun, found: RunMeasurements | None) 
         *scores,
         with_spread([run.last("val_bpb_average")], ".4f"),
         f"{found.total_bytes:,}" if found else "–",
-        f"{run.metrics[-1]['step']:,.0f}",
-        f"{run.metrics[-1]['num_bytes'] / 1e6:,.2f}",
-        with_spread([run.last("elapsed_s")], ",.1f"),
+        f"{run.steps:,}",
+        f"{run.num_bytes / 1e6:,.2f}",
+        with_spread([run.train_s], ",.1f"),
     ]
 
 

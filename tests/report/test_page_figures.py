@@ -1,0 +1,45 @@
+"""The page's own figures: how far a run got, and which runs a mean is of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bytejepa.config import RunConfig, replace
+from bytejepa.report.inputs import ReportInputs, read_inputs
+from bytejepa.report.page import run_table, summary
+from bytejepa.training.runs import train
+
+
+def cells_of(inputs: ReportInputs) -> dict[str, str]:
+    """Return the first line of the table of runs by its columns."""
+    grid = run_table(inputs, {})
+    return dict(zip(grid.columns, grid.rows[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        pytest.param({"validate_every_steps": 3}, id="validated right after the last step"),
+        pytest.param({"log_every_steps": 4, "validate_every_steps": None}, id="ended between two lines of the log"),
+    ],
+)
+def test_steps_and_seconds_are_those_of_the_whole_run(
+    training: dict[str, int | None], embedded_shards: Path, minimal_config: RunConfig, tmp_path: Path
+) -> None:
+    shards = embedded_shards
+    if training["validate_every_steps"] is None:  # without a validation split there is no line at the end
+        shards = tmp_path / "shards"
+        shards.mkdir()
+        (shards / "fineweb_train_000000.bin").symlink_to(embedded_shards / "fineweb_train_000000.bin")
+    ended = train(replace(minimal_config, training=training), shards, tmp_path / "run")
+    inputs = read_inputs([tmp_path / "run"])
+    (run,) = inputs.configurations[0].runs
+    assert (run.steps, run.num_bytes, run.train_s) == (ended.steps, ended.num_bytes, ended.elapsed_s)
+    cells = cells_of(inputs)
+    assert (cells["steps"], cells["seconds"]) == ("6", f"{ended.elapsed_s:,.1f}")
+    figures = {figure.label: figure for figure in summary(inputs.configurations[0], {})}
+    assert figures["steps"].value == "6"
+    assert figures["seconds of training"].value == f"{ended.elapsed_s:,.0f}"
+    assert figures["seconds of training"].detail == f"{ended.num_bytes / ended.elapsed_s / 1e3:,.1f} kB/s"
