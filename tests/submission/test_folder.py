@@ -13,8 +13,9 @@ from bytejepa.model.attention import available_backends
 from bytejepa.review import Review, Word, review
 from bytejepa.submission.folder import Author, make_submission
 from bytejepa.submission.seeds import read_runs
+from bytejepa.training.runlog import RunFolder
 from bytejepa.training.runs import train
-from submission.seeds_of_one_run import finished_run
+from submission.seeds_of_one_run import finished_run, seed_config
 
 AUTHOR = Author(author="A. Name", github_id="aname", name="Small bytes", blurb="Tiny.")
 KEYS = {
@@ -215,3 +216,20 @@ def test_a_run_whose_attention_a_script_does_not_have_is_refused(minimal_config,
     train(config, embedded_shards, tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"training\.attention blocked, whose kernels a submission's script"):
         read_runs([tmp_path / "run"])
+
+
+@pytest.mark.parametrize("schedule", [{"steps": 6}, {"steps": None, "max_wallclock_s": 0.05}])
+def test_training_seconds_are_those_of_the_whole_run(schedule, tiny_shards, tmp_path) -> None:
+    """The log's last line holds the clock at the beginning of the last step where that step was validated: by it, a run
+    that is bounded by time would not be over."""
+    config = seed_config(1, schedule=schedule, training={"validate_every_steps": 1})
+    ended = train(config, tiny_shards, tmp_path / "run")
+    (run,) = read_runs([tmp_path / "run"])
+    assert (run.steps, run.num_bytes, run.train_s) == (ended.steps, ended.num_bytes, ended.elapsed_s)
+
+
+def test_a_run_without_a_clock_has_the_seconds_of_its_log(seed_runs, tmp_path) -> None:
+    copy = shutil.copytree(seed_runs[0], tmp_path / "run")
+    (copy / "clock.log").unlink()
+    (run,) = read_runs([copy])
+    assert run.train_s == max(line["elapsed_s"] for line in RunFolder(copy).read_metrics())

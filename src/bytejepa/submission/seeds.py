@@ -25,6 +25,7 @@ from bytejepa.scoring.windows import window_and_stride
 from bytejepa.submission import log_lines
 from bytejepa.submission.program import packed_scorer
 from bytejepa.training import checkpoint, schedule
+from bytejepa.training.clock import read_log
 from bytejepa.training.distributed import Ranks
 from bytejepa.training.runlog import RunFolder
 from bytejepa.training.shared_scoring import score_on_ranks
@@ -104,7 +105,9 @@ def _read_run(folder: Path) -> FinishedRun:
         )
     if newest is None or not metrics:
         raise CheckpointError(f"{folder} has no checkpoint yet", hint=f"go on with `bytejepa train --resume {folder}`")
-    at, elapsed_s = newest.position, max(line["elapsed_s"] for line in metrics)
+    at, readings_s = newest.position, read_log(run.clock_path)
+    # the last line of the log may hold what the clock said at the beginning of the last step
+    elapsed_s = readings_s[at.step] if at.step < len(readings_s) else max(line["elapsed_s"] for line in metrics)
     progress = schedule.progress(config.schedule, step=at.step, num_bytes=at.num_bytes, elapsed_s=elapsed_s)
     if progress < 1 and metrics[-1]["progress"] < 1:
         raise CheckpointError(
