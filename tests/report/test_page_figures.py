@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bytejepa.artifact.load import starting_point
 from bytejepa.config import RunConfig, replace
 from bytejepa.report.inputs import ReportInputs, read_inputs
 from bytejepa.report.page import run_table, summary
@@ -43,3 +44,15 @@ def test_steps_and_seconds_are_those_of_the_whole_run(
     assert figures["steps"].value == "6"
     assert figures["seconds of training"].value == f"{ended.elapsed_s:,.0f}"
     assert figures["seconds of training"].detail == f"{ended.num_bytes / ended.elapsed_s / 1e3:,.1f} kB/s"
+
+
+def test_runs_on_other_data_or_from_other_weights_are_no_seeds_of_one_another(
+    minimal_run: Path, minimal_config: RunConfig, embedded_shards: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    train(replace(minimal_config, training={"seed": 7}), embedded_shards, tmp_path / "another_seed")
+    train(minimal_config, tiny_shards, tmp_path / "other_data")
+    start = starting_point(minimal_run)
+    train(minimal_config, embedded_shards, tmp_path / "went_on", start=start)
+    runs = [minimal_run, *(tmp_path / name for name in ("another_seed", "other_data", "went_on"))]
+    found = [[run.name for run in c.runs] for c in read_inputs(runs).configurations]
+    assert found == [[minimal_run.name, "another_seed"], ["other_data"], ["went_on"]]

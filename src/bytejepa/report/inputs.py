@@ -61,7 +61,7 @@ class LoggedRun:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Configuration:
-    """Runs that differ in nothing but the seed."""
+    """Runs that differ in nothing but the seed: of one configuration, on the same data, from the same beginning."""
 
     label: str
     runs: tuple[LoggedRun, ...]
@@ -135,7 +135,10 @@ def _grouped(runs: list[LoggedRun]) -> tuple[Configuration, ...]:
     for run in runs:
         values = to_dict(run.config)
         del values["training"]["seed"]
-        groups.setdefault(json.dumps(values, sort_keys=True), []).append(run)
+        # a mean over runs of other data, or that went on from other weights, would be of nothing
+        data = run.manifest.get("data", {}).get("sha256_of_ends")
+        begun_with = run.manifest.get("started_from", {}).get("weights_sha256")
+        groups.setdefault(json.dumps([values, data, begun_with], sort_keys=True), []).append(run)
     names = [run.name for run in runs]
     return tuple(
         Configuration(
