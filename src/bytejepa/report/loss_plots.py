@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from bytejepa.report.byte_classes import CLASSES
 from bytejepa.report.drawing import Layout, Plot, log_axis, new_figure, plain_numbers, style_of
 from bytejepa.report.learning_plots import legend_below
-from bytejepa.report.losses import Bin, by_class, by_document, by_document_length, by_position
+from bytejepa.report.losses import Bin, ClassCost, by_class, by_document, by_document_length, by_position
 from bytejepa.report.measurements import PricedText, RunMeasurements
 from bytejepa.report.tables import Table
+from bytejepa.report.wording import once_or_each
 
 Measured = Mapping[str, Sequence[RunMeasurements]]
 """Measurements of one or more runs of every configuration that was measured, by its label."""
@@ -35,14 +37,23 @@ def loss_plots(measured: Measured) -> list[Plot]:
 
 def missing_losses(measured: Measured) -> str:
     """Return a sentence on what `loss_plots` had to leave out; empty if nothing."""
-    texts = [runs[0].priced for runs in measured.values()]
-    scored = max((len(text.bits) for text in texts), default=0)
+    texts = {label: runs[0].priced for label, runs in measured.items()}
     left_out = []
-    if not all(by_position(text) for text in texts):
-        left_out.append(f"No loss by position: {scored:,} targets are less than a window.")
-    if not all(by_document(text) for text in texts):
-        left_out.append(f"No loss by document length: among the {scored:,} targets scored is no whole document.")
+    if short := {label: text for label, text in texts.items() if not by_position(text)}:
+        counts = _words(short, lambda text: f"{len(text.bits):,} targets")
+        left_out.append(f"No loss by position{_of(short, texts)}: {counts} are less than a window.")
+    if cut := {label: text for label, text in texts.items() if not by_document(text)}:
+        counts = _words(cut, lambda text: f"{len(text.bits):,} targets")
+        left_out.append(f"No loss by document length{_of(cut, texts)}: among the {counts} scored is no whole document.")
     return " ".join([*left_out, "--score-bytes scores more."]) if left_out else ""
+
+
+def _words(texts: Mapping[str, PricedText], words: Callable[[PricedText], str]) -> str:
+    return once_or_each({label: words(text) for label, text in texts.items()})
+
+
+def _of(some: Mapping[str, PricedText], every: Mapping[str, PricedText]) -> str:
+    return f" of {', '.join(some)}" if len(some) < len(every) else ""
 
 
 def mean_price(texts: Sequence[PricedText]) -> PricedText:
@@ -52,25 +63,30 @@ def mean_price(texts: Sequence[PricedText]) -> PricedText:
 
 def _how_priced(measured: Measured) -> str:
     """Return how the bits were computed, in a sentence."""
-    text = next(iter(measured.values()))[0].priced
-    which = "the whole validation split" if text.is_whole_split else "the beginning of the validation split"
     counts = sorted({len(runs) for runs in measured.values()})
     seeds = "1 run" if counts == [1] else f"the mean of {' or '.join(map(str, counts))} seeds"
     each = " of each configuration" if len(measured) > 1 else ""
-    return f"Artifacts, {seeds}{each}, on {which}: {len(text.bits):,} targets in non-overlapping windows of {text.window:,} ids."
+    on = _words({label: runs[0].priced for label, runs in measured.items()}, _text_priced)
+    return f"Artifacts, {seeds}{each}, on {on}."
+
+
+def _text_priced(text: PricedText) -> str:
+    which = "the whole validation split" if text.is_whole_split else "the beginning of the validation split"
+    return f"{which}: {len(text.bits):,} targets in non-overlapping windows of {text.window:,} ids"
 
 
 def _position_plot(texts: Mapping[str, PricedText], how: str) -> Plot | None:
-    """Return the plot; None if the text is shorter than a window."""
+    """Return the plot of the configurations whose text holds a whole window; None if none does."""
     bins = {label: by_position(text) for label, text in texts.items()}
-    if not all(bins.values()):
+    if not any(bins.values()):
         return None
 
     def draw(layout: Layout) -> Any:
         figure = new_figure(layout, 3.4 if layout.is_narrow else 3.8)
         axes = figure.subplots()
         for index, (label, of_run) in enumerate(bins.items()):
-            _draw_bins(axes, of_run, offset=1, label=label, style=style_of(index))
+            if of_run:
+                _draw_bins(axes, of_run, offset=1, label=label, style=style_of(index))
         axes.set_xscale("log", base=2)
         plain_numbers(axes.xaxis)
         axes.set_xlabel("ids of context, the target's position in the window")
@@ -78,14 +94,13 @@ def _position_plot(texts: Mapping[str, PricedText], how: str) -> Plot | None:
         legend_below(figure, layout)
         return figure
 
-    windows = next(iter(bins.values()))
+    windows = once_or_each({label: f"{of_run[0].num_samples:,} windows" for label, of_run in bins.items() if of_run})
     return Plot(
         name="loss_by_position",
         title="Loss by position in the window",
         caption=(
             "Mean bits per target (a byte, or a BOS) against how many ids of its window the model has seen, on a logarithmic "
-            f"axis. Bands: 95 % confidence intervals of the mean over {windows[0].num_samples:,} windows "
-            f"(Student's t). {how}"
+            f"axis. Bands: 95 % confidence intervals of the mean (Student's t) over {windows}. {how}"
         ),
         table=Table.of(
             ("configuration", "first_position", "last_position", "num_windows", "bits_per_target", "low", "high"),
@@ -108,10 +123,15 @@ def _draw_bins(axes: Any, bins: Sequence[Bin], *, offset: int, label: str, style
 
 def _class_plot(texts: Mapping[str, PricedText], how: str) -> Plot:
     costs = {label: {cost.name: cost for cost in by_class(text)} for label, text in texts.items()}
-    first = next(iter(costs.values()))
-    names = [name for name in first if any(name in of_run for of_run in costs.values())]
-    total = sum(cost.count for cost in first.values())
-    total_bits = sum(cost.bits for cost in first.values())
+    names = [name for name in CLASSES if any(name in of_run for of_run in costs.values())]
+    totals = {label: sum(cost.count for cost in of_run.values()) for label, of_run in costs.items()}
+    bits = {label: sum(cost.bits for cost in of_run.values()) for label, of_run in costs.items()}
+    shares = {
+        name: sum(of_run[name].count for of_run in costs.values() if name in of_run) / sum(totals.values())
+        for name in names
+    }
+    counts = [{cost.name: cost.count for cost in of_run.values()} for of_run in costs.values()]
+    together = "" if all(count == counts[0] for count in counts) else " of all configurations together"
 
     def draw(layout: Layout) -> Any:
         figure = new_figure(layout, 1.2 + 0.34 * len(names) + 0.2 * (len(costs) if layout.is_narrow else 1))
@@ -119,11 +139,12 @@ def _class_plot(texts: Mapping[str, PricedText], how: str) -> Plot:
         spread = 0.5 / max(1, len(costs) - 1)
         for index, (label, of_run) in enumerate(costs.items()):
             shift = (index * spread - 0.25) if len(costs) > 1 else 0.0
-            means = [of_run[name].bits / of_run[name].count for name in names]
-            y = [row + shift for row in range(len(names))]
+            found = [(row, of_run[name]) for row, name in enumerate(names) if name in of_run]
+            means = [cost.bits / cost.count for _, cost in found]
+            y = [row + shift for row, _ in found]
             axes.plot(means, y, label=label, linestyle="none", markersize=6, **style_of(index))
             axes.hlines(y, 0, means, color=style_of(index)["color"], linewidth=1, alpha=0.5)
-        axes.set_yticks(range(len(names)), [_class_label(name, first[name].count / total, layout) for name in names])
+        axes.set_yticks(range(len(names)), [_class_label(name, shares[name], layout) for name in names])
         axes.tick_params(axis="y", length=0)
         axes.invert_yaxis()
         axes.set_xlim(0, None)
@@ -132,17 +153,18 @@ def _class_plot(texts: Mapping[str, PricedText], how: str) -> Plot:
         legend_below(figure, layout)
         return figure
 
+    costliest = once_or_each({label: _costliest(of_run.values(), bits[label]) for label, of_run in costs.items()})
     return Plot(
         name="loss_by_byte_class",
         title="Loss by byte class",
         caption=(
-            "Mean bits per target of each class of bytes, and in brackets the class's share of all targets. The CSV holds "
-            f"each class's share of the bits too. {_costliest(first.values(), total_bits)} {how}"
+            f"Mean bits per target of each class of bytes, and in brackets the class's share of all targets{together}. The CSV "
+            f"holds each class's share of the bits too. Most bits go to {costliest}. {how}"
         ),
         table=Table.of(
             ("configuration", "byte_class", "count", "share_of_targets", "bits_per_target", "share_of_bits"),
             [
-                (label, c.name, c.count, c.count / total, c.bits / c.count, c.bits / sum(o.bits for o in of_run.values()))
+                (label, c.name, c.count, c.count / totals[label], c.bits / c.count, c.bits / bits[label])
                 for label, of_run in costs.items() for c in of_run.values()
             ],
         ),
@@ -155,14 +177,14 @@ def _class_label(name: str, share: float, layout: Layout) -> str:
     return f"{name}{chr(10) if layout.is_narrow else ' '}({percent} %)"
 
 
-def _costliest(costs: Any, total_bits: float) -> str:
+def _costliest(costs: Iterable[ClassCost], total_bits: float) -> str:
     most = max(costs, key=lambda cost: cost.bits)
-    return f"Most bits go to {most.name}: {most.bits / total_bits:.0%}."
+    return f"{most.name}: {most.bits / total_bits:.0%}"
 
 
 def _document_plot(texts: Mapping[str, PricedText], how: str) -> Plot | None:
     documents = {label: by_document(text) for label, text in texts.items()}
-    count = len(next(iter(documents.values())))
+    count = max(len(of_run) for of_run in documents.values())
     if not count:
         return None
     bins = {label: by_document_length(of_run) for label, of_run in documents.items()}
@@ -173,6 +195,8 @@ def _document_plot(texts: Mapping[str, PricedText], how: str) -> Plot | None:
         figure = new_figure(layout, 3.4 if layout.is_narrow else 3.8)
         axes = figure.subplots()
         for index, (label, of_run) in enumerate(documents.items()):
+            if not of_run:
+                continue
             style = style_of(index)
             if count <= FEW_DOCUMENTS:
                 x, y = [d.num_bytes for d in of_run], [d.bpb for d in of_run]
@@ -194,7 +218,8 @@ def _document_plot(texts: Mapping[str, PricedText], how: str) -> Plot | None:
         for label, of in bins.items()
         for b in of
     ]
-    dots = f"Each dot is one of {count:,} documents. " if count <= FEW_DOCUMENTS else f"{count:,} documents. "
+    counts = once_or_each({label: f"{len(of):,} documents" for label, of in documents.items() if of})
+    dots = f"Each dot is one of {counts}. " if count <= FEW_DOCUMENTS else f"{counts}. "
     lines = (
         "Lines: means over the documents of each octave of length, with 95 % confidence intervals (Student's t). "
         if any(drawn.values())
