@@ -9,6 +9,7 @@ from bytejepa.data.vocabulary import BOS, ids_from_bytes
 from bytejepa.report.drawing import NARROW, WIDE, Plot, style_of
 from bytejepa.report.loss_plots import loss_plots, missing_losses
 from bytejepa.report.measurements import GradientBatch, PricedText, RunMeasurements, StageScore
+from bytejepa.report.model_plots import size_plot
 
 
 def measured(*documents: bytes, window: int = 4, is_whole_split: bool = True, limit: int = 1000) -> RunMeasurements:
@@ -78,3 +79,18 @@ def test_what_one_configuration_lacks_is_not_drawn_of_it_alone() -> None:
     said = missing_losses({label: [run] for label, run in runs.items()})
     assert "No loss by position of a: 3 targets are less than a window." in said
     assert "No loss by document length of a: among the 3 targets scored is no whole document." in said
+
+
+def test_each_budget_is_drawn_and_shared_out() -> None:
+    plot = size_plot({"a": measured(b"abc"), "b": measured(b"abc", limit=500)})
+    assert "the budget (red line) of 1,000 bytes (a); 500 bytes (b)," in plot.caption
+    assert "= 400 bytes, 40.0%; b: 300 weights + 100 code = 400 bytes, 80.0%." in plot.caption
+    assert {(row[0], row[3]) for row in plot.table.rows} == {("a", 1000), ("b", 500)}
+    for layout in (WIDE, NARROW):
+        axes = plot.draw(layout).axes[0]
+        lines = [path.vertices[0, 0] for lines in axes.collections for path in lines.get_paths()]
+        assert lines == [0.001, 0.0005]
+        assert [text.get_text() for text in axes.texts] == ["0.00 MB, 40.0%", "0.00 MB, 80.0%"]
+    assert "budget 0.001 MB" in [
+        text.get_text() for text in size_plot({"a": measured(b"abc")}).draw(WIDE).axes[0].texts
+    ]

@@ -11,6 +11,7 @@ import numpy as np
 from bytejepa.report.drawing import DEAD, FAINT, SERIES, Layout, Plot, log_axis, new_figure, style_of
 from bytejepa.report.measurements import Flow, RunMeasurements, TensorFigures
 from bytejepa.report.tables import Table
+from bytejepa.report.wording import once_or_each
 
 KINDS = ("attention.query", "attention.key", "attention.value", "attention.output", "mlp.up", "mlp.down")
 """The matrices of a block, in the order in which they are used."""
@@ -95,7 +96,7 @@ def weights_plot(measured: RunMeasurements, *, name: str, about: str) -> Plot:
         name=name,
         title="Weights and quantisation error per layer",
         caption=(
-            "Left or above: root mean square of the averaged weights of each block's matrices. Right or below: root mean "
+            "Left or above: root mean square of the exported weights of each block's matrices. Right or below: root mean "
             "square of what storing changes, as a share of the weights' own (0.01 is 1 %), logarithmic; each matrix kept as "
             f"{' or '.join(schemes)}. "
             + (f"Outside the blocks, RMS and relative error: {rest}. " if rest else "")
@@ -195,25 +196,34 @@ def _part_of(tensor: TensorFigures) -> str:
 
 def size_plot(measured: Mapping[str, RunMeasurements]) -> Plot:
     """Return the bytes of weights and code as bars against the budget."""
-    limit = next(iter(measured.values())).limit_bytes
+    limits = {label: m.limit_bytes for label, m in measured.items()}
+    shared = next(iter(limits.values())) if len(set(limits.values())) == 1 else None
     segments = {label: {**artifact_parts(m), CODE: m.code_bytes} for label, m in measured.items()}
 
     def draw(layout: Layout) -> Any:
         figure = new_figure(layout, (2.1 if layout.is_narrow else 1.5) + 0.42 * len(segments))
         axes = figure.subplots()
         labelled: set[str] = set()
-        for row, of_run in enumerate(segments.values()):
+        for row, (of_run, limit) in enumerate(zip(segments.values(), limits.values(), strict=True)):
             left = 0.0
             for part, size in of_run.items():
                 label = None if part in labelled else part
                 axes.barh(row, size / 1e6, left=left, height=0.55, color=PART_COLOURS[part], label=label)
                 left += size / 1e6
                 labelled.add(part)
-            axes.text(left + limit / 1e8, row, f"{left:.2f} MB, {1e6 * left / limit:.1%}", va="center", fontsize=9)
-        axes.axvline(limit / 1e6, color=DEAD, linewidth=1.5)
-        axes.text(
-            0.992 * limit / 1e6, -0.62, f"budget {limit / 1e6:g} MB", color=DEAD, ha="right", va="bottom", fontsize=9
-        )
+            axes.text(
+                left + max(limits.values()) / 1e8,
+                row,
+                f"{left:.2f} MB, {1e6 * left / limit:.1%}",
+                va="center",
+                fontsize=9,
+            )
+            if shared is None:
+                axes.vlines(limit / 1e6, row - 0.4, row + 0.4, color=DEAD, linewidth=1.5)
+        if shared is not None:
+            axes.axvline(shared / 1e6, color=DEAD, linewidth=1.5)
+            at = 0.992 * shared / 1e6
+            axes.text(at, -0.62, f"budget {shared / 1e6:g} MB", color=DEAD, ha="right", va="bottom", fontsize=9)
         axes.set_yticks(range(len(segments)), list(segments) if len(segments) > 1 else [""])
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(segments) - 0.5, -0.9)
@@ -223,19 +233,20 @@ def size_plot(measured: Mapping[str, RunMeasurements]) -> Plot:
         return figure
 
     totals = "; ".join(
-        f"{label}: {m.weights_bytes:,} weights + {m.code_bytes:,} code = {m.total_bytes:,} bytes, {m.total_bytes / limit:.1%}"
+        f"{label}: {m.weights_bytes:,} weights + {m.code_bytes:,} code = {m.total_bytes:,} bytes, {m.total_bytes / m.limit_bytes:.1%}"
         for label, m in measured.items()
     )
+    budget = once_or_each({label: f"{limit:,} bytes" for label, limit in limits.items()})
     return Plot(
         name="size_budget",
         title="Size budget",
         caption=(
-            f"Bytes counted against the budget of {limit:,} bytes (red line), in MB of 1,000,000 bytes. {totals}. Weights: the "
+            f"Bytes counted against the budget (red line) of {budget}, in MB of 1,000,000 bytes. {totals}. Weights: the "
             "artifact's file, compressed, its parts as they lie in it; code: the package's source as an importable zip."
         ),
         table=Table.of(
             ("configuration", "part", "num_bytes", "limit_bytes"),
-            [(label, part, size, limit) for label, of_run in segments.items() for part, size in of_run.items()],
+            [(label, part, size, limits[label]) for label, of_run in segments.items() for part, size in of_run.items()],
         ),
         draw=draw,
     )
