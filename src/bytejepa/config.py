@@ -226,6 +226,11 @@ class TrainingConfig(Section):
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints kept."""
 
+    @property
+    def keeps_average(self) -> bool:
+        """Whether an average of the weights is kept and exported; otherwise it is the last weights."""
+        return self.ema_decay is not None or self.swa_start is not None
+
     def compiles_on(self, device_type: str) -> bool:
         """Return whether training on a device of this type ("cpu", "cuda") is compiled."""
         return self.compile == "on" or (self.compile == "auto" and device_type == "cuda")

@@ -13,6 +13,7 @@ from bytejepa.artifact.container import read_container
 from bytejepa.artifact.export import export
 from bytejepa.artifact.quantize import order_hidden_units
 from bytejepa.config import RunConfig, replace
+from bytejepa.presets import tiny
 from bytejepa.report.curves import seed_band
 from bytejepa.report.learning_plots import compared_curves
 from bytejepa.report.measure import in_trained_order, measure
@@ -62,13 +63,13 @@ def test_configurations_validated_at_their_end_are_compared_by_their_training_lo
     places = list(np.arange(1.0, 30.0))
     train = [4.0 - 0.1 * n for n in range(29)]
     at_the_end = SimpleNamespace(
-        label="a", seeds="seed 1", runs=[logged(1, places, train_bpb=train, val_bpb_average=[3.0])]
+        label="a", seeds="seed 1", config=tiny(), runs=[logged(1, places, train_bpb=train, val_bpb_average=[3.0])]
     )
     plot = compared_curves([at_the_end])
     assert {row[5] for row in plot.table.rows} == {"train_bpb"}
     assert "training batches" in plot.caption
     twice = logged(1, places, train_bpb=train, val_bpb_average=[3.0, 2.0])
-    often = compared_curves([SimpleNamespace(label="a", seeds="seed 1", runs=[twice])])
+    often = compared_curves([SimpleNamespace(label="a", seeds="seed 1", config=tiny(), runs=[twice])])
     assert {row[5] for row in often.table.rows} == {"val_bpb_average"}
     assert "validation text" in often.caption
 

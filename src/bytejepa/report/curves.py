@@ -14,7 +14,7 @@ Array = npt.NDArray[np.float64]
 SMOOTHED_LINES = 9
 """Most logged batches over which a training loss is averaged before it is drawn."""
 THROUGHPUT_POINTS = 60
-"""Points of a run's throughput, each over an equal number of steps."""
+"""Most points of a run's throughput, each over an equal number of steps."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bytejepa.report.curves import SMOOTHED_LINES, Band, seed_band, throughput
+from bytejepa.report.curves import SMOOTHED_LINES, THROUGHPUT_POINTS, Band, seed_band, throughput
 from bytejepa.report.drawing import FAINT, SERIES, Layout, Plot, new_figure, plain_numbers, style_of
 from bytejepa.report.inputs import Configuration, LoggedRun
 from bytejepa.report.tables import Cell, Table
+from bytejepa.report.wording import once_or_each
 
 CURVES = {
     "train_bpb": ("train, batches", FAINT),
@@ -42,6 +43,12 @@ def learning_curves(configuration: Configuration, name: str) -> Plot:
     validated = runs[0].config.training.validation_bytes
     text = f"the first {validated:,} ids of" if validated else "all of"
     many = len(runs) > 1
+    curves = _curves_of(configuration)
+    kinds = (
+        "of the weights as they were (orange) and of their running average, which is what is exported (blue)"
+        if "val_bpb_average" in curves
+        else "of the weights as they were; no average is kept, the last weights are what is exported"
+    )
     return Plot(
         name=name,
         title=f"Learning curves of {configuration.label}",
@@ -49,13 +56,19 @@ def learning_curves(configuration: Configuration, name: str) -> Plot:
             f"Bits per byte against training text read, in MB; lower is better. {configuration.seeds}"
             + (": lines are means over the seeds, bands reach from the best to the worst seed. " if many else ". ")
             + f"Grey: loss of single training batches, moving average of at most {SMOOTHED_LINES} logged ones"
-            + f". Orange and blue: {text} the validation split in non-overlapping windows of "
-            f"{runs[0].config.evaluation.window_bytes:,} ids, of the weights as they were (orange) and of their running "
-            "average, which is what is exported (blue). The first steps may lie above the frame. As logged while training."
+            + f". {'Orange and blue' if 'val_bpb_average' in curves else 'Orange'}: {text} the validation split in non-overlapping "
+            f"windows of {runs[0].config.evaluation.window_bytes:,} ids, {kinds}. The first steps may lie above the frame. As "
+            "logged while training."
         ),
-        table=_long_table(runs, CURVES),
+        table=_long_table(runs, curves),
         draw=lambda layout: _draw_learning(configuration, layout),
     )
+
+
+def _curves_of(configuration: Configuration) -> dict[str, tuple[str, str]]:
+    """Return the curves to draw: without an average, the log repeats the live weights' loss as the average's."""
+    kept = configuration.config.training.keeps_average
+    return {key: curve for key, curve in CURVES.items() if kept or key != "val_bpb_average"}
 
 
 def _long_table(runs: Sequence[LoggedRun], keys: dict[str, Any], label: str | None = None) -> Table:
@@ -74,7 +87,7 @@ def _draw_learning(configuration: Configuration, layout: Layout) -> Any:
     figure = new_figure(layout, 3.9 if layout.is_narrow else 4.4)
     axes = figure.subplots()
     highest = []
-    for key, (label, colour) in CURVES.items():
+    for key, (label, colour) in _curves_of(configuration).items():
         band = seed_band(configuration.runs, key, smooth=key == "train_bpb")
         if not len(band.x):
             continue
@@ -108,13 +121,19 @@ def _frame_loss(axes: Any, highest: list[float]) -> None:
 
 
 def compared_curves(configurations: Sequence[Configuration]) -> Plot:
-    """Return the averaged weights' validation loss of every configuration in one plot; of runs that were validated at
+    """Return the exported weights' validation loss of every configuration in one plot; of runs that were validated at
     their end only, the training loss."""
     validated = any(len(seed_band(c.runs, "val_bpb_average").x) > 1 for c in configurations)
     key = "val_bpb_average" if validated else "train_bpb"
     rows = [row for c in configurations for row in _long_table(c.runs, {key: None}, c.label).rows]
+    weights = once_or_each(
+        {
+            c.label: "the averaged weights" if c.config.training.keeps_average else "the live weights"
+            for c in configurations
+        }
+    )
     what = (
-        "Bits per byte of the averaged weights on validation text against training text read, in MB; lower is better. "
+        f"Bits per byte of {weights} on validation text against training text read, in MB; lower is better. "
         if validated
         else f"Bits per byte of training batches, moving average of at most {SMOOTHED_LINES} logged ones, against training text "
         "read, in MB; lower is better. No run was validated before its end. "
@@ -190,12 +209,13 @@ def latents(configurations: Sequence[Configuration]) -> Plot | None:
         legend_below(figure, layout)
         return figure
 
+    dimensions = once_or_each({c.label: f"{c.config.jepa.latent_dim} dimensions" for c in shown})
     return Plot(
         name="latents",
         title="JEPA's latents",
         caption=(
             "".join(f"{LATENTS[key][1]} " for key in keys)
-            + f"There are {shown[0].config.jepa.latent_dim} dimensions. "
+            + f"There are {dimensions}. "
             f"On training batches, moving average of at most {SMOOTHED_LINES} logged ones; bands from the least to the largest seed. "
             + "; ".join(f"{c.label}: {c.seeds}" for c in shown) + "."
         ),
@@ -239,8 +259,8 @@ def throughput_plot(configurations: Sequence[Configuration]) -> Plot | None:
         title="Throughput over time",
         caption=(
             "Training text read per second, in kB (1,000 bytes), against seconds of training; one line a run, "
-            f"{len(curves)} in all, each point over a sixtieth of the run's steps. Compilation, validation and checkpoints do "
-            "not count. From the clock that each run logs at every step. "
+            f"{len(curves)} in all, a point for each of {THROUGHPUT_POINTS} equal parts of the run's steps, or for every step where "
+            "they are fewer. Compilation, validation and checkpoints do not count. From the clock that each run logs at every step. "
             f"Machine: {'; '.join(machines)}."
         ),
         table=Table.of(("configuration", "run", "seed", "elapsed_s", "bytes_per_s"), rows),

@@ -15,6 +15,7 @@ from bytejepa.report.drawing import DrawnPlot
 from bytejepa.report.inputs import Configuration, LoggedRun, ReportInputs
 from bytejepa.report.learning_plots import mean_rate
 from bytejepa.report.measurements import RunMeasurements
+from bytejepa.report.wording import once_or_each
 from bytejepa.study.results import StudyResult
 
 Measured = Mapping[str, Sequence[RunMeasurements]]
@@ -121,10 +122,14 @@ def summary(configuration: Configuration, measured: Measured) -> list[Figure]:
     runs, of_runs = configuration.runs, measured.get(configuration.label, ())
     figures = []
     for stage, key in (("artifact", None), ("average", "val_bpb_average"), ("raw", "val_bpb")):
+        if stage == "average" and not configuration.config.training.keeps_average:
+            continue
         values = [m.scores[stage].bpb for m in of_runs] or [run.last(key) if key else None for run in runs]
         names = {"artifact": "artifact", "average": "averaged weights", "raw": "raw weights"}
         mean, _, spread = with_spread(values, ".4f").partition(" ± ")
-        detail = f"± {spread}, {len(runs)} seeds" if spread else f"seed {runs[0].seed}" if len(runs) == 1 else "mean"
+        # measured runs are the first ones
+        seeds = [run.seed for run, value in zip(runs, values, strict=False) if value is not None]
+        detail = f"± {spread}, {len(seeds)} seeds" if spread else f"seed {seeds[0]}" if seeds else "not measured"
         figures.append(Figure(label=f"bpb, {names[stage]}", value=mean, detail=detail))
     if of_runs:
         limit = of_runs[0].limit_bytes
@@ -152,22 +157,33 @@ def run_table(inputs: ReportInputs, measured: Measured) -> Grid:
         padded = [*of_runs, *[None] * (len(configuration.runs) - len(of_runs))]
         name = configuration.label if len(inputs.configurations) > 1 else ""
         rows += [_run_row(name, run, found) for run, found in zip(configuration.runs, padded, strict=True)]
-    some = next((m for of_runs in measured.values() for m in of_runs), None)
+    dash, logged = "not measured", "the averaged weights' last validation while training"
+    if not all(configuration.config.training.keeps_average for configuration in inputs.configurations):
+        dash, logged = f"{dash}, or no average kept", f"{logged}, without an average the last weights'"
+    scored = {
+        label: f"the first {of_runs[0].scores['artifact'].num_bytes:,} bytes of the validation split, non-overlapping windows "
+        f"of {of_runs[0].priced.window:,} ids"
+        for label, of_runs in measured.items()
+        if of_runs
+    }
     text = (
-        f"Raw, average and artifact: bits per byte on the first {some.scores['artifact'].num_bytes:,} bytes of the validation "
-        f"split, non-overlapping windows of {some.priced.window:,} ids; a dash: not measured. "
-        if some
+        f"Raw, average and artifact: bits per byte on {once_or_each(scored)}; a dash: {dash}. "
+        if scored
         else "Nothing was measured beyond the log. "
     )
     return Grid(
-        caption=f"Runs. {text}Logged: the averaged weights' last validation while training. Bytes: weights and code.",
+        caption=f"Runs. {text}Logged: {logged}. Bytes: weights and code.",
         columns=("run", "seed", "raw", "average", "artifact", "logged", "bytes", "steps", "MB read", "seconds"),
         rows=rows,
     )
 
 
 def _run_row(configuration: str, run: LoggedRun, found: RunMeasurements | None) -> list[str]:
-    scores = [f"{found.scores[stage].bpb:.4f}" if found else "–" for stage in ("raw", "average", "artifact")]
+    kept = run.config.training.keeps_average
+    scores = [
+        f"{found.scores[stage].bpb:.4f}" if found and (kept or stage != "average") else "–"
+        for stage in ("raw", "average", "artifact")
+    ]
     label = run.name if configuration in run.name else f"{configuration}: {run.name}"
     return [
         label,

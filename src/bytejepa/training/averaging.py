@@ -18,7 +18,7 @@ class WeightAverage:
         self.config = config
         self.names = [name for name, _ in model.named_parameters()]
         self.live = [parameter.detach() for parameter in model.parameters()]
-        self.is_kept = config.ema_decay is not None or config.swa_start is not None
+        self.is_kept = config.keeps_average
         # float32 whatever the weights are: an average of small steps would not move in bfloat16
         self.average = [p.float().clone() for p in self.live] if self.is_kept else self.live
         self.num_swa_samples = 0
