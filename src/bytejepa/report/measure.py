@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from bytejepa.artifact.container import Container, read_container
 from bytejepa.artifact.export import pack_run
-from bytejepa.artifact.load import TrainedRun, build, read_run
+from bytejepa.artifact.load import TrainedRun, build, read_run, starting_point
 from bytejepa.artifact.quantize import hidden_pairs
 from bytejepa.artifact.store import code_bytes
 from bytejepa.bits import NATS_PER_BIT, bits_per_byte
@@ -24,7 +25,7 @@ from bytejepa.config import RunConfig, replace
 from bytejepa.config_model import JepaConfig
 from bytejepa.data.loader import IdStream, validation_ids
 from bytejepa.data.vocabulary import BYTE_OFFSET
-from bytejepa.errors import CheckpointError, DataError
+from bytejepa.errors import BytejepaError, CheckpointError, DataError
 from bytejepa.model.initialization import fill_sigreg_directions, initialize
 from bytejepa.model.precision import on_device
 from bytejepa.model.quantization import QuantizedMatrix
@@ -40,7 +41,7 @@ from bytejepa.report.measurements import (
 )
 from bytejepa.scoring.evaluate import Scorer, target_losses
 from bytejepa.scoring.windows import window_and_stride
-from bytejepa.training import schedule
+from bytejepa.training import checkpoint, schedule
 from bytejepa.training.gradient_step import GradientStep
 
 DEFAULT_SCORE_BYTES = 262_144
@@ -85,12 +86,15 @@ def measure(
         scores[stage] = StageScore(bpb=bits_per_byte(nats, num_bytes), num_bytes=num_bytes)
     assert priced is not None
     tell("gradients", 0, 1)
-    batch, gradients, initial = _gradients(config, raw, ids, device)
+    batch, gradients = _gradients(config, raw, ids, device)
+    initial = weights_at_the_beginning(trained)
     restored = in_trained_order(container.tensors, average)
     return RunMeasurements(
         scores=scores,
         priced=priced,
-        tensors=tuple(_tensor_figures(name, raw, average, initial, container, restored, gradients) for name in initial),
+        tensors=tuple(
+            _tensor_figures(name, raw, average, initial, container, restored, gradients) for name in gradients
+        ),
         gradient_batch=batch,
         device=torch.cuda.get_device_name() if device.startswith("cuda") else device,
         weights_bytes=container.info.file_bytes,
@@ -134,15 +138,14 @@ def _price(
 
 def _gradients(
     config: RunConfig, raw: dict[str, Tensor], ids: npt.NDArray[np.uint16], device: str
-) -> tuple[GradientBatch, dict[str, Tensor | None], dict[str, Tensor]]:
-    """Return (batch, gradient by parameter, initial weights by parameter) of one backward pass of the run's loss.
+) -> tuple[GradientBatch, dict[str, Tensor | None]]:
+    """Return (batch, gradient by parameter) of one backward pass of the run's loss.
 
     The latent losses enter with the largest weight they have in the run, so that a module that only they train counts
     as trained. SIGReg looks at the latents of the whole batch.
     """
     config = replace(config, jepa={"sigreg_group_sequences": None}, data={"micro_batch_bytes": None})
-    model = initialize(ByteLM(config), config.training.seed)
-    initial = {name: value.detach().clone() for name, value in model.named_parameters()}
+    model = ByteLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(raw[name])
@@ -156,7 +159,27 @@ def _gradients(
     step(block[:-1].view(rows, length), block[1:].view(rows, length), jepa_lambda=jepa_lambda)
     gradients = {name: None if p.grad is None else p.grad.float().cpu() for name, p in model.named_parameters()}
     batch = GradientBatch(num_sequences=rows, sequence_bytes=length, jepa_lambda=jepa_lambda)
-    return batch, gradients, initial
+    return batch, gradients
+
+
+def weights_at_the_beginning(trained: TrainedRun) -> dict[str, Tensor] | None:
+    """Return what a run's weights were before its first step: those that the seed gives again, or of a run that began with an
+    earlier model, the checkpoint of step 0 or that model, if one of them is still there; None otherwise."""
+    config = trained.config
+    started_from = trained.folder.read_manifest().get("started_from")
+    if started_from is not None:
+        with contextlib.suppress(CheckpointError):  # few checkpoints are kept, and the newest ones
+            return checkpoint.read(trained.folder.checkpoints_path, 0).part("model")
+    model = initialize(ByteLM(config), config.training.seed)
+    if started_from is not None:
+        try:
+            start = starting_point(Path(str(started_from.get("path"))))
+        except BytejepaError:
+            return None
+        if start.described()["weights_sha256"] != started_from.get("weights_sha256"):
+            return None
+        start.load_into(model)  # what it lacks began as the seed has it
+    return {name: value.detach() for name, value in model.named_parameters()}
 
 
 def largest_jepa_lambda(jepa: JepaConfig) -> float:
@@ -187,7 +210,7 @@ def _tensor_figures(
     name: str,
     raw: dict[str, Tensor],
     average: dict[str, Tensor],
-    initial: dict[str, Tensor],
+    initial: dict[str, Tensor] | None,
     container: Container,
     restored: dict[str, Tensor],
     gradients: dict[str, Tensor | None],
@@ -195,24 +218,28 @@ def _tensor_figures(
     weights, gradient = average[name].float(), gradients[name]
     gradient = torch.zeros_like(weights) if gradient is None else gradient
     stored = container.stored.get(name)
+    begun = None if initial is None else initial[name]
     return TensorFigures(
         name=name,
         num_elements=weights.numel(),
         rms=_rms(weights),
-        initial_rms=_rms(initial[name]),
+        initial_rms=None if begun is None else _rms(begun),
         scheme="not stored" if stored is None else _scheme(stored),
         artifact_bytes=container.info.tensor_bytes.get(name, 0),
         relative_error=0.0 if stored is None else _ratio(_rms(restored[name] - weights), _rms(weights)),
         gradient_rms=_rms(gradient),
         share_without_gradient=float((gradient == 0).double().mean()),
-        flow=flow_of_weights(gradient, raw[name], initial[name]),
+        flow=flow_of_weights(gradient, raw[name], begun),
     )
 
 
-def flow_of_weights(gradient: Tensor, weights: Tensor, initial: Tensor) -> Flow:
-    """Return whether a parameter learns, from its gradient on a batch and its weights after and before training."""
+def flow_of_weights(gradient: Tensor, weights: Tensor, initial: Tensor | None) -> Flow:
+    """Return whether a parameter learns, from its gradient on a batch and its weights after and before training (None: not
+    known, so that nobody can say that they never moved)."""
     if bool((gradient != 0).any()):
         return "alive"
+    if initial is None:
+        return "no gradient"
     start = initial.to(weights.dtype).double().flatten()
     now = weights.double().flatten()
     shrunk = _ratio(float(now @ start), float(start @ start))

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 Flow = Literal["alive", "no gradient", "dead"]
-"""`no gradient`: exactly zero on the batch, but the weights moved in training; `dead`: they did not move either."""
+"""`no gradient`: exactly zero on the batch, but the weights moved in training, or may have; `dead`: they did not move
+either."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +50,8 @@ class TensorFigures:
     num_elements: int
     rms: float
     """Root mean square of the averaged weights."""
-    initial_rms: float
-    """The same before the first step."""
+    initial_rms: float | None
+    """The same before the first step; None of a run that began with a model which is not there any more."""
     scheme: str
     """How the artifact stores it; `not stored` for heads that only training needs."""
     artifact_bytes: int

@@ -151,6 +151,8 @@ def gradient_plot(measured: RunMeasurements, *, name: str, about: str) -> Plot:
 
     batch = measured.gradient_batch
     verdict = f"Dead: {', '.join(dead)}. " if dead else "No module is dead. "
+    if any(tensor.initial_rms is None for tensor in measured.tensors):
+        verdict = "What is dead cannot be told: the weights that the run began with are not there any more. "
     if partly:
         verdict += f"Dead parameters in modules that are alive: {', '.join(partly)}. "
     return Plot(
