@@ -76,7 +76,8 @@ class _RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.fields.get("bytes_per_s") or task.speed or 0.0
-        return Text(f"{format_bytes(speed)}/s" if speed else "", style="cyan")
+        # a bar of shares or runs has no bytes, and its speed is under one
+        return Text(f"{format_bytes(speed)}/s" if speed >= 1 else "", style="cyan")
 
 
 @contextlib.contextmanager

@@ -99,11 +99,12 @@ def train_observer(bar: Progress, task: TaskID) -> Callable[[TrainProgress], Non
         nonlocal smooth_bpb
         smooth_bpb = at.train_bpb if smooth_bpb is None else 0.9 * smooth_bpb + 0.1 * at.train_bpb
         validated = f" val {at.val_bpb:.4f}" if at.val_bpb is not None else ""
+        read_before = at.num_bytes * (at.step - 1) // at.step  # elapsed_s is of when the step began
         bar.update(
             task,
             completed=at.progress,
             status=f"step {at.step} {smooth_bpb:.4f} bpb{validated}",
-            bytes_per_s=at.num_bytes / at.elapsed_s if at.elapsed_s else None,
+            bytes_per_s=read_before / at.elapsed_s if at.elapsed_s else None,
         )
 
     return show

@@ -40,6 +40,7 @@ class TrainProgress:
     progress: float
     num_bytes: int
     elapsed_s: float
+    """When the step began: its own bytes were read after that."""
     train_bpb: float
     val_bpb: float | None
 

@@ -22,8 +22,8 @@ from bytejepa.files import unfinished, write_atomically
 METRICS: dict[str, str] = {
     "step": "optimiser steps done",
     "num_bytes": "ids read over all ranks",
-    "elapsed_s": "seconds of training, pauses left out",
-    "progress": "share of the run that is over, 0 to 1",
+    "elapsed_s": "seconds of training when the step began, pauses left out",
+    "progress": "share of the run that was over then, 0 to 1",
     "train_loss_nats": "mean next-id loss of the step's batch, nats an id",
     "train_bpb": "the same in bits an id, a BOS counted as a byte",
     "gradient_norm": "global gradient norm before clipping",
