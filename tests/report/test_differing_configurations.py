@@ -17,6 +17,7 @@ def measured(*documents: bytes, window: int = 4, is_whole_split: bool = True, li
     ids = np.concatenate([np.append(np.array([BOS], dtype=np.uint16), ids_from_bytes(d)) for d in documents])
     bits = np.arange(len(ids) - 1, dtype=np.float64)
     return RunMeasurements(
+        step=2,
         scores={stage: StageScore(bpb=2.0, num_bytes=len(bits)) for stage in ("raw", "average", "artifact")},
         priced=PricedText(ids=ids, bits=bits, window=window, is_whole_split=is_whole_split),
         tensors=(),
@@ -94,3 +95,10 @@ def test_each_budget_is_drawn_and_shared_out() -> None:
     assert "budget 0.001 MB" in [
         text.get_text() for text in size_plot({"a": measured(b"abc")}).draw(WIDE).axes[0].texts
     ]
+
+
+def test_texts_that_differ_are_said_to() -> None:
+    for plot in plots_of(a=measured(b"abcd"), b=measured(b"abce")).values():
+        assert plot.caption.endswith("of 4 ids. The configurations were not priced on the same text.")
+    for plot in plots_of(a=measured(b"abcd"), b=measured(b"abcdefgh")).values():
+        assert "not priced on the same text" not in plot.caption

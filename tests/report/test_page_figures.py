@@ -82,8 +82,9 @@ def logged_run(name: str, seed: int = 1, clock: list[float] | None = None, **ove
     return LoggedRun(path=Path(name), config=config, manifest={}, metrics=metrics, step_starts_s=clock or [])
 
 
-def measurements(bpb: float = 2.0, *, num_bytes: int = 9, window: int = 4) -> RunMeasurements:
+def measurements(bpb: float = 2.0, *, num_bytes: int = 9, window: int = 4, step: int = 2) -> RunMeasurements:
     return RunMeasurements(
+        step=step,
         scores={stage: StageScore(bpb=bpb, num_bytes=num_bytes) for stage in ("raw", "average", "artifact")},
         priced=PricedText(
             ids=np.full(num_bytes + 1, 101, dtype=np.uint16), bits=np.ones(num_bytes), window=window, is_whole_split=True
@@ -147,3 +148,23 @@ def test_throughput_has_a_point_for_every_step_of_a_short_run(steps: int) -> Non
     assert plot is not None
     assert len(plot.table.rows) == min(steps, THROUGHPUT_POINTS)
     assert "for each of 60 equal parts of the run's steps, or for every step where they are fewer" in plot.caption
+
+
+def test_a_checkpoint_before_the_last_logged_step_is_named() -> None:
+    configuration = Configuration(label="a", runs=(logged_run("killed"), logged_run("over", 2)))
+    inputs = ReportInputs(configurations=(configuration,), study=None, study_path=None)
+    caption = run_table(inputs, {"a": [measurements(step=1), measurements()]}).caption
+    assert "before the last logged step: killed after 1 of 2 steps. " in caption
+    assert "newest checkpoint" not in run_table(inputs, {"a": [measurements(), measurements()]}).caption
+
+
+def test_the_speed_of_a_resumed_run_names_every_machine() -> None:
+    run = logged_run("a", clock=[0.0, 1.0, 3.0])
+    machines = [
+        {"device": "cpu", "processor": "A", "world_size": 1},
+        {"device": "cpu", "processor": "B", "world_size": 2},
+    ]
+    run.manifest.update({**machines[0], "resumed": [{"after_step": 1, **machine} for machine in machines]})
+    plot = throughput_plot([Configuration(label="a", runs=(run,))])
+    assert plot is not None
+    assert plot.caption.endswith("Machine: A, 1 rank; B, 2 ranks.")

@@ -115,6 +115,7 @@ def test_the_page_is_whole_and_needs_no_network(made: ReportResult) -> None:
 def test_the_scores_are_those_of_export(made: ReportResult, minimal_run: Path, tmp_path: Path) -> None:
     exported = export(minimal_run, tmp_path / "m.bjm", score_bytes=SCORED)
     measured = next(iter(made.measured.values()))[0]
+    assert measured.step == 6
     for stage, score in exported.scores.items():
         assert measured.scores[stage].bpb == pytest.approx(score.bpb, rel=1e-12)
     assert (measured.weights_bytes, measured.code_bytes) == (exported.weights_bytes, exported.code_bytes)

@@ -113,6 +113,8 @@ class TrainedRun:
     """As last trained."""
     average: dict[str, Tensor]
     """Averaged over the run (EMA or SWA); the raw ones of a run that keeps no average."""
+    step: int
+    """Steps taken by then."""
 
 
 def read_run(path: Path) -> TrainedRun:
@@ -126,4 +128,5 @@ def read_run(path: Path) -> TrainedRun:
     if found is None:
         raise CheckpointError(f"{path} has no checkpoint yet", hint=f"go on with `bytejepa train --resume {path}`")
     raw = found.part("model")
-    return TrainedRun(folder=folder, config=config, raw=raw, average=found.part("average") or raw)
+    average = found.part("average") or raw
+    return TrainedRun(folder=folder, config=config, raw=raw, average=average, step=found.position.step)

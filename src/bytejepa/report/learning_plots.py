@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bytejepa.report.curves import SMOOTHED_LINES, THROUGHPUT_POINTS, Band, seed_band, throughput
@@ -253,7 +253,7 @@ def throughput_plot(configurations: Sequence[Configuration]) -> Plot | None:
         legend_below(figure, layout)
         return figure
 
-    machines = sorted({_machine(run) for c in configurations for run in c.runs})
+    machines = sorted({machine for c in configurations for run in c.runs for machine in _machines(run)})
     return Plot(
         name="throughput",
         title="Throughput over time",
@@ -268,11 +268,13 @@ def throughput_plot(configurations: Sequence[Configuration]) -> Plot | None:
     )
 
 
-def _machine(run: LoggedRun) -> str:
-    device = str(run.manifest.get("device", "unknown"))
-    where = str(run.manifest.get("processor", "unknown processor")) if device == "cpu" else device
-    ranks = int(run.manifest.get("world_size", 1))
-    return f"{where}, {ranks} rank{'s' if ranks > 1 else ''}"
+def _machines(run: LoggedRun) -> Iterator[str]:
+    """Yield on what a run began, and on what it went on each time that it was resumed."""
+    for machine in (run.manifest, *run.manifest.get("resumed", ())):
+        device = str(machine.get("device", "unknown"))
+        where = str(machine.get("processor", "unknown processor")) if device == "cpu" else device
+        ranks = int(machine.get("world_size", 1))
+        yield f"{where}, {ranks} rank{'s' if ranks > 1 else ''}"
 
 
 def mean_rate(run: LoggedRun) -> float | None:

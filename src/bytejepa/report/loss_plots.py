@@ -67,7 +67,11 @@ def _how_priced(measured: Measured) -> str:
     seeds = "1 run" if counts == [1] else f"the mean of {' or '.join(map(str, counts))} seeds"
     each = " of each configuration" if len(measured) > 1 else ""
     on = _words({label: runs[0].priced for label, runs in measured.items()}, _text_priced)
-    return f"Artifacts, {seeds}{each}, on {on}."
+    ids = [runs[0].priced.ids for runs in measured.values()]
+    shortest = min(map(len, ids))
+    of_one_text = all(np.array_equal(some[:shortest], ids[0][:shortest]) for some in ids)
+    others = "" if of_one_text else " The configurations were not priced on the same text."
+    return f"Artifacts, {seeds}{each}, on {on}.{others}"
 
 
 def _text_priced(text: PricedText) -> str:

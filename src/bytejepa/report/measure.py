@@ -90,6 +90,7 @@ def measure(
     initial = weights_at_the_beginning(trained)
     restored = in_trained_order(container.tensors, average)
     return RunMeasurements(
+        step=trained.step,
         scores=scores,
         priced=priced,
         tensors=tuple(

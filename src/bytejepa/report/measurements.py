@@ -78,6 +78,8 @@ class GradientBatch:
 class RunMeasurements:
     """Everything measured of one run."""
 
+    step: int
+    """Steps taken by the checkpoint that was measured; the run may have gone on."""
     scores: Mapping[str, StageScore]
     """Of `raw` weights, their `average` and the `artifact`, on the same text and windows."""
     priced: PricedText

@@ -171,6 +171,14 @@ def run_table(inputs: ReportInputs, measured: Measured) -> Grid:
         if scored
         else "Nothing was measured beyond the log. "
     )
+    earlier = [
+        f"{run.name} after {found.step:,} of {run.steps:,} steps"
+        for configuration in inputs.configurations
+        for run, found in zip(configuration.runs, measured.get(configuration.label, ()), strict=False)
+        if found.step < run.steps
+    ]
+    if earlier:
+        text += f"Measured at the newest checkpoint, before the last logged step: {', '.join(earlier)}. "
     return Grid(
         caption=f"Runs. {text}Logged: {logged}. Bytes: weights and code.",
         columns=("run", "seed", "raw", "average", "artifact", "logged", "bytes", "steps", "MB read", "seconds"),
