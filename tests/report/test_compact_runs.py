@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import LineCollection
 
 from bytejepa.artifact.container import read_container
 from bytejepa.artifact.export import export
@@ -15,7 +16,8 @@ from bytejepa.artifact.quantize import order_hidden_units
 from bytejepa.config import RunConfig, replace
 from bytejepa.presets import tiny
 from bytejepa.report.curves import seed_band
-from bytejepa.report.learning_plots import compared_curves
+from bytejepa.report.drawing import WIDE
+from bytejepa.report.learning_plots import compared_curves, learning_curves
 from bytejepa.report.measure import in_trained_order, measure
 from bytejepa.report.model_plots import artifact_parts
 from bytejepa.training.runs import train
@@ -47,7 +49,7 @@ def logged(seed: int, places: list[float], **curves: list[float]) -> SimpleNames
         {"step": n, "num_bytes": place * 1e6, **{key: values[n] for key, values in curves.items() if n < len(values)}}
         for n, place in enumerate(places)
     ]
-    return SimpleNamespace(name=f"seed_{seed}", seed=seed, metrics=metrics)
+    return SimpleNamespace(name=f"seed_{seed}", seed=seed, metrics=metrics, config=tiny())
 
 
 def test_a_band_of_runs_that_ended_by_the_clock_is_at_their_mean_end() -> None:
@@ -57,6 +59,16 @@ def test_a_band_of_runs_that_ended_by_the_clock_is_at_their_mean_end() -> None:
     shared = seed_band([logged(1, [1.0, 2.0], a=[5.0, 4.0]), logged(2, [2.0, 3.0], a=[6.0, 5.0])], "a")
     assert (shared.x.tolist(), shared.mean.tolist()) == ([2.0], [5.0])
     assert len(seed_band([logged(1, [1.0], a=[1.0]), logged(2, [2.0], b=[1.0])], "a").x) == 0
+
+
+def test_the_spread_of_seeds_validated_at_their_end_is_seen() -> None:
+    runs = tuple(logged(seed, [1.0], val_bpb=[bpb], val_bpb_average=[bpb]) for seed, bpb in ((1, 2.0), (2, 2.5)))
+    plot = learning_curves(SimpleNamespace(label="a", seeds="2 runs", config=tiny(), runs=runs), "curves")  # type: ignore[arg-type]
+    axes = plot.draw(WIDE).axes[0]
+    bars = [line for lines in axes.collections if isinstance(lines, LineCollection) for line in lines.get_segments()]
+    assert [bar.tolist() for bar in bars] == [[[1.0, 2.0], [1.0, 2.5]]] * 2
+    low, high = axes.get_ylim()
+    assert low <= 2.0 < 2.5 <= high
 
 
 def test_configurations_validated_at_their_end_are_compared_by_their_training_loss() -> None:

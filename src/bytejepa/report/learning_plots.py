@@ -108,6 +108,8 @@ def _draw_band(
     axes.plot(band.x, band.mean, color=color, label=label, marker=marked, markersize=4, linestyle=linestyle)
     if (band.high > band.low).any():
         axes.fill_between(band.x, band.low, band.high, color=color, alpha=0.22, linewidth=0)
+        if len(band.x) == 1:  # a band without width
+            axes.vlines(band.x, band.low, band.high, color=color, alpha=0.6)
 
 
 def _frame_loss(axes: Any, highest: list[float]) -> None:
