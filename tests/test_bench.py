@@ -229,6 +229,29 @@ def test_stepping_is_timed_with_its_share_of_what_runs_once_a_chunk(
     assert len(ended) == 24 / config.jepa.chunk_bytes
 
 
+@pytest.mark.parametrize("context", [60, 64])
+def test_stepping_in_a_full_window_is_timed_without_moving_it_at_every_byte(
+    context: int, minimal_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    positions: list[int] = []
+    step = Engine.step
+
+    def noticed(engine: Engine, state: EngineState, ids: Tensor) -> Tensor:
+        positions.append(state.position)
+        assert engine.window == 64
+        return step(engine, state, ids)
+
+    def called(call: Callable[[], object], *_: Any, **__: Any) -> generation.Cost:
+        for _ in range(24):
+            call()
+        return generation.Cost(wall_s=1.0, cpu_s=1.0)
+
+    monkeypatch.setattr(Engine, "step", noticed)
+    monkeypatch.setattr(generation, "cost_of", called)
+    bench_generate(minimal_config, CPU, lanes=(1,), contexts=(context,), runs=1, at_least_s=0.0)
+    assert set(positions) == set(range(64 - minimal_config.jepa.chunk_bytes, 64))
+
+
 def test_more_context_than_the_engine_has_is_refused(minimal_config: RunConfig) -> None:
     def timed(context: int) -> dict[str, Any]:
         return bench_generate(minimal_config, CPU, lanes=(1,), contexts=(context,), runs=1, at_least_s=0.0)

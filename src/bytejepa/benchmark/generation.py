@@ -74,8 +74,11 @@ def measure(model: ByteLM, lanes: int, context: int, *, runs: int, at_least_s: f
     state = engine.start(num_lanes=lanes)
     engine.prefill(state, ids)
 
-    # stay near one context, where what the cache holds does not change the speed, but end chunks as often as a text does
-    around = itertools.cycle(range(context, min(context + _period(config), max(context + 1, engine.window))))
+    # stay near one context, where what the cache holds does not change the speed, but end chunks as often as a text does;
+    # within the window, since a step in a full one runs what stays of it again, as a text does once a hop
+    period = _period(config)
+    first = max(0, min(context, engine.window - period))
+    around = itertools.cycle(range(first, min(first + period, engine.window)))
 
     def step() -> None:
         state.position = next(around)
