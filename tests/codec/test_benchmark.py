@@ -1,5 +1,11 @@
+import pytest
+from torch import Tensor
+
 from bytejepa.benchmark.codec import bench_codec, compare
+from bytejepa.config import replace
 from bytejepa.data.corpus import embedded_text
+from bytejepa.inference.engine import Engine
+from bytejepa.inference.state import EngineState
 from codec.models import golden_model
 from small_models import small_config
 
@@ -22,3 +28,30 @@ def test_speed_is_measured_for_every_window_and_number_of_lanes() -> None:
     ]
     assert rows == expected
     assert all(row["bytes_per_s"] > 0 for row in report["codec"])
+
+
+def test_lanes_are_those_of_all_threads_in_every_row() -> None:
+    report = bench_codec(small_config(), num_bytes=40, lanes=(3,), windows=(16,), threads=2)
+    assert [(row["what"], row["lanes"]) for row in report["codec"]] == [
+        ("encode", 2),
+        ("decode", 6),
+        ("float32 steps", 6),
+    ]
+
+
+@pytest.mark.parametrize(("window", "position"), [(32, 24), (30, 22)])
+def test_float_steps_have_three_quarters_of_the_window_before_them(
+    window: int, position: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that is more than the model's own evaluation window."""
+    seen: set[int] = set()
+    step = Engine.step
+
+    def noticed(engine: Engine, state: EngineState, ids: Tensor) -> Tensor:
+        seen.add(state.position)
+        return step(engine, state, ids)
+
+    monkeypatch.setattr(Engine, "step", noticed)
+    config = replace(small_config(), evaluation={"window_bytes": 16, "stride_bytes": 16})
+    bench_codec(config, num_bytes=40, lanes=(1,), windows=(window,), threads=1)
+    assert seen == {position}

@@ -20,7 +20,8 @@ from bytejepa.compressors import compressed_bytes
 from bytejepa.config import RunConfig
 from bytejepa.data.vocabulary import BYTE_OFFSET
 from bytejepa.errors import ConfigError
-from bytejepa.inference.engine import Engine
+from bytejepa.inference.engine import chunk_multiple
+from bytejepa.inference.generate import generation_engine
 from bytejepa.model.initialization import initialize
 from bytejepa.model.transformer import ByteLM
 from bytejepa.processors import num_usable_processors
@@ -32,7 +33,8 @@ def bench_codec(
     """Return bytes a second of the codec on blocks of `num_bytes` random bytes, with random weights.
 
     For every window, with its default hop: encoding one block a thread, decoding so many lanes a thread, and what
-    float32 stepping reaches with as many lanes in all (without an entropy coder, at 3/4 of the window).
+    float32 stepping reaches with as many lanes in all (without an entropy coder, at 3/4 of the window). The lanes of a
+    row are those of all threads together.
     """
     threads = threads or num_usable_processors()
     model = initialize(ByteLM(config), 0).eval()
@@ -66,11 +68,11 @@ def _codec_rows(
             list(pool.map(task, range(threads)))
             return threads * num_bytes / (time.perf_counter() - began)
 
-        rows = [_row("encode", window, 1, rate(lambda _: coder.block_intervals(block), len(block)))]
+        rows = [_row("encode", window, threads, rate(lambda _: coder.block_intervals(block), len(block)))]
         for count in lanes:
             streams, lengths = [block] * count, [len(block)] * count  # any bytes decode to something
             measured = rate(lambda _, s=streams, n=lengths: coder.decode(s, n), count * len(block))
-            rows.append(_row("decode", window, count, measured))
+            rows.append(_row("decode", window, count * threads, measured))
     return rows
 
 
@@ -79,7 +81,8 @@ def _row(what: str, window: int, lanes: int, bytes_per_s: float) -> dict[str, An
 
 
 def _float_row(model: ByteLM, window: int, lanes: int) -> dict[str, Any]:
-    engine = Engine(model)
+    multiple = chunk_multiple(model)  # the codec's windows need not be whole chunks, the engine's must
+    engine = generation_engine(model, window=max(multiple, window - window % multiple))
     state = engine.start(num_lanes=lanes)
     position = min(window * 3 // 4, engine.window - 1)
     engine.feed(state, torch.full((lanes, 1), BYTE_OFFSET))

@@ -199,7 +199,7 @@ def _print(report: Any) -> None:
         print_table("scoring", ["windows", "seconds", "bytes/s", "bpb", "peak memory"], rows)
     if "codec" in report:
         rows = [[r["what"], f"{r['window']}", f"{r['lanes']}", f"{r['bytes_per_s']:,.0f}"] for r in report["codec"]]
-        print_table("codec", ["", "window", "lanes", "bytes/s"], rows)
+        print_table("codec", ["", "window", "lanes of all threads", "bytes/s"], rows)
     if "generate" in report:
         columns = ("engine_bytes_per_s", "naive_bytes_per_s", "engine_bytes_per_cpu_s", "naive_bytes_per_cpu_s")
         rows = [
