@@ -122,6 +122,9 @@ def test_every_matrix_that_a_byte_is_multiplied_with_is_counted(minimal_config: 
         more, by_formula = counted(replace(base, **options))
         assert more > before
         assert by_formula - formula == pytest.approx(more - before, rel=0.01), options
+    fewer, by_formula = counted(replace(base, jepa={"inject": False}))
+    assert fewer < before
+    assert by_formula - formula == pytest.approx(fewer - before, rel=0.01)
 
 
 def test_a_step_without_latent_losses_is_timed_without_them(

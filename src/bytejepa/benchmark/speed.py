@@ -76,7 +76,9 @@ def matmul_parameters(config: RunConfig) -> float:
     if jepa.enabled:
         Z = jepa.latent_dim
         predictor = (D if jepa.context == "causal" else Z) * Z + Z * Z
-        per_chunk = D * jepa.hidden_dim + jepa.hidden_dim * Z + jepa.horizons * predictor + Z * D
+        per_chunk = D * jepa.hidden_dim + jepa.hidden_dim * Z + jepa.horizons * predictor
+        if jepa.inject:
+            per_chunk += Z * D
         if jepa.next_bytes_weight:
             per_chunk += Z * jepa.chunk_bytes * VOCABULARY_SIZE
     return count + per_chunk / jepa.chunk_bytes
