@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 import forked
-from bytejepa import presets
+from bytejepa import load, presets
 from bytejepa.config import replace
 from bytejepa.data.shards import write_shard
 from bytejepa.errors import ConfigError
 from bytejepa.review.log_parser import parse_log
 from bytejepa.submission.bundle import bundle
 from bytejepa.submission.folder import Author, make_submission
-from bytejepa.submission.program import main
+from bytejepa.submission.program import main, run
 from bytejepa.submission.script import PERMITTED, packed_script, readable_script
 from submission.seeds_of_one_run import finished_run, seed_config
 
@@ -106,6 +106,17 @@ def test_it_fills_its_budget_as_the_package_does(tiny_shards, tmp_path) -> None:
     assert log.total_bytes == log.code_bytes + log.model_bytes <= LIMIT_BYTES
     assert log.total_bytes > LIMIT_BYTES - 1000  # so few codes are packed in steps of some hundred bytes
     assert bpb_of(log, "sliding_window") == pytest.approx(made.seeds[0].sliding.bpb, abs=1e-6)
+
+
+def test_the_parameters_that_its_log_counts_are_those_of_the_artifact(
+    tiny_shards, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = seed_config(7, model={"multi_token_heads": 2}, schedule={"steps": 1})
+    run(config, Path(__file__), {"DATA_PATH": str(tiny_shards)})
+    packed = load(tmp_path / "final_model.bjm")
+    counted = parse_log(capsys.readouterr().out, "train.log").parameters
+    assert counted == sum(parameter.numel() for parameter in packed.parameters())
 
 
 @pytest.mark.integration

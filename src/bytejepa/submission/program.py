@@ -27,6 +27,7 @@ from bytejepa.data.loader import IdStream, validation_ids
 from bytejepa.data.vocabulary import BOS
 from bytejepa.errors import BytejepaError, CheckpointError
 from bytejepa.model.precision import on_device
+from bytejepa.model.transformer import prediction_weights
 from bytejepa.scoring.evaluate import Score, Scorer
 from bytejepa.scoring.windows import window_and_stride
 from bytejepa.submission import log_lines
@@ -88,11 +89,14 @@ def run(config: RunConfig, script: Path, environment: Mapping[str, str]) -> Scor
     log = Log(Path("logs") / f"{run_id}.txt", enabled=ranks.is_main)
     with ranks.agree():
         trainer = Trainer(config, data, ranks)
+    # those that the artifact holds, as `bytejepa submission` and `export` count them
+    kept = prediction_weights(dict(trainer.model.named_parameters()), config)
+    num_parameters = sum(weight.numel() for weight in kept.values())
     log.write(
         *log_lines.settings_lines(config),
         *(f"note: {note}" for note in notes),
         f"world_size: {world_size}",
-        log_lines.parameters_line(sum(parameter.numel() for parameter in trainer.model.parameters())),
+        log_lines.parameters_line(num_parameters),
     )
     try:
         train(trainer, log)
