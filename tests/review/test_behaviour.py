@@ -236,6 +236,21 @@ def test_a_loaded_model_that_predicts_otherwise_is_caught(
     assert found.verdict.word is Word.FLAG
 
 
+def test_steps_and_seconds_of_a_run_are_those_of_its_clock(
+    minimal_config: RunConfig, embedded_shards: Path, tmp_path: Path
+) -> None:
+    from bytejepa.review import review
+    from bytejepa.training.runs import train
+
+    # validated right after its last step, it ends its log with the seconds at the beginning of that step
+    config = replace(minimal_config, training={"validate_every_steps": 3})
+    ended = train(config, embedded_shards, tmp_path / "run")
+    facts = review(tmp_path / "run").facts
+    assert (facts["steps"], facts["train_s"]) == ([ended.steps], [ended.elapsed_s])
+    (tmp_path / "run" / "clock.log").write_text("no seconds\n")
+    assert review(tmp_path / "run").finding("run.container").status is Status.FAIL
+
+
 def test_a_run_folder_is_reviewed_from_its_records(tmp_path) -> None:
     from bytejepa.review import Word, review
     from bytejepa.training.runlog import RunFolder, run_manifest

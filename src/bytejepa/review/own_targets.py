@@ -46,11 +46,13 @@ def review_artifact(path: Path) -> Review:
 def review_run(path: Path) -> Review:
     """Return the review of a run folder: what it recorded, and the model of its averaged weights."""
     from bytejepa.review.own_round_trip import run_round_trip
+    from bytejepa.training.clock import read_log
     from bytejepa.training.runlog import RunFolder
 
     folder = RunFolder(path)
     try:
         config, metrics, manifest = folder.read_config(), folder.read_metrics(), folder.read_manifest()
+        readings_s = read_log(folder.clock_path)
     except (BytejepaError, ValueError, OSError, RecursionError) as problem:
         return _unreadable(path, "run", problem)
     findings = [_manifest(config, manifest), *_beginning(manifest), _metrics(metrics)]
@@ -63,7 +65,9 @@ def review_run(path: Path) -> Review:
         "seeds": [config.training.seed],
     }
     if metrics:
-        facts |= {"steps": [metrics[-1].get("step")], "train_s": [metrics[-1].get("elapsed_s")]}
+        # the log's last line may be of an earlier step, or of the beginning of the last one
+        facts["steps"] = [max(metrics[-1]["step"], len(readings_s) - 1)]
+        facts["train_s"] = [readings_s[-1] if readings_s else metrics[-1].get("elapsed_s")]
     return _review(path, "run", findings, facts)
 
 
