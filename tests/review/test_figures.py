@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -11,7 +12,7 @@ from bytejepa.errors import DataError
 from bytejepa.review import Status, Word, review
 from bytejepa.review.log_parser import parse_log
 from bytejepa.review.wrappers import unpack
-from review.folders import Folder
+from review.folders import Folder, outcome, status_of
 from review.scripts import script, wrap
 
 BROKEN = {
@@ -169,3 +170,23 @@ def test_reports_of_all_forms(tmp_path, capsys) -> None:
         Verb(target=Folder(total_bytes=17_000_000).write(tmp_path / "over")).run_command()
     assert failure.value.exit_code == 10
     assert "FLAG" in str(failure.value)
+
+
+OTHER_TEXT = {"dataset": "notes: 4,800 validation bytes in 60 documents; not the challenge's split"}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "counts", "status"),
+    [
+        pytest.param(4859 / 4800, "val_bytes:4800 val_documents:60 targets:4859", Status.PASS, id="short documents"),
+        pytest.param(1.0, "val_bytes:4800 val_documents:60 targets:4859", Status.FAIL, id="without their marks"),
+        pytest.param(4859 / 4800, "", Status.UNKNOWN, id="not counted"),
+    ],
+)
+def test_scores_of_other_text_are_held_against_its_own_counts(
+    ratio: float, counts: str, status: Status, tmp_path
+) -> None:
+    part = f"step:100/9000 val_loss:2.0000 val_bpb:{2 / math.log(2):.4f}"  # of a leading part, one long document
+    extra_log = f"{part}\n{counts}" if counts else ""
+    found = outcome(Folder(ratio=ratio, claims=OTHER_TEXT, extra_log=extra_log), tmp_path)
+    assert status_of(found, "scores.bpb_from_loss") is status

@@ -13,8 +13,10 @@ from bytejepa.review.findings import Evidence, Finding, Status, Weight
 from bytejepa.review.log_parser import ScoreLine, TrainingLog
 from bytejepa.review.submission import Submission
 
+WITH_DOCUMENT_MARKS = 260
+"""The vocabulary of the challenge's byte shards: bytes, and a mark before each document, which is a symbol of no bytes."""
 TOKENS_OF_VOCABULARY = {
-    1024: 62_021_846, 8192: 40_540_803, 260: VALIDATION_BYTES + VALIDATION_DOCUMENTS, 256: VALIDATION_BYTES,
+    1024: 62_021_846, 8192: 40_540_803, WITH_DOCUMENT_MARKS: VALIDATION_BYTES + VALIDATION_DOCUMENTS, 256: VALIDATION_BYTES,
 }  # fmt: skip
 """Symbols of the whole validation split, by vocabulary (landscape, section 2)."""
 COVERAGE_TOLERANCE = 0.002
@@ -82,7 +84,8 @@ def score_findings(submission: Submission) -> list[Finding]:
 def _recomputed(submission: Submission, reported: list[tuple[TrainingLog, ScoreLine]]) -> Finding:
     check = "scores.bpb_from_loss"
     vocabulary = vocabulary_of(submission)
-    published = TOKENS_OF_VOCABULARY.get(vocabulary or -1)
+    is_fineweb = claims_fineweb(submission)
+    published = TOKENS_OF_VOCABULARY.get(vocabulary or -1) if is_fineweb else None
     evidence, worst, symbols = [], 0.0, published
     lines = [(log, score) for log in submission.logs for score in log.scores]
     ratios = [_ratio(score) for _, score in lines if score.bpb > 0.05]
@@ -92,7 +95,12 @@ def _recomputed(submission: Submission, reported: list[tuple[TrainingLog, ScoreL
         # a tokenizer of the same size may cut the same bytes into another number of tokens: the log's own count decides
         symbols = log.counts.get("tokens") or published
         is_published = not symbols or not published or abs(symbols / published - 1) <= COVERAGE_TOLERANCE
-        expected = symbols / VALIDATION_BYTES if symbols else middle
+        num_bytes = VALIDATION_BYTES
+        if not is_fineweb:  # other text, of which there are no counts but the log's
+            symbols, num_bytes = _logged_counts(log, vocabulary)
+            if symbols and not score.is_final:  # of a part, as scored while training: its documents may be longer
+                continue
+        expected = symbols / num_bytes if symbols else middle
         rounding = 10.0**-score.digits / max(score.bpb, 1e-9) + 1e-4 / max(score.loss_nats, 1e-9)
         off = abs(_ratio(score) / expected - 1)
         if off > COVERAGE_TOLERANCE + rounding and not is_published and published:
@@ -101,7 +109,7 @@ def _recomputed(submission: Submission, reported: list[tuple[TrainingLog, ScoreL
                 return _part_of_split(log, symbols or 0, published)
             if abs(_ratio(score) / usual - 1) <= OTHER_SPLIT_TOLERANCE:
                 return _other_split(log, symbols or 0, published)
-        if symbols and not published and COVERAGE_TOLERANCE + rounding < off <= OTHER_SPLIT_TOLERANCE:
+        if symbols and is_fineweb and not published and COVERAGE_TOLERANCE + rounding < off <= OTHER_SPLIT_TOLERANCE:
             return _own_tokenizer(log, symbols, _ratio(score))
         if off > COVERAGE_TOLERANCE + rounding:
             worst = max(worst, off)
@@ -117,7 +125,9 @@ def _recomputed(submission: Submission, reported: list[tuple[TrainingLog, ScoreL
         summary = f"val_bpb does not follow from val_loss and the counts: {worst:.2%} off"
         return Finding(check=check, status=Status.FAIL, summary=summary, evidence=tuple(evidence[:6]), figures=figures)
     if not symbols:
-        if middle and (middle > 1.0005 or middle <= 0):
+        # of a vocabulary of bytes with marks between documents, which may be short where the text is not FineWeb
+        most = 2 if vocabulary == WITH_DOCUMENT_MARKS else 1.0005
+        if middle and (middle > most or middle <= 0):
             summary = f"{middle:.4f} symbols per byte is more than bytes have"
             return Finding(check=check, status=Status.FAIL, summary=summary, figures=figures)
         summary = (
@@ -139,6 +149,15 @@ def _recomputed(submission: Submission, reported: list[tuple[TrainingLog, ScoreL
         evidence=tuple(evidence),
         figures=figures,
     )
+
+
+def _logged_counts(log: TrainingLog, vocabulary: int | None) -> tuple[int | None, int]:
+    """Return (symbols, bytes) of the scored text as the log counts them; None for symbols where it does not."""
+    num_bytes, documents = log.counts.get("bytes", 0), log.counts.get("documents")
+    symbols = log.counts.get("tokens")
+    if symbols is None and vocabulary == WITH_DOCUMENT_MARKS and documents:
+        symbols = num_bytes + documents - 1  # the first document's mark is given
+    return (symbols, num_bytes) if symbols and num_bytes else (None, 0)
 
 
 def _other_split(log: TrainingLog, tokens: int, published: int) -> Finding:
