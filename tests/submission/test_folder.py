@@ -85,6 +85,8 @@ def test_figures_are_those_of_the_runs(submission) -> None:
     assert claims["bytes_code"] == (submission.path / "train_gpt.py").stat().st_size
     assert claims["bytes_total"] == claims["bytes_code"] + claims["bytes_model_int6_zstd"]
     readme = (submission.path / "README.md").read_text()
+    first = submission.seeds[0]
+    assert f" to {8 * first.weights_bytes / first.num_parameters:.2f} bits a parameter." in readme
     for seed in submission.seeds:
         assert f"| {seed.seed} | 6 |" in readme
         assert f"{seed.sliding.bpb:.4f}" in readme
