@@ -7,16 +7,19 @@ integers than the source says, and write files that no other machine reads. So t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from numba import cfunc, njit
 from numba import config as numba_config
+from numba.core import ccallback, dispatcher
+from numba.core.caching import FunctionCache
 
 config: Any = numba_config  # its attributes are made at run time
 
@@ -37,14 +40,43 @@ def compiled_for_c(signature: str) -> Callable[[Callable[..., Any]], Any]:
 
 def _kept(function: Callable[..., Any], make: Callable[..., Any]) -> Any:
     """Return what `make` compiles of `function`, with code kept on disk unless there is no place for it."""
-    before = config.CACHE_DIR  # read while a function is decorated; others of this process keep theirs
-    config.CACHE_DIR = cache_folder(Path(inspect.getfile(function)).parent)
     try:
-        return make(cache=True)
-    except RuntimeError:  # numba finds no folder that it may write to: every process compiles for itself
+        with _cache_in(cache_folder(Path(inspect.getfile(function)).parent)):
+            return make(cache=True)
+    except RuntimeError:  # no folder to write to, no home to look for one in: every process compiles for itself
         return make()
+
+
+@contextlib.contextmanager
+def _cache_in(folder: str) -> Iterator[None]:
+    """Have the functions that are decorated in the block kept in `folder`, by a `_Cache`; others of this process keep theirs."""
+    modules: tuple[Any, ...] = (ccallback, dispatcher)
+    before = config.CACHE_DIR
+    config.CACHE_DIR = folder
+    for module in modules:
+        module.FunctionCache = _Cache
+    try:
+        yield
     finally:
         config.CACHE_DIR = before
+        for module in modules:
+            module.FunctionCache = FunctionCache
+
+
+class _Cache(FunctionCache):
+    """Numba's own, but a file that cannot be read or written costs the time to compile once more and nothing else."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # numba does not flush what it writes: a power cut leaves pickles that may raise anything
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):  # a full disk
+            super().save_overload(sig, data)
 
 
 @functools.cache
