@@ -66,7 +66,9 @@ def _run(verb: str, rest: list[str]) -> int:
     try:
         with memory_errors_with("use a smaller model, batch or window"):
             verb_class = getattr(importlib.import_module(f"bytejepa.cli.{module_name}"), class_name)
-            return parse(verb_class, verb, rest).run_command() or 0
+            code = parse(verb_class, verb, rest).run_command() or 0
+            sys.stdout.flush()  # here a failure has a line and a code; at the end of the process it has neither
+            return code
     except BytejepaError as problem:
         _tell(verb, problem)
         return problem.exit_code
@@ -77,6 +79,11 @@ def _run(verb: str, rest: list[str]) -> int:
         # the reader of our output went away, as `| head` does; nothing is wrong
         _drop_output()
         return 0
+    except SystemExit as left:
+        # rich ends the process with 1 then
+        if isinstance(left.__context__, BrokenPipeError):
+            return 0
+        raise
     except OSError as problem:
         # a full disk under stdout or a log, a device that fails: nothing that a traceback explains
         _drop_output()
@@ -113,4 +120,8 @@ def _drop_output() -> None:
 
 def run() -> None:
     """Entry point of the `bytejepa` command."""
+    from bytejepa.cli.process import interrupt_imports, open_streams
+
+    open_streams()
+    interrupt_imports()
     sys.exit(main())

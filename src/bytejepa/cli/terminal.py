@@ -28,8 +28,9 @@ from bytejepa.bits import format_bytes
 
 
 def note(text: str) -> None:
-    """Say something beside the result, on stderr."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+    """Say something beside the result, on stderr; whoever stopped reading there still gets the result."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def print_table(
