@@ -1,11 +1,13 @@
 """What stands at an output is replaced whole, written into, or left alone; and nobody may read more than before."""
 
+import errno
 import os
 import socket
 import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,3 +82,13 @@ def test_what_cannot_be_written_is_known_before_and_left_alone(tmp_path: Path) -
     assert (tmp_path / "file").read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 3
     require_writable(tmp_path / "new")
+
+
+@pytest.mark.parametrize(("flag", "reason"), [(os.ST_RDONLY, errno.EROFS), (0, errno.EACCES)])
+def test_a_disk_that_is_only_read_is_no_matter_of_permissions(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flag: int, reason: int
+) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    monkeypatch.setattr("os.statvfs", lambda _: SimpleNamespace(f_flag=flag))
+    with pytest.raises(OSError, match=os.strerror(reason)):
+        require_writable(tmp_path / "new")

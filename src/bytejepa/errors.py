@@ -95,6 +95,7 @@ def file_errors_as(error: type[BytejepaError], what: str, path: Path | str) -> I
         hints = {
             errno.ENOSPC: "free some space; nothing that existed was changed",
             errno.EACCES: "check the permissions",
+            errno.EROFS: "name a place that can be written to",
             errno.EISDIR: "name a file",
         }
         if what.startswith("write"):

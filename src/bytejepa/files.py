@@ -106,7 +106,10 @@ def require_writable(path: Path) -> None:
         if not stat.S_ISDIR(checked.stat().st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(checked))
     if not os.access(checked, needed):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(checked))
+        # no permissions help where a disk is mounted for reading only
+        read_only = os.name != "nt" and os.statvfs(checked).f_flag & os.ST_RDONLY
+        reason = errno.EROFS if read_only else errno.EACCES
+        raise OSError(reason, os.strerror(reason), str(checked))
 
 
 def is_stream(path: Path) -> bool:
