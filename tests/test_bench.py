@@ -29,6 +29,13 @@ from bytejepa.model.transformer import ByteLM, Losses
 CPU = torch.device("cpu")
 
 
+def called_24_times(call: Callable[[], object], *_: Any, **__: Any) -> generation.Cost:
+    """Stand in for `generation.cost_of`, with a number of calls that is known."""
+    for _ in range(24):
+        call()
+    return generation.Cost(wall_s=1.0, cpu_s=1.0)
+
+
 def _touched_pages(num_bytes: int) -> mmap.mmap:
     """Memory that goes back to the system when it is closed, whatever the allocator keeps (`training/allocator.py`)."""
     block = mmap.mmap(-1, num_bytes)
@@ -217,14 +224,9 @@ def test_stepping_is_timed_with_its_share_of_what_runs_once_a_chunk(
         ended.append(last.size(0))
         end_chunk(injector, state, last)
 
-    def called(call: Callable[[], object], *_: Any, **__: Any) -> generation.Cost:
-        for _ in range(24):
-            call()
-        return generation.Cost(wall_s=1.0, cpu_s=1.0)
-
     monkeypatch.setattr(Engine, "_pass", noticed)
     monkeypatch.setattr(ChunkInjector, "_end_chunk", noticed_end)
-    monkeypatch.setattr(generation, "cost_of", called)
+    monkeypatch.setattr(generation, "cost_of", called_24_times)
     options = {"num_layers": 4, "chunk_blocks": (1, 2), "chunk_stride_bytes": 3, "xsa_last_layers": 0}
     config = replace(minimal_config, model=options)
     bench_generate(config, CPU, lanes=(1,), contexts=(32,), runs=1, at_least_s=0.0)
@@ -244,13 +246,8 @@ def test_stepping_in_a_full_window_is_timed_without_moving_it_at_every_byte(
         assert engine.window == 64
         return step(engine, state, ids)
 
-    def called(call: Callable[[], object], *_: Any, **__: Any) -> generation.Cost:
-        for _ in range(24):
-            call()
-        return generation.Cost(wall_s=1.0, cpu_s=1.0)
-
     monkeypatch.setattr(Engine, "step", noticed)
-    monkeypatch.setattr(generation, "cost_of", called)
+    monkeypatch.setattr(generation, "cost_of", called_24_times)
     bench_generate(minimal_config, CPU, lanes=(1,), contexts=(context,), runs=1, at_least_s=0.0)
     assert set(positions) == set(range(64 - minimal_config.jepa.chunk_bytes, 64))
 

@@ -13,7 +13,7 @@ from bytejepa.config_json import to_dict
 from bytejepa.errors import CheckpointError, ConfigError
 from bytejepa.study.results import FILE_NAME as STUDY_FILE_NAME
 from bytejepa.study.results import PLAN_NAME, StudyResult, read_study
-from bytejepa.training.clock import read_log
+from bytejepa.training.clock import read_log, steps_and_seconds
 from bytejepa.training.runlog import RunFolder
 
 
@@ -42,7 +42,7 @@ class LoggedRun:
     @property
     def steps(self) -> int:
         """Steps taken: the log's last line may be of an earlier one, the clock is read at every one."""
-        return max(int(self.metrics[-1]["step"]), len(self.step_starts_s) - 1)
+        return steps_and_seconds(self.metrics, self.step_starts_s)[0]
 
     @property
     def num_bytes(self) -> int:
@@ -52,7 +52,7 @@ class LoggedRun:
     @property
     def train_s(self) -> float | None:
         """Seconds of training by the clock, the last step's too; without one the last that were logged, if any."""
-        return self.step_starts_s[-1] if self.step_starts_s else self.last("elapsed_s")
+        return steps_and_seconds(self.metrics, self.step_starts_s)[1]
 
     def last(self, key: str) -> float | None:
         """Return the last logged value of `key`, None if it was never logged."""

@@ -46,7 +46,7 @@ def review_artifact(path: Path) -> Review:
 def review_run(path: Path) -> Review:
     """Return the review of a run folder: what it recorded, and the model of its averaged weights."""
     from bytejepa.review.own_round_trip import run_round_trip
-    from bytejepa.training.clock import read_log
+    from bytejepa.training.clock import read_log, steps_and_seconds
     from bytejepa.training.runlog import RunFolder
 
     folder = RunFolder(path)
@@ -65,9 +65,8 @@ def review_run(path: Path) -> Review:
         "seeds": [config.training.seed],
     }
     if metrics:
-        # the log's last line may be of an earlier step, or of the beginning of the last one
-        facts["steps"] = [max(metrics[-1]["step"], len(readings_s) - 1)]
-        facts["train_s"] = [readings_s[-1] if readings_s else metrics[-1].get("elapsed_s")]
+        steps, train_s = steps_and_seconds(metrics, readings_s)
+        facts |= {"steps": [steps], "train_s": [train_s]}
     return _review(path, "run", findings, facts)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bytejepa.errors import CheckpointError, file_errors_as
@@ -82,6 +83,17 @@ def read_log(path: Path) -> list[float]:
         readings.append(reading)
         before = reading
     return readings
+
+
+def steps_and_seconds(metrics: Sequence[Mapping[str, float]], readings_s: Sequence[float]) -> tuple[int, float | None]:
+    """Return (steps taken, seconds of training) of a run from its logged lines, at least one, and its clock's readings.
+
+    The log's last line may be of an earlier step, and holds the seconds at the beginning of its own; the clock is read at
+    the beginning of every step and at the end of the last. Seconds are None if neither has any.
+    """
+    steps = max(int(metrics[-1]["step"]), len(readings_s) - 1)
+    logged = (line["elapsed_s"] for line in reversed(metrics) if "elapsed_s" in line)
+    return steps, readings_s[-1] if readings_s else next(logged, None)
 
 
 def _read_whole_lines(path: Path) -> list[float]:
