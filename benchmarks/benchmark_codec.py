@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bytejepa.benchmark.codec import compare
-from bytejepa.codec.compress import Settings
 from bytejepa.codec.shipped import shipped_model_path
+from bytejepa.codec.workers import Settings
 
 
 def read(path: Path, most: int | None) -> bytes:

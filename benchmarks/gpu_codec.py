@@ -23,9 +23,10 @@ from turns import alone
 from bytejepa.artifact.store import store_weights
 from bytejepa.benchmark.bench import surroundings
 from bytejepa.benchmark.speed import synchronize
-from bytejepa.codec.compress import Settings, checked_window, codec_model, compress, decompress
+from bytejepa.codec.compress import checked_window, codec_model, compress, decompress
 from bytejepa.codec.integer_model import IntegerModel, integer_model
 from bytejepa.codec.torch_model import TorchCoder
+from bytejepa.codec.workers import Settings
 from bytejepa.model.initialization import initialize
 from bytejepa.model.transformer import ByteLM
 from bytejepa.presets import preset
@@ -79,12 +80,13 @@ def speeds(
 def restored(text: bytes, device: torch.device) -> dict[str, bool]:
     """Return whether files made on one device come back on the other, with the shipped model."""
     gpu, cpu = Settings(device=device.type, backend="torch"), Settings(threads=2, lanes=3)
-    made = {name: compress(None, text, block_bytes=1000, settings=s) for name, s in (("gpu", gpu), ("cpu", cpu))}
-    return {
-        "files are equal": made["gpu"] == made["cpu"],
-        "made on the GPU, read on the CPU": decompress(None, made["gpu"], settings=cpu) == text,
-        "made on the CPU, read on the GPU": decompress(None, made["cpu"], settings=gpu) == text,
-    }
+    found = {}
+    for kind, words in (("mixed", {"segment_bytes": 100}), ("under the model alone", {"mixing": False})):
+        on_gpu, on_cpu = (compress(None, text, block_bytes=1000, settings=s, **words) for s in (gpu, cpu))
+        found[f"{kind}: files are equal"] = on_gpu == on_cpu
+        found[f"{kind}: made on the GPU, read on the CPU"] = decompress(None, on_gpu, settings=cpu) == text
+        found[f"{kind}: made on the CPU, read on the GPU"] = decompress(None, on_cpu, settings=gpu) == text
+    return found
 
 
 def main() -> None:

@@ -96,6 +96,7 @@ def test_options_of_several_values_that_got_none(refuses: Refuses, words: tuple[
         (("report", "run", "-o", "x.html", "--measure", "none", "--data", "x"), "--data has no effect with --measure none"),
         (("report", "run", "-o", "x.html", "--measure", "none", "--device", "cuda"), "--device has no effect"),
         (("report", "run", "-o", "x.html", "--measure", "none", "--score-bytes", 9), "--score-bytes has no effect"),
+        (("compress", "x", "--no-mixing", "--segment-bytes", 9), "--segment-bytes has no effect with --no-mixing"),
         (("decompress", "x.bjc", "--test", "-o", "out"), "--output has no effect with --test"),
         (("decompress", "x.bjc", "--test", "--force"), "--force has no effect with --test"),
         (("ablate", "--list", "--out", "x", "--data", "y"), "--out and --data have no effect with --list"),

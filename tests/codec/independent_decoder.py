@@ -1,9 +1,11 @@
 """A second decoder of `.bjc` files, written from docs/codec.md and docs/artifact.md alone: it imports nothing of bytejepa.
 
 It shows that the pages suffice, and it checks the package's decoder with other code: the whole window is computed anew
-for every byte, in NumPy's int64. Artifacts of version 1 only. Names are those of the page.
+for every byte, in NumPy's int64; mixing is in independent_mixing.py. Artifacts of version 1 only. Names are those of the
+page.
 """
 
+import bisect
 import hashlib
 import itertools
 import json
@@ -17,6 +19,8 @@ import brotli
 import mpmath
 import numpy as np
 import zstandard
+
+from codec.independent_mixing import Mixing, model_bits
 
 Ints = np.ndarray
 LOG2_E = 1.4426950408889634
@@ -293,21 +297,41 @@ def frequencies(y: Ints) -> Ints:
     return found
 
 
+class RangeDecoder:
+    def __init__(self, stream: bytes) -> None:
+        self.code, self.width = int.from_bytes(stream[:6].ljust(6, b"\0"), "big"), 1 << 48
+        self.rest = itertools.chain(stream[6:], itertools.repeat(0))
+
+    def symbol(self, ends: Any) -> int:
+        """The next one, where symbol i takes what is below `ends[i]` and not below `ends[i - 1]`."""
+        r = self.width >> 24
+        found = bisect.bisect_right(ends, min(self.code // r, 2**24 - 1))
+        start = int(ends[found - 1]) if found else 0
+        self.code, self.width = self.code - r * start, r * (int(ends[found]) - start)
+        while self.width < 1 << 40:
+            self.code, self.width = self.code << 8 | next(self.rest), self.width << 8
+        return found
+
+
+def prediction(model: Model, text: bytes | bytearray, window: int, hop: int) -> Ints:
+    """The frequencies of the byte that follows `text`, a block or a segment so far."""
+    begin = max(0, -((window - 1 - len(text)) // hop) * hop)
+    return frequencies(model.logits([1, *(byte + 4 for byte in text)][begin:]))
+
+
 def decode_block(model: Model, stream: bytes, length: int, window: int, hop: int) -> bytes:
-    code, width, place = int.from_bytes(stream[:6].ljust(6, b"\0"), "big"), 1 << 48, 6
-    ids, begin = [1], 0
-    for t in range(length):
-        if t - begin == window:
-            begin += hop
-        table = frequencies(model.logits(ids[begin:]))
-        ends, r = table.cumsum(), width >> 24
-        byte = int(np.searchsorted(ends, min(code // r, 2**24 - 1), side="right"))
-        code, width = code - r * int(ends[byte] - table[byte]), r * int(table[byte])
-        while width < 1 << 40:
-            code, width = code << 8 | (stream[place] if place < len(stream) else 0), width << 8
-            place += 1
-        ids.append(byte + 4)
-    return bytes(value - 4 for value in ids[1:])
+    decoder, text = RangeDecoder(stream), bytearray()
+    while len(text) < length:
+        text.append(decoder.symbol(prediction(model, text, window, hop).cumsum()))
+    return bytes(text)
+
+
+def decode_mixed(model: Model, stream: bytes, length: int, window: int, hop: int, segment_bytes: int) -> bytes:
+    decoder = RangeDecoder(stream)
+    return Mixing(length, segment_bytes).code(
+        lambda _, text: model_bits(prediction(model, text, window, hop)),
+        lambda p: decoder.symbol((2**24 - 2**8 * p, 2**24)),
+    )
 
 
 def decode_frame(frame: bytes) -> bytes:
@@ -339,25 +363,28 @@ def decode_frame(frame: bytes) -> bytes:
 def decode_file(model: Model, blob: bytes) -> bytes:
     if blob[:4] == b"\x28\xb5\x2f\xfd":
         return decode_frame(blob)
-    assert blob[:6] == b"\x89BJC\x01\x01"
+    assert blob[:6] in (b"\x89BJC\x01\x01", b"\x89BJC\x02\x02")
+    is_mixed = blob[5] == 2
     content_bytes, block_bytes, window, hop, identity, digest = struct.unpack_from("<QIII32s16s", blob, 6)
     assert identity == model.identity
+    entries = 78 if is_mixed else 74
     count = -(-content_bytes // block_bytes)
-    end = 74 + 12 * count
+    end = entries + 12 * count
     assert blob[end : end + 8] == hashlib.blake2b(blob[:end], digest_size=8).digest()
     content, place = b"", end + 8
     for index in range(count):
-        size, payload_crc, content_crc = struct.unpack_from("<III", blob, 74 + 12 * index)
+        size, payload_crc, content_crc = struct.unpack_from("<III", blob, entries + 12 * index)
         payload = blob[place : place + size % 2**31]
         place += len(payload)
         assert zlib.crc32(index.to_bytes(8, "little") + payload) == payload_crc
         length = min(block_bytes, content_bytes - len(content))
-        is_zstd = size >> 31
-        block = (
-            zstandard.ZstdDecompressor().decompress(payload)
-            if is_zstd
-            else decode_block(model, payload, length, window, hop)
-        )
+        if size >> 31:
+            block = zstandard.ZstdDecompressor().decompress(payload)
+        elif is_mixed:
+            segment_bytes = int.from_bytes(blob[74:78], "little")
+            block = decode_mixed(model, payload, length, window, hop, segment_bytes)
+        else:
+            block = decode_block(model, payload, length, window, hop)
         assert len(block) == length
         assert zlib.crc32(block) == content_crc
         content += block

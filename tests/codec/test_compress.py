@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 import bytejepa
 from bytejepa.codec import coder, container
-from bytejepa.codec.compress import Settings, codec_model, compress, decompress, restore
+from bytejepa.codec.compress import codec_model, compress, decompress, restore
 from bytejepa.codec.lanes import windows
 from bytejepa.codec.torch_model import TorchCoder
+from bytejepa.codec.workers import Settings
 from bytejepa.codec.zstd_frame import compress_frame
 from bytejepa.data.corpus import embedded_text
 from bytejepa.errors import CodecError, ConfigError
@@ -35,8 +36,9 @@ TEXT = embedded_text("val")[:1500]
 
 
 def small_file(data: bytes = TEXT, **changes: object) -> bytes:
-    """Blocks of 400 bytes, windows of 64."""
-    return compress(golden_model(), data, **{"block_bytes": 400, "window": 64, "hop": 32, **changes})  # type: ignore[arg-type]
+    """Blocks of 400 bytes under the model alone, windows of 64."""
+    settings = {"mixing": False, "block_bytes": 400, "window": 64, "hop": 32, **changes}
+    return compress(golden_model(), data, **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", inputs())
@@ -51,7 +53,7 @@ def test_every_kind_of_input_comes_back(name: str) -> None:
 def test_any_bytes_come_back(data: bytes, block_bytes: int, hop: int, more: int) -> None:
     text = data if len(data) % 2 else bytes(32 + byte % 90 for byte in data)
     window, hop = min(hop + more, 48, 16 * hop), min(hop, 48)
-    blob = compress(golden_model(), text, block_bytes=block_bytes, window=window, hop=hop)
+    blob = compress(golden_model(), text, mixing=False, block_bytes=block_bytes, window=window, hop=hop)
     assert decompress(golden_model(), blob) == text
     assert decompress(golden_model(), coded_file(data, block_bytes, cpu_coder(window, hop))) == data
 
@@ -102,7 +104,7 @@ def test_one_lane_encodes_and_eight_decode() -> None:
 
 
 def test_text_of_its_domain_beats_zstd_and_costs_its_information() -> None:
-    blob = compress(golden_model(), TEXT, window=128)
+    blob = compress(golden_model(), TEXT, mixing=False, window=128)
     assert len(blob) < 0.75 * len(compress_frame(TEXT))
     _, frequencies = cpu_coder().block_intervals(TEXT)
     stream = coder.encode(*cpu_coder().block_intervals(TEXT))
@@ -111,7 +113,7 @@ def test_text_of_its_domain_beats_zstd_and_costs_its_information() -> None:
 
 def test_what_zstd_compresses_better_is_left_to_it() -> None:
     repeats = TEXT * 20
-    assert compress(golden_model(), repeats, window=64) == compress_frame(repeats)
+    assert compress(golden_model(), repeats, mixing=False, window=64) == compress_frame(repeats)
     # what a model cannot predict, and what it could, but zstd says shorter
     for other in (random.Random(1).randbytes(400), b"abc\x00\xff\x81" * 66 + b"abcd"):
         content = TEXT[:800] + other + TEXT[800:1200]
@@ -277,7 +279,8 @@ def test_foreign_and_newer_files_are_told_apart() -> None:
         (b"PK\x03\x04" + bytes(90), "not a file that bytejepa compressed"),
         (container.MAGIC, "cut short"),
         (small_file()[:5] + b"\0" + small_file()[6:], "unknown kind 0"),
-        (small_file()[:4] + b"\x02" + small_file()[5:], "version 2"),
+        (small_file()[:4] + b"\x02" + small_file()[5:], "unknown kind 1"),
+        (small_file()[:4] + b"\x03" + small_file()[5:], "version 3"),
     ):
         with pytest.raises(CodecError, match=message):
             decompress(golden_model(), blob)

@@ -8,8 +8,9 @@ from concurrent.futures import Future, wait
 import pytest
 
 from bytejepa.codec import coder, container
-from bytejepa.codec.compress import Restored, Settings, compress, decompress, restore
+from bytejepa.codec.compress import Restored, compress, decompress, restore
 from bytejepa.codec.lanes import Progress
+from bytejepa.codec.workers import Settings
 from bytejepa.data.corpus import embedded_text
 from bytejepa.errors import CodecError
 from codec.models import coded_file, cpu_coder, file_of, golden_model
@@ -80,7 +81,7 @@ def test_damage_of_what_is_stored_is_told_before_anything_is_decoded(decoder: De
 def test_the_first_block_that_decodes_to_something_else_ends_the_decoding(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bytejepa.codec.compress.wait", wake_late)
+    monkeypatch.setattr("bytejepa.codec.workers.wait", wake_late)
     blob = coded_file(TEXT, 10)
     with pytest.raises(CodecError, match="bytes 0 to 10: it does not decode to what was compressed"):
         decompress(golden_model(), blob, settings=Settings(threads=1, lanes=2))

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bytejepa.codec import coder
+from bytejepa.codec import coder, container
 from bytejepa.codec.compress import decompress
 from bytejepa.codec.torch_model import TorchCoder
-from codec.golden import TEXT, measured
+from codec.golden import MIXED_TEXT, TEXT, golden_mixed_file, measured
 from codec.models import GOLDEN, cpu_coder, golden_model
 
 EXPECTED = json.loads((GOLDEN / "codec.json").read_text())
@@ -46,6 +46,15 @@ def test_golden_words_of_the_coder() -> None:
     assert coder.encode(np.array([almost, almost]), np.array([1, 1])) == b"\xff" * 6
 
 
-def test_a_file_of_this_version_still_decodes() -> None:
-    blob = (GOLDEN / "codec_file.bjc").read_bytes()
-    assert decompress(golden_model(), blob) == TEXT
+@pytest.mark.parametrize(("name", "text"), [("codec_file.bjc", TEXT), ("codec_file_mixed.bjc", MIXED_TEXT)])
+def test_files_of_every_version_still_decode(name: str, text: bytes) -> None:
+    assert decompress(golden_model(), (GOLDEN / name).read_bytes()) == text
+
+
+def test_the_newest_version_is_still_written_so() -> None:
+    blob = golden_mixed_file()
+    assert blob == (GOLDEN / "codec_file_mixed.bjc").read_bytes()
+    parsed = container.parse(blob)
+    assert isinstance(parsed, container.Blocks)
+    assert [block is not None and block.is_zstd for block in parsed.blocks] == [False, False]
+    assert parsed.segment_bytes == 150

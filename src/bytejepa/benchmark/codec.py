@@ -13,15 +13,18 @@ import torch
 from bytejepa.artifact.store import store_weights
 from bytejepa.benchmark.bench import surroundings
 from bytejepa.bits import bits_per_byte_of_size
-from bytejepa.codec.compress import Model, Settings, codec_model, compress, decompress, default_hop
+from bytejepa.codec.compress import Model, codec_model, compress, decompress, default_hop
 from bytejepa.codec.cpu import CpuCoder
 from bytejepa.codec.integer_model import IntegerModel, integer_model
+from bytejepa.codec.mixed import encode_mixed
+from bytejepa.codec.workers import Settings
 from bytejepa.compressors import compressed_bytes
 from bytejepa.config import RunConfig
 from bytejepa.data.vocabulary import BYTE_OFFSET
 from bytejepa.errors import ConfigError
 from bytejepa.inference.engine import chunk_multiple
 from bytejepa.inference.generate import generation_engine
+from bytejepa.kernels.mixing_state import MOST_SEGMENTS
 from bytejepa.model.initialization import initialize
 from bytejepa.model.transformer import ByteLM
 from bytejepa.processors import num_usable_processors
@@ -32,9 +35,9 @@ def bench_codec(
 ) -> dict[str, Any]:
     """Return bytes a second of the codec on blocks of `num_bytes` random bytes, with random weights.
 
-    For every window, with its default hop: encoding one block a thread, decoding so many lanes a thread, and what
-    float32 stepping reaches with as many lanes in all (without an entropy coder, at 3/4 of the window). The lanes of a
-    row are those of all threads together.
+    For every window, with its default hop: encoding one block a thread, decoding mixed blocks of so many segments a thread,
+    mixing both times included, and what float32 stepping reaches with as many lanes in all (without an entropy coder, at 3/4
+    of the window). The lanes of a row are those of all threads together.
     """
     threads = threads or num_usable_processors()
     model = initialize(ByteLM(config), 0).eval()
@@ -59,8 +62,12 @@ def _codec_rows(
     model: IntegerModel, block: bytes, window: int, lanes: Sequence[int], threads: int
 ) -> list[dict[str, Any]]:
     coder = CpuCoder(model, window, default_hop(window))
-    coder.block_intervals(block[:2])  # compiles, or reads the compiled code
-    coder.decode([block], [2])
+
+    def encode(content: bytes) -> None:
+        encode_mixed(content, coder.segment_paths(content), len(content))
+
+    encode(block[:2])  # compiles, or reads the compiled code
+    coder.decode_mixed([block], [2], 1)
     with ThreadPoolExecutor(threads) as pool:
 
         def rate(task: Callable[[int], Any], num_bytes: int) -> float:
@@ -68,10 +75,14 @@ def _codec_rows(
             list(pool.map(task, range(threads)))
             return threads * num_bytes / (time.perf_counter() - began)
 
-        rows = [_row("encode", window, threads, rate(lambda _: coder.block_intervals(block), len(block)))]
+        rows = [_row("encode", window, threads, rate(lambda _: encode(block), len(block)))]
         for count in lanes:
-            streams, lengths = [block] * count, [len(block)] * count  # any bytes decode to something
-            measured = rate(lambda _, s=streams, n=lengths: coder.decode(s, n), count * len(block))
+            segments = [min(MOST_SEGMENTS, count - first) for first in range(0, count, MOST_SEGMENTS)]
+            streams = [block * n for n in segments]  # any bytes decode to something
+            measured = rate(
+                lambda _, s=streams: coder.decode_mixed(s, [len(stream) for stream in s], len(block)),
+                count * len(block),
+            )
             rows.append(_row("decode", window, count * threads, measured))
     return rows
 

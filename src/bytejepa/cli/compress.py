@@ -16,7 +16,7 @@ from bytejepa.cli.output import check_output
 from bytejepa.errors import CodecError, ConfigError, DataError, file_errors_as
 
 if TYPE_CHECKING:
-    from bytejepa.codec.compress import Settings
+    from bytejepa.codec.workers import Settings
 
 SUFFIX = ".bjc"
 
@@ -69,7 +69,7 @@ class _Common:
 
     def _checked_settings(self, lanes: int | None = None) -> Settings:
         from bytejepa.cli.device import chosen_device
-        from bytejepa.codec.compress import Settings
+        from bytejepa.codec.workers import Settings
 
         return Settings(threads=self.threads, lanes=lanes, device=chosen_device(self.device))
 
@@ -110,14 +110,21 @@ class Compress(_Common):
     """Context of a prediction, in ids; default: the model's, at most 1,024. Stored in the file."""
     hop: int | None = None
     """Ids by which a full context moves on; default: three quarters of the window. Stored in the file."""
-    block_bytes: int = 32_768
-    """Content that decodes by itself: smaller blocks give more lanes, larger ones compress better."""
+    mixing: bool = True
+    """Mix the model's predictions with counts of what a block has shown so far; without, the model alone decides."""
+    block_bytes: int | None = None
+    """Content that decodes by itself, so that damage costs no more; default: 1,048,576, without mixing 32,768."""
+    segment_bytes: int | None = None
+    """Least content of the up to 16 segments of a block, which decode at once: smaller ones decode faster, larger ones compress
+    better; default: 16,384. Stored in the file."""
 
     def run_command(self) -> int:
         """Compress."""
         import time
 
-        from bytejepa.codec.compress import compress
+        if not self.mixing:
+            refuse_ignored(self, "with --no-mixing, which has no segments", "segment_bytes")
+        from bytejepa.codec.compress import SEGMENT_BYTES, compress
 
         settings = self._checked_settings()
         target = self._target(Path(f"{self.file}{SUFFIX}"))
@@ -126,7 +133,14 @@ class Compress(_Common):
         advice = "use a smaller --window and fewer --threads, or compress parts of it"
         with self._progress(settings, "compress", len(data), advice=advice) as settings:
             blob = compress(
-                self.model, data, block_bytes=self.block_bytes, window=self.window, hop=self.hop, settings=settings
+                self.model,
+                data,
+                mixing=self.mixing,
+                block_bytes=self.block_bytes,
+                segment_bytes=SEGMENT_BYTES if self.segment_bytes is None else self.segment_bytes,
+                window=self.window,
+                hop=self.hop,
+                settings=settings,
             )
         self._write(target, [blob])
         elapsed_s = time.perf_counter() - began
@@ -143,7 +157,7 @@ class Decompress(_Common):
     keep_going: bool = False
     """Write what can be restored, with zeros in place of damaged blocks; the exit code is 6 all the same."""
     lanes: int | None = None
-    """Blocks that a thread decodes together; default: 8, and 1,024 on a GPU."""
+    """Lanes that a thread decodes together, a whole block at least; default: 8, and 1,024 on a GPU."""
 
     def run_command(self) -> int:
         """Decompress."""

@@ -19,11 +19,14 @@ import numpy.typing as npt
 
 from bytejepa.codec.fixed_point import TOTAL_BITS
 from bytejepa.kernels.compilation import compiled
+from bytejepa.kernels.mixing_tables import PROBABILITY_BITS
 
 RANGE_BITS = 48
 CODE_BYTES = RANGE_BITS // 8
 TOP = 1 << RANGE_BITS
 RENORMALIZE_BELOW = 1 << (RANGE_BITS - 8)
+BIT_SHIFT = TOTAL_BITS - PROBABILITY_BITS
+"""A bit's probability, of 2^16, becomes a frequency."""
 
 
 _LOW, _WIDTH, _HELD, _NUM_HELD, _LENGTH = range(5)
@@ -50,15 +53,18 @@ def _move_byte(state: Any, out: Any) -> None:
 
 
 @compiled
-def _encode(starts: Any, frequencies: Any, out: Any) -> int:
-    state = np.array([0, TOP, -1, 0, 0], dtype=np.int64)
-    for index in range(starts.shape[0]):
-        unit = state[_WIDTH] >> TOTAL_BITS
-        state[_LOW] += unit * starts[index]
-        state[_WIDTH] = unit * frequencies[index]
-        while state[_WIDTH] < RENORMALIZE_BELOW:
-            _move_byte(state, out)
-            state[_WIDTH] <<= 8
+def _encode_symbol(state: Any, start: int, frequency: int, out: Any) -> None:
+    unit = state[_WIDTH] >> TOTAL_BITS
+    state[_LOW] += unit * start
+    state[_WIDTH] = unit * frequency
+    while state[_WIDTH] < RENORMALIZE_BELOW:
+        _move_byte(state, out)
+        state[_WIDTH] <<= 8
+
+
+@compiled
+def _finish(state: Any, out: Any) -> int:
+    """Write the end of the stream and return its length."""
     # of the numbers in the interval, the one with the most zeros at its end
     step, end = np.int64(1), state[_LOW] + state[_WIDTH]
     while (state[_LOW] + 2 * step - 1) // (2 * step) * (2 * step) < end and step < TOP:
@@ -72,10 +78,34 @@ def _encode(starts: Any, frequencies: Any, out: Any) -> int:
     return length
 
 
+@compiled
+def _encode(starts: Any, frequencies: Any, out: Any) -> int:
+    state = np.array([0, TOP, -1, 0, 0], dtype=np.int64)
+    for index in range(starts.shape[0]):
+        _encode_symbol(state, starts[index], frequencies[index], out)
+    return _finish(state, out)
+
+
+@compiled
+def _encode_bits(probabilities: Any, bits: Any, out: Any) -> int:
+    state = np.array([0, TOP, -1, 0, 0], dtype=np.int64)
+    for index in range(bits.shape[0]):
+        one = np.int64(probabilities[index]) << BIT_SHIFT
+        zero = (np.int64(1) << TOTAL_BITS) - one
+        _encode_symbol(state, zero if bits[index] else np.int64(0), one if bits[index] else zero, out)
+    return _finish(state, out)
+
+
 def encode(starts: npt.NDArray[np.int64], frequencies: npt.NDArray[np.int64]) -> bytes:
     """Return the bytes that stand for symbols with these cumulative starts and frequencies, of totals 2^24."""
     out = np.empty(4 * len(starts) + 16, np.uint8)  # a symbol costs at most 24 bits and the rounding
     return out[: _encode(starts, frequencies, out)].tobytes()
+
+
+def encode_bits(probabilities: npt.NDArray[np.uint16], bits: npt.NDArray[np.uint8]) -> bytes:
+    """Return the bytes that stand for `bits`, each of which is 1 with the probability, of 2^16, in the same place."""
+    out = np.empty(2 * len(bits) + 16, np.uint8)  # a bit costs at most 16 bits and the rounding
+    return out[: _encode_bits(probabilities, bits, out)].tobytes()
 
 
 class DecoderState(NamedTuple):
@@ -108,15 +138,18 @@ def start_decoding(streams: Sequence[bytes]) -> DecoderState:
 
 
 @compiled
-def _decode_symbol(state: DecoderState, lane: int, frequencies: Any) -> int:
+def _target(state: DecoderState, lane: int) -> int:
+    """Return the number below the total that the stream points to."""
     unit = state.widths[lane] >> TOTAL_BITS
-    target = max(0, min((1 << TOTAL_BITS) - 1, state.codes[lane] // unit))
-    symbol, start = 0, np.int64(0)
-    while start + frequencies[symbol] <= target:
-        start += frequencies[symbol]
-        symbol += 1
+    return max(0, min((1 << TOTAL_BITS) - 1, state.codes[lane] // unit))
+
+
+@compiled
+def _narrow(state: DecoderState, lane: int, start: int, frequency: int) -> None:
+    """Take the symbol's interval, and bytes of the stream."""
+    unit = state.widths[lane] >> TOTAL_BITS
     state.codes[lane] -= unit * start
-    state.widths[lane] = unit * frequencies[symbol]
+    state.widths[lane] = unit * frequency
     while state.widths[lane] < RENORMALIZE_BELOW:
         following = np.int64(0)
         if state.places[lane] < state.ends[lane]:
@@ -124,7 +157,27 @@ def _decode_symbol(state: DecoderState, lane: int, frequencies: Any) -> int:
             state.places[lane] += 1
         state.codes[lane] = (state.codes[lane] << 8) | following
         state.widths[lane] <<= 8
+
+
+@compiled
+def _decode_symbol(state: DecoderState, lane: int, frequencies: Any) -> int:
+    target = _target(state, lane)
+    symbol, start = 0, np.int64(0)
+    while start + frequencies[symbol] <= target:
+        start += frequencies[symbol]
+        symbol += 1
+    _narrow(state, lane, start, frequencies[symbol])
     return symbol
+
+
+@compiled
+def decode_bit(state: DecoderState, lane: int, probability: int) -> int:
+    """Return the next bit of a stream, which is 1 with this probability of 2^16."""
+    one = np.int64(probability) << BIT_SHIFT
+    zero = (np.int64(1) << TOTAL_BITS) - one
+    bit = 1 if _target(state, lane) >= zero else 0
+    _narrow(state, lane, zero if bit else np.int64(0), one if bit else zero)
+    return bit
 
 
 @compiled

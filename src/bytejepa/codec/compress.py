@@ -1,85 +1,52 @@
 """Any bytes to a compressed file and back, exactly.
 
-The content is cut into blocks. Each is coded by itself under the model's integer frequencies, or with zstd where that
-is smaller; where zstd on the whole is smaller than all of it, the file is that zstd frame. Blocks are coded by several threads, and
-decoded in several lanes a thread; neither changes a bit of the result.
+The content is cut into blocks. Each is coded by itself under the model's integer frequencies, mixed with what the block has
+shown so far unless told otherwise, or with zstd where that is smaller; where zstd on the whole is smaller than all of it, the
+file is that zstd frame. Blocks are coded by several threads, and decoded in several lanes a thread; neither changes a bit of the
+result.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import threading
+import itertools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
+
+import numpy as np
 
 from bytejepa.artifact.codecs import zstd_decompress
 from bytejepa.artifact.container import read_container
 from bytejepa.artifact.load import configuration_of, load, stored_weights
 from bytejepa.codec import coder, container
 from bytejepa.codec.integer_model import IntegerModel, integer_model
-from bytejepa.codec.lanes import LaneCoder, Progress
+from bytejepa.codec.lanes import LaneCoder, Paths, Progress
+from bytejepa.codec.mixed import encode_mixed
 from bytejepa.codec.shipped import shipped_model_path
+from bytejepa.codec.workers import Settings, in_threads
 from bytejepa.codec.zstd_frame import compress_frame
 from bytejepa.errors import CodecError, ConfigError
+from bytejepa.kernels.mixing_state import MOST_SEGMENTS, segment_begins
 from bytejepa.model.transformer import ByteLM
 from bytejepa.processors import num_usable_processors
 
-BLOCK_BYTES = 32_768
-"""Content of a block: damage costs no more than this, and larger files decode in lanes. Each block begins without context."""
+BLOCK_BYTES = 1 << 20
+"""Content of a block: damage costs no more than this. Each block begins without context and without counts."""
+SEGMENT_BYTES = 16_384
+"""Least content of a segment, which decodes in a lane of its own and begins without context, but not without counts."""
+UNMIXED_BLOCK_BYTES = 32_768
+"""Content of a block that is coded under the model alone: larger files decode in lanes."""
 WINDOW = 1024
 """Longest default window: beyond it attention costs more than the context gains."""
-LANES = 8
-"""Most lanes of a thread."""
-GPU_LANES = 1024
-"""The same on a GPU, where one thread feeds them all: keys and values of `default` then take 14 GB."""
 COMPILED_FROM_BYTES = 4_000_000
 """Content from which on compiling the model for a GPU, half a minute, pays."""
 INCOMPRESSIBLE = 0.98
 """A block that zstd cannot bring below this share is not given to the model."""
 
 Model = IntegerModel | ByteLM | Path | str
-Backend = Literal["auto", "cpu", "torch"]
 Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """How to compute: none of it changes what is computed. Raises: ConfigError for no threads or lanes."""
-
-    threads: int | None = None
-    """None: as many as there are processors; one for a GPU."""
-    lanes: int | None = None
-    """Most blocks that a thread decodes together; None: 8, and 1,024 on a GPU."""
-    backend: Backend = "auto"
-    """`cpu`: compiled for this processor; `torch`: PyTorch, on `device`; auto: torch if the device is a GPU."""
-    device: str = "cpu"
-    compile: bool | None = None
-    """Let PyTorch compile the encoder; None: on a GPU, from 4 MB on."""
-    on_progress: Progress | None = None
-    """Called with the number of bytes done since the last call, from any thread but never from two at once."""
-
-    def __post_init__(self) -> None:
-        for name, value in (("threads", self.threads), ("lanes", self.lanes)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}: expected 1 or more, got {value}")
-
-    @property
-    def num_threads(self) -> int:
-        """Threads to use."""
-        if self.threads:
-            return self.threads
-        if self.device != "cpu":
-            return 1
-        return num_usable_processors()
-
-    @property
-    def num_lanes(self) -> int:
-        """Lanes of a thread to use."""
-        return self.lanes or (LANES if self.device == "cpu" else GPU_LANES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,18 +101,26 @@ def compress(
     model: Model | None,
     data: bytes,
     *,
-    block_bytes: int = BLOCK_BYTES,
+    mixing: bool = True,
+    block_bytes: int | None = None,
+    segment_bytes: int = SEGMENT_BYTES,
     window: int | None = None,
     hop: int | None = None,
     settings: Settings | None = None,
 ) -> bytes:
     """Return `data` compressed: the same bytes on every machine, for given versions of zstd.
 
+    `mixing`: mix the model's predictions with what a block has shown so far (`kernels.context_mixing`); `segment_bytes`: least
+    length of the up to 16 segments of a block, which decode at once. `block_bytes`: default 1,048,576, without mixing 32,768.
     `window`, `hop`: context of a prediction in ids and how far it moves (docs/codec.md), at least a sixteenth of it;
     default: the model's, at most 1,024, and three quarters of it. Raises: ConfigError for a window that the model does
     not have, CodecError as `codec_model`.
     """
     settings = settings or Settings()
+    if block_bytes is None:
+        block_bytes = BLOCK_BYTES if mixing else UNMIXED_BLOCK_BYTES
+    if not 1 <= segment_bytes < 1 << 32:
+        raise ConfigError(f"segment bytes: expected 1 to {(1 << 32) - 1}, got {segment_bytes}")
     if not 1 <= block_bytes <= container.MAX_BLOCK_BYTES:
         raise ConfigError(f"block bytes: expected 1 to {container.MAX_BLOCK_BYTES}, got {block_bytes}")
     if not data and window is None and hop is None:
@@ -160,8 +135,14 @@ def compress(
         compiled = settings.device != "cpu" and len(data) >= COMPILED_FROM_BYTES
     chosen = _coder(integers, window, hop, settings, compiled=compiled)
     contents = [data[begin : begin + block_bytes] for begin in range(0, len(data), block_bytes)]
-    blocks = _in_threads(lambda content, report: _encode_block(chosen, content, report), contents, settings)
-    coded = container.blocks_file(data, blocks, block_bytes=block_bytes, window=window, hop=hop, model=integers.sha256)
+    least = segment_bytes if mixing else None
+    if least is None:
+        blocks = in_threads(lambda content, report: _encode_block(chosen, content, report), contents, settings)
+    else:
+        blocks = _encode_mixed_blocks(chosen, contents, least, settings)
+    coded = container.blocks_file(
+        data, blocks, block_bytes=block_bytes, window=window, hop=hop, model=integers.sha256, segment_bytes=least
+    )
     return coded if len(coded) < len(whole) else whole
 
 
@@ -242,6 +223,38 @@ def _encode_block(chosen: LaneCoder, content: bytes, report: Progress) -> contai
     return container.make_block(content, simple, is_zstd=True)
 
 
+def _encode_mixed_blocks(
+    chosen: LaneCoder, contents: Sequence[bytes], segment_bytes: int, settings: Settings
+) -> list[container.Block]:
+    """Return the blocks of `contents`: some at a time, for what the model says of a byte takes 16 bytes of memory."""
+    blocks = list[container.Block]()
+    mixing_settings = dataclasses.replace(settings, threads=settings.threads or num_usable_processors())
+    for first in range(0, len(contents), mixing_settings.num_threads):
+        together = contents[first : first + mixing_settings.num_threads]
+        simple = [compress_frame(content, checksum=False) for content in together]
+        modelled = [k for k, content in enumerate(together) if len(simple[k]) < INCOMPRESSIBLE * len(content)]
+        begins = {k: segment_begins(len(together[k]), segment_bytes) for k in modelled}
+        pieces = [(k, part) for k in modelled for part in itertools.pairwise(begins[k])]
+
+        def say(piece: tuple[int, tuple[int, int]], report: Progress, contents: Sequence[bytes] = together) -> Paths:
+            return chosen.segment_paths(contents[piece[0]][slice(*piece[1])], report)
+
+        paths = dict(zip(pieces, in_threads(say, pieces, settings), strict=True))
+        said = [(together[k], np.concatenate([paths[piece] for piece in pieces if piece[0] == k])) for k in modelled]
+        streams = dict(zip(modelled, in_threads(_mix(segment_bytes), said, mixing_settings), strict=True))
+        for k, content in enumerate(together):
+            is_zstd = k not in streams or len(streams[k]) >= len(simple[k])
+            blocks.append(container.make_block(content, simple[k] if is_zstd else streams[k], is_zstd=is_zstd))
+            if k not in streams and settings.on_progress is not None:
+                settings.on_progress(len(content))
+    return blocks
+
+
+def _mix(segment_bytes: int) -> Callable[[tuple[bytes, Paths], Progress], bytes]:
+    """Return the work that makes a stream of a block and of what the model says of it."""
+    return lambda block, _: encode_mixed(*block, segment_bytes)
+
+
 def _model_of(parsed: container.Blocks, model: Model | None) -> IntegerModel | None:
     """Return the model in integer form, None where no block needs it. Raises: CodecError if it is not the one needed."""
     if all(block is None or block.is_zstd for block in parsed.blocks):
@@ -287,56 +300,25 @@ def _decode_blocks(
         return contents
     chosen = _coder(model, parsed.window, parsed.hop, settings)
 
+    groups = list(_groups(coded, settings, lanes_of_block=1 if parsed.segment_bytes is None else MOST_SEGMENTS))
+    spare_threads = max(1, settings.num_threads // len(groups))
+
     def decode(group: list[tuple[int, container.Block]], report: Progress) -> None:
         payloads, lengths = [block.payload for _, block in group], [block.num_bytes for _, block in group]
-        for (index, block), content in zip(group, chosen.decode(payloads, lengths, report), strict=True):
+        if parsed.segment_bytes is None:
+            found = chosen.decode(payloads, lengths, report)
+        else:
+            found = chosen.decode_mixed(payloads, lengths, parsed.segment_bytes, report, spare_threads)
+        for (index, block), content in zip(group, found, strict=True):
             keep(index, block, content)
 
-    _in_threads(decode, list(_groups(coded, settings)), settings)
+    in_threads(decode, groups, settings)
     return contents
 
 
-def _in_threads(work: Callable[[Item, Progress], Result], items: Sequence[Item], settings: Settings) -> list[Result]:
-    """Return the results of `work` on every item; an interruption or failure ends all threads at their next report."""
-    lock, stopped = threading.Lock(), threading.Event()
-    failures = list[BaseException]()
-
-    def check() -> None:
-        if stopped.is_set():
-            raise CodecError("stopped")
-
-    def report(num_bytes: int) -> None:
-        check()
-        if settings.on_progress is not None:
-            with lock:
-                settings.on_progress(num_bytes)
-
-    def attempt(item: Item) -> Result:
-        # the thread that fails stops the others itself: the waiting one may wake only after they took more items
-        check()
-        try:
-            return work(item, report)
-        except BaseException as error:
-            failures.append(error)
-            stopped.set()
-            raise
-
-    with ThreadPoolExecutor(settings.num_threads) as pool:
-        futures = [pool.submit(attempt, item) for item in items]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-            if failures:
-                raise failures[0]  # those after it may be no more than stopped
-            return [future.result() for future in futures]
-        except BaseException:
-            stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _groups(blocks: list[Item], settings: Settings) -> Iterator[list[Item]]:
+def _groups(blocks: list[Item], settings: Settings, *, lanes_of_block: int) -> Iterator[list[Item]]:
     """Yield the blocks that are decoded together: no more than the lanes, and something for every thread."""
-    size = max(1, min(settings.num_lanes, -(-len(blocks) // settings.num_threads)))
+    size = max(1, min(settings.num_lanes // lanes_of_block, -(-len(blocks) // settings.num_threads)))
     for first in range(0, len(blocks), size):
         yield blocks[first : first + size]
 

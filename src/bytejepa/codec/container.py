@@ -17,12 +17,16 @@ from bytejepa.codec import zstd_frame
 from bytejepa.errors import CodecError
 
 MAGIC = b"\x89BJC"
-FORMAT_VERSION = 1
-KIND_BLOCKS = 1
+FORMAT_VERSION = 2
+"""The newest; a file says the oldest that has its kind."""
+KIND_BLOCKS, KIND_MIXED = 1, 2
+VERSION_OF_KIND = {KIND_BLOCKS: 1, KIND_MIXED: 2}
 PRELUDE = struct.Struct("<4sBB")
 """Magic, format version, kind."""
 HEADER = struct.Struct("<QIII32s16s")
 """Content bytes, block bytes, window, hop, SHA-256 of the model, digest of the content."""
+SEGMENT = struct.Struct("<I")
+"""Follows the header of mixed blocks: least bytes of a segment."""
 ENTRY = struct.Struct("<III")
 """One block: bytes of its payload (top bit: zstd), CRC-32 of the payload, CRC-32 of the content."""
 CHECKSUM_BYTES, DIGEST_BYTES = 8, 16
@@ -52,6 +56,8 @@ class Blocks:
     block_bytes: int
     window: int
     hop: int
+    segment_bytes: int | None
+    """Least length of a segment of blocks that are coded bit by bit under a mixture (`mixed`); None: under the model alone."""
     model_sha256: bytes
     content_digest: bytes
     blocks: tuple[Block | None, ...]
@@ -82,11 +88,20 @@ def least_hop(window: int) -> int:
 
 
 def blocks_file(
-    content: bytes, blocks: Sequence[Block], *, block_bytes: int, window: int, hop: int, model: bytes
+    content: bytes,
+    blocks: Sequence[Block],
+    *,
+    block_bytes: int,
+    window: int,
+    hop: int,
+    model: bytes,
+    segment_bytes: int | None = None,
 ) -> bytes:
-    """Return a file of `blocks`, which are `content` in order."""
-    header = PRELUDE.pack(MAGIC, FORMAT_VERSION, KIND_BLOCKS)
+    """Return a file of `blocks`, which are `content` in order: mixed ones if there is a least length of segments."""
+    kind = KIND_BLOCKS if segment_bytes is None else KIND_MIXED
+    header = PRELUDE.pack(MAGIC, VERSION_OF_KIND[kind], kind)
     header += HEADER.pack(len(content), block_bytes, window, hop, model, digest([content]))
+    header += b"" if segment_bytes is None else SEGMENT.pack(segment_bytes)
     for index, block in enumerate(blocks):
         flag = _ZSTD_BLOCK if block.is_zstd else 0
         header += ENTRY.pack(len(block.payload) | flag, _payload_crc(block.payload, index), block.content_crc)
@@ -114,18 +129,18 @@ def parse(data: bytes) -> bytes | Blocks:
     if len(data) < PRELUDE.size + CHECKSUM_BYTES:
         raise CodecError(f"the file is cut short after {len(data)} bytes", hint="copy it again")
     _, version, kind = PRELUDE.unpack_from(data)
-    if version != FORMAT_VERSION:
+    if not 1 <= version <= FORMAT_VERSION:
         raise CodecError(
             f"the file has version {version} of the format, this is version {FORMAT_VERSION}",
             hint="upgrade bytejepa; if that does not help, the file is damaged",
         )
-    if kind != KIND_BLOCKS:
+    if VERSION_OF_KIND.get(kind) != version:
         raise CodecError(f"the file is of an unknown kind {kind}", hint=_DAMAGED)
-    return _parse_blocks(data)
+    return _parse_blocks(data, is_mixed=kind == KIND_MIXED)
 
 
-def _parse_blocks(data: bytes) -> Blocks:
-    place = PRELUDE.size + HEADER.size
+def _parse_blocks(data: bytes, *, is_mixed: bool) -> Blocks:
+    place = PRELUDE.size + HEADER.size + (SEGMENT.size if is_mixed else 0)
     if len(data) < place + CHECKSUM_BYTES:
         raise CodecError(f"the file is cut short after {len(data)} bytes, within its header", hint="copy it again")
     content_bytes, block_bytes, window, hop, model, content_digest = HEADER.unpack_from(data, PRELUDE.size)
@@ -133,6 +148,9 @@ def _parse_blocks(data: bytes) -> Blocks:
         raise CodecError(f"the header claims blocks of {block_bytes} bytes", hint=_DAMAGED)
     if not least_hop(window) <= hop <= window:
         raise CodecError(f"the header claims a window of {window} ids and a hop of {hop}", hint=_DAMAGED)
+    segment_bytes = SEGMENT.unpack_from(data, place - SEGMENT.size)[0] if is_mixed else None
+    if segment_bytes == 0:
+        raise CodecError("the header claims segments of 0 bytes", hint=_DAMAGED)
     num_blocks = -(-content_bytes // block_bytes)
     end = place + num_blocks * ENTRY.size
     if end + CHECKSUM_BYTES > len(data):  # before anything is made of that size
@@ -160,6 +178,7 @@ def _parse_blocks(data: bytes) -> Blocks:
         block_bytes=block_bytes,
         window=window,
         hop=hop,
+        segment_bytes=segment_bytes,
         model_sha256=model,
         content_digest=content_digest,
         blocks=tuple(blocks),

@@ -8,14 +8,19 @@ model is run again over those that stay.
 from __future__ import annotations
 
 import abc
+import contextlib
+import itertools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from bytejepa.codec import coder
+from bytejepa.codec.mixed import MixedDecoder
 from bytejepa.data.vocabulary import BOS, BYTE_OFFSET
+from bytejepa.kernels.context_mixing import fill_paths
 
 CHUNK_ROWS = 128
 """Most positions of all lanes in one pass of a CPU: bounds its buffers."""
@@ -25,6 +30,12 @@ STEPS_AT_ONCE = 32
 Progress = Callable[[int], None]
 """Called with the number of bytes done since the last call."""
 Ids = npt.NDArray[np.int64]
+Paths = npt.NDArray[np.uint16]
+"""(N, 8): what a model says of the bits of bytes, each given those before it, of 2^16."""
+_Choose = Callable[[int, Ids, Ids], None]
+"""Round, frequencies (L, 256) of every lane, and where the ids that follow go (L,)."""
+_OfSymbols = Callable[[Any, Ids, int, int, Ids], Ids]
+"""State, ids (L, N), position, first wanted, bytes (L, n) that are predicted; returns (L, n, ...) of these."""
 
 
 class LaneCoder(abc.ABC):
@@ -60,11 +71,33 @@ class LaneCoder(abc.ABC):
         starts = np.take_along_axis(table.cumsum(axis=-1), symbols[..., None], axis=-1)[..., 0] - chosen
         return starts, chosen
 
+    def paths(self, state: Any, ids: Ids, position: int, first_wanted: int, symbols: Ids) -> Ids:
+        """Return what the frequencies say of the bits of `symbols` (L, n) as `intervals` takes them, each given those before
+        it, (L, n, 8), of 2^16; and move the state on."""
+        table = self.frequencies(self.logits(state, ids, position, first_wanted))
+        found = np.empty((symbols.size, 8), np.int64)
+        fill_paths(table, symbols.reshape(-1), found)
+        return found.reshape(*symbols.shape, 8)
+
     def block_intervals(self, block: bytes, on_progress: Progress | None = None) -> tuple[Ids, Ids]:
         """Return (cumulative starts, frequencies) of a block's bytes, (N,) each, out of totals of 2^24."""
-        ids = ids_of(block)
-        starts, chosen = np.empty(len(block), np.int64), np.empty(len(block), np.int64)
-        plan = windows(len(block), self.window, self.hop)
+        found = np.empty((len(block), 2), np.int64)
+
+        def both(*given: Any) -> Ids:
+            return np.stack(self.intervals(*given), axis=-1)
+
+        self._fill(ids_of(block), both, found, on_progress)
+        return found[:, 0], found[:, 1]
+
+    def segment_paths(self, segment: bytes, on_progress: Progress | None = None) -> Paths:
+        """Return what the model says of every bit of a segment."""
+        found = np.empty((len(segment), 8), np.uint16)
+        self._fill(ids_of(segment), self.paths, found, on_progress)
+        return found
+
+    def _fill(self, ids: Ids, of_symbols: _OfSymbols, found: npt.NDArray[Any], on_progress: Progress | None) -> None:
+        """Fill `found` (N, ...) with what `of_symbols` returns for the bytes of a block or segment."""
+        plan = windows(len(found), self.window, self.hop)
         state = self.start(min(self.windows_at_once, len(plan)))
         for index in range(0, len(plan), self.windows_at_once):
             together = plan[index : index + self.windows_at_once]
@@ -73,35 +106,70 @@ class LaneCoder(abc.ABC):
                 together += [(begin, end, end)] * (self.windows_at_once - len(together))  # of which nothing is wanted
             if len(together) < min(self.windows_at_once, len(plan)):
                 state = self.start(len(together))
-            self._fill_intervals(state, ids, together, starts, chosen)
+            self._fill_windows(state, ids, together, of_symbols, found)
             if on_progress is not None:
                 on_progress(sum(end - first for _, end, first in together))
-        return starts, chosen
 
     def decode(
         self, streams: Sequence[bytes], lengths: Sequence[int], on_progress: Progress | None = None
     ) -> list[bytes]:
         """Return the blocks of `streams`, one lane each, whose lengths are known."""
-        longest, num_lanes = max(lengths), len(streams)
+        decoder = coder.start_decoding(streams)
+
+        def choose(_: int, tables: Ids, following: Ids) -> None:
+            coder.decode_symbols(decoder, tables, BYTE_OFFSET, following)
+
+        return self._step_through(lengths, choose, on_progress)
+
+    def decode_mixed(
+        self,
+        streams: Sequence[bytes],
+        lengths: Sequence[int],
+        segment_bytes: int,
+        on_progress: Progress | None = None,
+        num_threads: int = 1,
+    ) -> list[bytes]:
+        """Return the blocks of `streams`, whose lengths are known: a lane for each of their segments, all together. Lanes are
+        divided among `num_threads`."""
+        mixed = MixedDecoder(streams, lengths, segment_bytes)
+        segments = self._step_through(mixed.segment_lengths, mixed.choose, on_progress, num_threads)
+        return [b"".join(segments[first:end]) for first, end in itertools.pairwise(mixed.first_lanes)]
+
+    def _step_through(
+        self, lengths: Sequence[int], choose: _Choose, on_progress: Progress | None, num_threads: int = 1
+    ) -> list[bytes]:
+        """Return the bytes of lanes of these lengths, every one chosen by `choose` after what the model says."""
+        longest, num_lanes = max(lengths), len(lengths)
+        num_parts = min(num_threads, num_lanes)
+        parts = [slice(num_lanes * k // num_parts, num_lanes * (k + 1) // num_parts) for k in range(num_parts)]
         ids = np.full((num_lanes, longest + 1), BOS, dtype=np.int64)
-        state, decoder = self.start(num_lanes), coder.start_decoding(streams)
+        states = [self.start(part.stop - part.start) for part in parts]
+        tables = np.empty((num_lanes, 256), np.int64)
         begin = position = 0
-        for t in range(longest):
-            if position == self.window:
-                begin += self.hop
-                position = self.window - self.hop
-                self._refill(state, ids[:, begin : begin + position])
-            table = self.frequencies(self.logits(state, ids[:, t : t + 1].copy(), position))
-            coder.decode_symbols(decoder, table, BYTE_OFFSET, ids[:, t + 1])
-            position += 1
-            if on_progress is not None and (t % STEPS_AT_ONCE == STEPS_AT_ONCE - 1 or t == longest - 1):
-                reported = t // STEPS_AT_ONCE * STEPS_AT_ONCE
-                on_progress(sum(max(0, min(length, t + 1) - reported) for length in lengths))
+
+        def predict(state: Any, part: slice) -> None:
+            if begin and position == self.window - self.hop:
+                self._refill(state, ids[part, begin : begin + position])
+            tables[part] = self.frequencies(self.logits(state, ids[part, t : t + 1].copy(), position))
+
+        with ThreadPoolExecutor(num_parts) if num_parts > 1 else contextlib.nullcontext() as pool:
+            for t in range(longest):
+                if position == self.window:
+                    begin += self.hop
+                    position = self.window - self.hop
+                list((pool.map if pool else map)(predict, states, parts))
+                choose(t, tables, ids[:, t + 1])
+                position += 1
+                if on_progress is not None and (t % STEPS_AT_ONCE == STEPS_AT_ONCE - 1 or t == longest - 1):
+                    reported = t // STEPS_AT_ONCE * STEPS_AT_ONCE
+                    on_progress(sum(max(0, min(length, t + 1) - reported) for length in lengths))
         data = (ids[:, 1:] - BYTE_OFFSET).astype(np.uint8)
         return [data[lane, :length].tobytes() for lane, length in enumerate(lengths)]
 
-    def _fill_intervals(self, state: Any, ids: Ids, plan: list[tuple[int, int, int]], starts: Ids, chosen: Ids) -> None:
-        """Fill starts and frequencies of the bytes that the windows of `plan` predict."""
+    def _fill_windows(
+        self, state: Any, ids: Ids, plan: list[tuple[int, int, int]], of_symbols: _OfSymbols, found: npt.NDArray[Any]
+    ) -> None:
+        """Fill what is to be known of the bytes that the windows of `plan` predict."""
         length = max(end - begin for begin, end, _ in plan)
         skipped = min(first - begin for begin, _, first in plan)
         fed = np.full((len(plan), length), BYTE_OFFSET, np.int64)  # what follows a shorter window changes nothing in it
@@ -122,9 +190,9 @@ class LaneCoder(abc.ABC):
                 if low < high:
                     coded[lane, within] = ids[low + 1 : high + 1]
                     spans.append((lane, within, slice(low, high)))
-            start, frequency = self.intervals(state, part, place, wanted, coded - BYTE_OFFSET)
+            values = of_symbols(state, part, place, wanted, coded - BYTE_OFFSET)
             for lane, within, place_in_block in spans:
-                starts[place_in_block], chosen[place_in_block] = start[lane, within], frequency[lane, within]
+                found[place_in_block] = values[lane, within]
 
     def _refill(self, state: Any, kept: Ids) -> None:
         """Begin a window with the ids `kept` (L, n)."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from bytejepa.codec import fixed_point as fp
 from bytejepa.codec.integer_model import IntegerLatents, IntegerLayer, IntegerMatrix, IntegerModel
 from bytejepa.codec.lanes import Ids, LaneCoder
+from bytejepa.kernels.mixing_tables import PROBABILITY_BITS
 
 Container = Literal["float64", "float32", "int64"]
 EXACT_FLOAT32 = 1 << 24
@@ -191,6 +192,19 @@ class TorchCoder(LaneCoder):
         starts = table.cumsum(-1).gather(-1, symbol) - chosen
         both: Ids = torch.cat((starts, chosen), dim=-1).cpu().numpy().reshape(*symbols.shape, 2)
         return both[..., 0], both[..., 1]
+
+    @torch.no_grad()
+    def paths(self, state: TorchState, ids: Ids, position: int, first_wanted: int, symbols: Ids) -> Ids:
+        """See `LaneCoder.paths`; the tables stay on the device."""
+        table = self._frequencies_of(self._logits_after(state, ids, position, first_wanted))
+        sums = F.pad(table.cumsum(-1), (1, 0))
+        symbol = self._tensor(symbols).view(-1, 1)
+        size = 256 >> torch.arange(8, device=self.device)
+        first = symbol // size * size
+        begin, middle, end = (sums.gather(-1, first + part) for part in (0 * size, size // 2, size))
+        share = ((end - middle) << PROBABILITY_BITS) // (end - begin)
+        found: Ids = share.clamp(1, (1 << PROBABILITY_BITS) - 1).cpu().numpy().reshape(*symbols.shape, 8)
+        return found
 
     def _logits_after(self, state: TorchState, ids: Ids, position: int, first_wanted: int) -> Tensor:
         # one shape is compiled, that of whole windows; each other one would take longer to compile than it saves
