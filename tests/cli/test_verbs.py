@@ -143,6 +143,20 @@ def test_eval_of_a_run_on_a_file_compares_compressors(
     assert set(one["scores"]) == {"non-overlapping"}
 
 
+def test_eval_under_a_mixture_too(command: Callable[..., Any], tmp_path: Path, minimal_run: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 5, "utf-8")
+    words = ("eval", minimal_run, "--data", path, "--window", 32, "--stride", 8)
+    plain = json.loads(command(*words, "--json").out)["scores"]
+    scores = json.loads(command(*words, "--mixing", "--json").out)["scores"]
+    assert set(scores) == {"non-overlapping", "sliding", "sliding, mixed"}
+    assert scores["sliding"]["bpb"] == pytest.approx(plain["sliding"]["bpb"], rel=1e-6)
+    assert scores["sliding, mixed"]["bpb"] < 0.8 * plain["sliding"]["bpb"]
+    assert "sliding, mixed, window 32, stride 8" in command(*words, "--mixing").out
+    one = json.loads(command(*words[:-2], "--mixing", "--no-sliding", "--json").out)
+    assert set(one["scores"]) == {"non-overlapping", "non-overlapping, mixed"}
+
+
 def test_a_window_longer_than_the_data_is_shortened_and_said(
     command: Callable[..., Any], tmp_path: Path, minimal_artifact: Path
 ) -> None:

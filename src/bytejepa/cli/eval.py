@@ -14,6 +14,7 @@ from bytejepa.config_fields import PositiveInt
 from bytejepa.errors import ConfigError, DataError, file_errors_as
 
 if TYPE_CHECKING:
+    from bytejepa.model.transformer import ByteLM
     from bytejepa.scoring.evaluate import Score, Scorer
 
 
@@ -31,6 +32,9 @@ class Evaluate:
     """Ids scored a window in sliding evaluation; default: as the model's configuration says."""
     no_sliding: tyro.conf.FlagCreatePairsOff[bool] = False
     """Only non-overlapping windows."""
+    mixing: bool = False
+    """Score the last kind of windows also under the mixture of the model with what the text has shown so far, as `compress`
+    codes it: adaptive, every byte scored before anything learns from it."""
     max_bytes: PositiveInt | None = None
     """Score only this many leading bytes of a file, or ids of shards: their BOS count too, and the first is not scored."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -48,12 +52,16 @@ class Evaluate:
         from bytejepa.cli.device import chosen_device
         from bytejepa.cli.terminal import note, print_json, print_table
         from bytejepa.compressors import compressed_bytes
-        from bytejepa.scoring.evaluate import Scorer
+        from bytejepa.scoring.evaluate import Score, Scorer
         from bytejepa.scoring.windows import window_and_stride
         from bytejepa.training.distributed import join, leave
 
         ranks = join(chosen_device(self.device))
         with ranks.agree():
+            if self.mixing and ranks.world_size > 1:
+                raise ConfigError(
+                    "--mixing reads the text in one pass from left to right", hint="run it without torchrun"
+                )
             model = load(self.model, device=str(ranks.device), precision=self.precision)
             ids, text = self._ids()
             evaluation = model.config.evaluation
@@ -63,10 +71,16 @@ class Evaluate:
                 f"the data has {len(ids) - 1} ids to score, fewer than the window of {window}: one shorter window is used"
             )
         strides = {"non-overlapping": window} | ({} if self.no_sliding or stride == window else {"sliding": stride})
-        scorer = Scorer(model, compile=ranks.device.type == "cuda")
-        precision, scores = str(model.compute_dtype).removeprefix("torch."), {}
+        compiled = ranks.device.type == "cuda"
+        scorer = Scorer(model, compile=compiled)
+        precision, scores = str(model.compute_dtype).removeprefix("torch."), dict[str, Score]()
+        mixed_name = list(strides)[-1] if self.mixing else None
         for name, every in strides.items():
-            scores[name] = self._score(scorer, ids, window, every, evaluation.batch_bytes, ranks, name)
+            if name == mixed_name:
+                both = self._mixed_scores(model, ids, window, every, evaluation.batch_bytes, name, compiled=compiled)
+                scores |= zip((name, f"{name}, mixed"), both, strict=True)
+            else:
+                scores[name] = self._score(scorer, ids, window, every, evaluation.batch_bytes, ranks, name)
         leave()
         if not ranks.is_main:
             return 0
@@ -118,6 +132,22 @@ class Evaluate:
                 scorer,
                 ids,
                 ranks,
+                window=window,
+                stride=stride,
+                batch_ids=batch_ids,
+                on_progress=lambda done: bar.update(task, completed=done),
+            )
+
+    def _mixed_scores(
+        self, model: ByteLM, ids: Any, window: int, stride: int, batch_ids: int, name: str, *, compiled: bool
+    ) -> tuple[Score, Score]:
+        from bytejepa.cli.terminal import progress_bar
+        from bytejepa.scoring.mixed import MixedScorer, score_mixed
+
+        with progress_bar(f"{name}, mixed", total=len(ids) - 1) as (bar, task):
+            return score_mixed(
+                MixedScorer(model, compile=compiled),
+                ids,
                 window=window,
                 stride=stride,
                 batch_ids=batch_ids,

@@ -71,8 +71,11 @@ class Scorer:
         return self.model.logits(ids)[:, -num_targets:]
 
     @torch.no_grad()
-    def window_losses(self, ids: npt.NDArray[np.uint16], windows: list[Window]) -> Float[Tensor, "B N"]:
-        """Return the nats of every target that `windows` (all of one shape) score, (len(windows), scored) float32."""
+    def window_losses(self, ids: npt.NDArray[np.uint16], windows: list[Window]) -> Float[Tensor, "B N ..."]:
+        """Return the nats of every target that `windows` (all of one shape) score, (len(windows), scored) float32.
+
+        A subclass that has more to say of a target adds a dimension.
+        """
         device = self.model.token_embedding.weight.device
         rows = np.stack([ids[w.begin : w.begin + w.length + 1] for w in windows]).astype(np.int64)
         batch = torch.from_numpy(rows).to(device)
@@ -88,8 +91,8 @@ def target_losses(
     batch_ids: int = 65_536,
     share: tuple[int, int] = (0, 1),
     before_round: Callable[[], None] | None = None,
-) -> Iterator[tuple[list[Window], Float[Tensor, "B N"]]]:
-    """Yield (windows, nats of the targets they score) over all targets of `ids`, in order.
+) -> Iterator[tuple[list[Window], Float[Tensor, "B N ..."]]]:
+    """Yield (windows, what the scorer says of the targets they score: nats) over all targets of `ids`, in order.
 
     `share` (rank, world_size): yield every world_size-th batch only. `before_round` is called before each world_size
     batches, on every rank as often and at the same places.
