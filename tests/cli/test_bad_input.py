@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -202,6 +203,21 @@ def test_a_run_is_not_overwritten(refuses: Refuses, tmp_path: Path, shards: Path
     before = snapshot(run)
     refuses(RUN, "train", *MINIMAL, "--data", shards, "--out", run)
     assert {k: v for k, v in snapshot(run).items() if k != ".lock"} == {k: v for k, v in before.items() if k != ".lock"}
+
+
+def test_a_command_in_a_hint_is_one_that_a_shell_takes(
+    refuses: Refuses, tmp_path: Path, shards: Path, minimal_run: Path
+) -> None:
+    run = tmp_path / "a run's folder"
+    shutil.copytree(minimal_run, run)
+    lines = [refuses(RUN, "train", *MINIMAL, "--data", shards, "--out", run)]
+    shutil.rmtree(run / "checkpoints")
+    lines += [
+        refuses(RUN, "eval", run, "--data", shards),
+        refuses(RUN, "submission", run, "-o", tmp_path / "submission", "--author", "A", "--github-id", "a"),
+    ]
+    for line in lines:
+        assert shlex.split(line.split("`")[1]) == ["bytejepa", "train", "--resume", str(run)]
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(

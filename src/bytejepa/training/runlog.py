@@ -10,6 +10,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,11 @@ class RunFolder:
         self.checkpoints_path = path / "checkpoints"
         self.lock_path = path / ".lock"
 
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with it, as a shell takes it."""
+        return shlex.join(["bytejepa", "train", "--resume", str(self.path)])
+
     def create(self, config: RunConfig, manifest: dict[str, Any], *, force: bool = False) -> None:
         """Write the resolved configuration and the manifest into a new folder.
 
@@ -69,7 +75,7 @@ class RunFolder:
             if left and not force:
                 raise CheckpointError(
                     f"{self.path} holds a run already",
-                    hint=f"continue it with --resume {self.path}, or start over with --force",
+                    hint=f"continue it with `{self.resume_command}`, or start over with --force",
                 )
             self.path.mkdir(parents=True, exist_ok=True)
             self.checkpoints_path.mkdir(exist_ok=True)
