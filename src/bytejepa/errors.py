@@ -31,7 +31,7 @@ class BytejepaError(Exception):
 
 
 class ConfigError(BytejepaError):
-    """An impossible or unknown setting (exit code 2, as for any misuse of the command line)."""
+    """An impossible or unknown setting, or an output that exists (exit code 2, as for any misuse of the command line)."""
 
     exit_code = 2
 

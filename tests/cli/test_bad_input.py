@@ -18,6 +18,7 @@ from conftest import MINIMAL, minimal_with
 
 Refuses = Callable[..., str]
 CONFIG, DATA, RUN, ARTIFACT = 2, 3, 4, 5
+AUTHOR = ("--author", "A", "--github-id", "a")
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -26,9 +27,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("size", ["-5", "0"])
 def test_sizes_out_of_range_are_refused(refuses: Refuses, tmp_path: Path, minimal_run: Path, size: str) -> None:
-    wrong, author = f"--score-bytes: expected 2 or more, got {size}", ("--author", "A", "--github-id", "a")
-    option = f"--score-bytes={size}"
-    assert wrong in refuses(CONFIG, "submission", minimal_run, "-o", tmp_path / "folder", *author, option)
+    wrong, option = f"--score-bytes: expected 2 or more, got {size}", f"--score-bytes={size}"
+    assert wrong in refuses(CONFIG, "submission", minimal_run, "-o", tmp_path / "folder", *AUTHOR, option)
     assert wrong in refuses(CONFIG, "report", minimal_run, "-o", tmp_path / "page.html", option)
     assert wrong in refuses(CONFIG, "export", minimal_run, "-o", tmp_path / "m.bjm", option)
 
@@ -182,14 +182,17 @@ def test_training_on_rounded_weights_needs_steps_that_it_can_know(
 
 
 def test_existing_outputs_are_refused_and_kept(
-    refuses: Refuses, tmp_path: Path, shards: Path, minimal_run: Path
+    refuses: Refuses, tmp_path: Path, shards: Path, minimal_run: Path, minimal_artifact: Path
 ) -> None:
     out, run = tmp_path / "model.bjm", tmp_path / "run"
     out.write_bytes(b"mine")
     run.mkdir()
     (run / "notes.txt").write_text("mine")
-    assert "exists already" in refuses(ARTIFACT, "export", minimal_run, "-o", out, "--no-score")
+    assert "exists already" in refuses(CONFIG, "export", minimal_run, "-o", out, "--no-score")
     assert "model.bjm exists" in refuses(CONFIG, "review", minimal_run, "-o", out)
+    assert "model.bjm exists" in refuses(CONFIG, "generate", minimal_artifact, "-o", out)
+    assert "model.bjm exists" in refuses(CONFIG, "surprise", minimal_artifact, out, "-o", out, "--format", "csv")
+    assert "model.bjm exists" in refuses(CONFIG, "submission", minimal_run, "-o", out, *AUTHOR)
     assert "make its folder first" in refuses(DATA, "review", minimal_run, "-o", tmp_path / "missing" / "review.md")
     assert "is not empty" in refuses(RUN, "train", *MINIMAL, "--data", shards, "--out", run)
     assert "is not empty" in refuses(RUN, "demo", "--out", run)
@@ -214,7 +217,7 @@ def test_a_command_in_a_hint_is_one_that_a_shell_takes(
     shutil.rmtree(run / "checkpoints")
     lines += [
         refuses(RUN, "eval", run, "--data", shards),
-        refuses(RUN, "submission", run, "-o", tmp_path / "submission", "--author", "A", "--github-id", "a"),
+        refuses(RUN, "submission", run, "-o", tmp_path / "submission", *AUTHOR),
     ]
     for line in lines:
         assert shlex.split(line.split("`")[1]) == ["bytejepa", "train", "--resume", str(run)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bytejepa.config import replace
-from bytejepa.errors import ArtifactError, CheckpointError, DataError
+from bytejepa.errors import ArtifactError, CheckpointError, ConfigError, DataError
 from bytejepa.model.attention import available_backends
 from bytejepa.review import Review, Word, review
 from bytejepa.submission.folder import Author, make_submission
@@ -140,7 +140,7 @@ def test_an_existing_folder_is_replaced_only_by_force(seed_runs, tmp_path) -> No
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("kept")
-    with pytest.raises(DataError, match="exists already"):
+    with pytest.raises(ConfigError, match="exists already"):
         make_submission(seed_runs[:1], out, AUTHOR)
     for foreign in (out, out / "precious"):  # also by force no other folder is deleted, and no file
         with pytest.raises(DataError, match=r"is no submission, it has no submission\.json"):
@@ -194,7 +194,7 @@ def test_the_command(seed_runs: list[Path], tmp_path, command) -> None:
     assert set(record["bpb"]) == {"2025", "42"}
     assert record["code_bytes"] < record["readable_bytes"]
     again = command(*words)
-    assert again.code == 3
+    assert again.code == 2
     assert "exists already" in again.err
     shown = command(*words, "--force")
     assert "sliding" in shown.out

@@ -36,7 +36,7 @@ from bytejepa.artifact.header import (
 )
 from bytejepa.artifact.joint_codes import JointRecord
 from bytejepa.artifact.packing import DEFAULT_CODECS, StoredTensor, TensorRecord, pack, restore, unpack
-from bytejepa.errors import ArtifactError, file_errors_as
+from bytejepa.errors import ArtifactError, ConfigError, file_errors_as
 from bytejepa.files import atomic_file
 from bytejepa.model.quantization import QuantizedMatrix
 
@@ -133,7 +133,8 @@ def write_container(
 ) -> ContainerInfo:
     """Return the sizes of the container written at `path`, which exists afterwards whole or not at all.
 
-    Raises: ArtifactError if `path` exists and `force` is off, if it cannot be written, and as `container_to_bytes`.
+    Raises: ConfigError if `path` exists and `force` is off; ArtifactError if it cannot be written, and as
+    `container_to_bytes`.
     """
     path = Path(path)
     with file_errors_as(ArtifactError, "write", path):
@@ -268,11 +269,14 @@ def _require_same(written: Mapping[str, StoredTensor], meant: Mapping[str, Store
 
 
 def refuse_existing(path: Path, *, force: bool) -> None:
-    """Refuse a path that cannot be written, or that exists unless `force` is on. Raises: ArtifactError."""
+    """Refuse a path that cannot be written, or that exists unless `force` is on.
+
+    Raises: ConfigError for what exists, ArtifactError for what cannot be written.
+    """
     if path.is_dir():
         raise ArtifactError(f"cannot write {path}: it is a folder", hint="name a file")
     if path.exists() and not force:
-        raise ArtifactError(f"{path} exists already", hint="choose another name, or overwrite it with --force")
+        raise ConfigError(f"{path} exists already", hint="choose another name, or overwrite it with --force")
 
 
 def _write_checked(path: Path, data: bytes, tensors: Mapping[str, StoredTensor], *, force: bool) -> None:

@@ -89,8 +89,8 @@ def export(
     `pack_compactly`: with `presets.compact`'s settings instead of the run's. `fit_bytes`: code and weights take as much of
     these as they can and never more; compactly, unless the run's own settings have a clip that can be fitted.
     With `ranks` the scoring is divided among them, on their devices; rank 0 writes.
-    Raises: CheckpointError without a whole checkpoint, or if the shards are not told of; ArtifactError if `out` exists or
-    cannot be written, or if the model cannot fit.
+    Raises: CheckpointError without a whole checkpoint, or if the shards are not told of; ConfigError if `out` exists;
+    ArtifactError if it cannot be written, or if the model cannot fit.
     """
     ranks = ranks or Ranks()
     with ranks.agree():
