@@ -63,7 +63,8 @@ class RunFolder:
     def create(self, config: RunConfig, manifest: dict[str, Any], *, force: bool = False) -> None:
         """Write the resolved configuration and the manifest into a new folder.
 
-        Raises: CheckpointError if the folder already holds a run and `force` is not given, or anything but a run.
+        Raises: CheckpointError if the folder already holds a run and `force` is not given, or anything but a run, or if
+        they cannot be written; a folder that held nothing then holds nothing.
         """
         with file_errors_as(CheckpointError, "create run folder", self.path):
             left = [entry.name for entry in self.path.iterdir() if entry.name != ".lock"] if self.path.is_dir() else []
@@ -82,8 +83,20 @@ class RunFolder:
             for old in (self.metrics_path, self.clock_path, *self.checkpoints_path.glob("step_*")):
                 old.unlink(missing_ok=True)
             self.remove_unfinished_files()
-            write_atomically(self.config_path, json.dumps(to_dict(config), indent=1).encode())
-            write_atomically(self.manifest_path, json.dumps(manifest, indent=1).encode())
+            try:
+                write_atomically(self.config_path, json.dumps(to_dict(config), indent=1).encode())
+                write_atomically(self.manifest_path, json.dumps(manifest, indent=1).encode())
+            except BaseException:
+                if not left:
+                    self._remove_beginning()
+                raise
+
+    def _remove_beginning(self) -> None:
+        """Delete what `create` made in an empty folder, and the lock, which nobody else can hold by now."""
+        with contextlib.suppress(OSError):
+            self.config_path.unlink(missing_ok=True)
+            self.checkpoints_path.rmdir()
+            self.lock_path.unlink(missing_ok=True)
 
     def remove_unfinished_files(self) -> None:
         """Delete what a kill during a write left: temporary files, and a checkpoint's tensors without their JSON.
