@@ -17,7 +17,7 @@ from bytejepa.training import checkpoint
 from conftest import MINIMAL, minimal_with
 
 Refuses = Callable[..., str]
-CONFIG, DATA, RUN, ARTIFACT = 2, 3, 4, 5
+CONFIG, DATA, RUN, ARTIFACT, REVIEW = 2, 3, 4, 5, 10
 AUTHOR = ("--author", "A", "--github-id", "a")
 
 
@@ -125,6 +125,17 @@ def test_a_foreign_artifact(refuses: Refuses, tmp_path: Path, shards: Path, cont
     path = tmp_path / "model.bjm"
     path.write_bytes(content)
     assert str(path) in refuses(ARTIFACT, "eval", path, "--data", shards)
+
+
+def test_the_review_of_a_damaged_artifact_says_once_what_is_wrong(
+    command: Callable[..., Any], tmp_path: Path, minimal_artifact: Path
+) -> None:
+    path = tmp_path / "model.bjm"
+    path.write_bytes(minimal_artifact.read_bytes()[:3000])
+    done = command("review", path)
+    assert done.code == REVIEW
+    why = f"{path} is cut short: expected {minimal_artifact.stat().st_size} bytes, got 3000 (copy it again)"
+    assert done.err == f"bytejepa review: model.bjm: NEEDS AUTHOR ACTION: {why}\n"
 
 
 def test_an_artifact_that_is_not_there(refuses: Refuses, tmp_path: Path, shards: Path) -> None:
