@@ -257,6 +257,7 @@ def test_a_study_shows_its_differences(tmp_path: Path, minimal_run: Path, second
     assert "One & only note." in whole
     assert "-0.0300" in whole
     assert "-0.0500 to -0.0100" in whole
+    assert "means of what the log has of the last tenth of the run, its last line at least" in whole
     rows = read_csv(made, "ablation")
     assert [(row["variant"], row["verdict"]) for row in rows] == [("base", ""), ("other", "better")]
     marks = re.findall(r"<text[^>]*var\(--series-2\)[^>]*>([^<]*)<", made.page.read_text())
