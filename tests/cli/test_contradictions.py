@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,6 +131,15 @@ def test_options_that_would_be_ignored_or_cannot_be(refuses: Refuses, words: tup
 def test_a_script_is_only_run_of_a_submission(refuses: Refuses, minimal_run: Path, minimal_artifact: Path) -> None:
     assert "is a run folder: only a submission folder" in refuses(CONFIG, "review", minimal_run, "--run")
     assert "is an artifact: only a submission folder" in refuses(CONFIG, "review", minimal_artifact, "--run")
+
+
+def test_data_that_an_export_would_not_read(
+    refuses: Refuses, command: Callable[..., Any], tmp_path: Path, minimal_run: Path, embedded_shards: Path
+) -> None:
+    words = ("export", minimal_run, "-o", tmp_path / "model.bjm", "--no-score", "--data", embedded_shards)
+    assert "--data has no effect with --no-score" in refuses(CONFIG, *words)
+    assert not (tmp_path / "model.bjm").exists()
+    assert command(*words, "--compact").code == 0  # reads training text
 
 
 def test_a_stride_that_an_export_cannot_have(refuses: Refuses, minimal_run: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from bytejepa.artifact.store import code_bytes, needs_calibration
 from bytejepa.artifact.write import calibration_sequences, write_artifact
 from bytejepa.config import RunConfig, replace
 from bytejepa.data.loader import IdStream, validation_ids
+from bytejepa.errors import ConfigError
 from bytejepa.model.precision import on_device
 from bytejepa.model.transformer import ByteLM, prediction_weights
 from bytejepa.presets import compact
@@ -89,8 +90,8 @@ def export(
     `pack_compactly`: with `presets.compact`'s settings instead of the run's. `fit_bytes`: code and weights take as much of
     these as they can and never more; compactly, unless the run's own settings have a clip that can be fitted.
     With `ranks` the scoring is divided among them, on their devices; rank 0 writes.
-    Raises: CheckpointError without a whole checkpoint, or if the shards are not told of; ConfigError if `out` exists;
-    ArtifactError if it cannot be written, or if the model cannot fit.
+    Raises: CheckpointError without a whole checkpoint, or if the shards are not told of; ConfigError if `out` exists, or
+    for `data` of which nothing would be read; ArtifactError if `out` cannot be written, or if the model cannot fit.
     """
     ranks = ranks or Ranks()
     with ranks.agree():
@@ -102,6 +103,10 @@ def export(
             window, every = window_and_stride(config.evaluation, stride=stride, sliding=False)
             shards = trained.folder.data_path(data)
             ids = validation_ids(shards, score_bytes or config.training.validation_bytes)
+        elif data is not None and not needs_calibration(config.artifact):
+            raise ConfigError(
+                f"--data has no effect with --no-score: nothing of {data} is read to pack {run}", hint="leave it out"
+            )
         source_bytes, archive_bytes = code_bytes()
         if ranks.is_main:
             refuse_existing(out, force=force)
