@@ -309,7 +309,7 @@ def test_the_command_replaces_a_page_only_when_told(
     out = tmp_path / "r.html"
     folder = tmp_path / "r_files"
     folder.mkdir()
-    (folder / "old.png").write_bytes(b"")
+    (folder / "weights_12.png").write_bytes(b"")
     outcome = command("report", minimal_run, "-o", out, "--measure", "none", "--force", "--json")
     record = json.loads(outcome.out)  # type: ignore[attr-defined]
     assert record["page"] == str(out)
@@ -317,7 +317,7 @@ def test_the_command_replaces_a_page_only_when_told(
     assert "Nothing was measured beyond the log." in out.read_text()
 
 
-@pytest.mark.parametrize("foreign", ["thesis.tex", "figures"])
+@pytest.mark.parametrize("foreign", ["thesis.tex", "figures", "holiday.png", "measurements.csv"])
 def test_a_folder_that_no_report_left_is_not_replaced(
     refuses: Callable[..., str], tmp_path: Path, minimal_run: Path, foreign: str
 ) -> None:

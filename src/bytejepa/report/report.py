@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import shutil
 import tempfile
@@ -24,6 +25,12 @@ from bytejepa.report.study_plots import forest_plot
 
 Which = Literal["all", "first", "none"]
 """Which runs are measured beyond their log: all, the first of each configuration, or none."""
+
+_PLOT_FILE = re.compile(
+    r"(ablation|learning_compared|latents|throughput|size_budget|loss_by_(position|byte_class|document_length)"
+    r"|(learning_curves|weights|gradient_flow)(_\d+)?)\.(png|csv)"
+)
+"""The names of a report's files, by which a folder of them is known."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,10 +193,10 @@ def _title(inputs: ReportInputs) -> str:
 def _refuse_foreign_folder(folder: Path) -> None:
     """Refuse to replace a folder that no report can have left. Raises: ConfigError."""
     entries = list(folder.iterdir()) if folder.is_dir() else [folder] if folder.exists() else []
-    foreign = [entry.name for entry in entries if entry.is_dir() or entry.suffix not in (".png", ".csv")]
+    foreign = [entry.name for entry in entries if entry.is_dir() or not _PLOT_FILE.fullmatch(entry.name)]
     if foreign:
         raise ConfigError(
-            f"{folder} is not of a report: it holds {foreign[0]}" if folder.is_dir() else f"{folder} is a file",
+            f"{folder} is not of a report: it holds {min(foreign)}" if folder.is_dir() else f"{folder} is a file",
             hint="give the page another name",
         )
 
@@ -200,6 +207,9 @@ def _replace_folder(folder: Path, drawn: list[DrawnPlot]) -> list[Path]:
     try:
         fresh.chmod(0o755)
         names = [path.name for path in write_plot_files(drawn, fresh)]
+        assert all(_PLOT_FILE.fullmatch(name) for name in names), (
+            "a later report would take the folder for a foreign one"
+        )
         if folder.exists():
             shutil.rmtree(folder)
         fresh.rename(folder)
