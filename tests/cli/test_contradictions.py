@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from bytejepa import demo
+from bytejepa.cli.demo import print_result
+from bytejepa.data.corpus import embedded_documents
 from conftest import MINIMAL, minimal_with
 
 Refuses = Callable[..., str]
@@ -178,10 +181,16 @@ def test_a_model_that_no_memory_holds(refuses: Refuses, embedded_shards: Path, t
 
 
 @pytest.mark.integration
-def test_a_demo_is_titled_by_its_preset_and_prints_its_sample(
-    command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_demo_is_titled_by_its_preset_and_prints_its_sample_and_what_is_compared(
+    command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    titles = []
+    results, titles, run_demo = [], [], demo.demo
+
+    def kept(*arguments: Any, **options: Any) -> demo.DemoResult:
+        results.append(run_demo(*arguments, **options))
+        return results[0]
+
+    monkeypatch.setattr(demo, "demo", kept)
     monkeypatch.setattr("bytejepa.demo.plot_learning_curve", lambda *_, title: titles.append(title))
     words = ("ablation-pr832", *MINIMAL[1:], "--out", tmp_path / "demo", "--sample-bytes=8")
     done = command("demo", *words, "--json")
@@ -189,3 +198,10 @@ def test_a_demo_is_titled_by_its_preset_and_prints_its_sample(
     record = json.loads(done.out)
     assert record["sample"].startswith("My fellow Americans, ")
     assert record["train_bytes_per_s"] * record["train_s"] == pytest.approx(record["train_bytes_read"])
+    addresses = [len(document.data) for document in embedded_documents() if document.split == "val"]
+    assert record["scored_bytes"] == sum(addresses)
+    assert record["compressed_text_bytes"] == sum(addresses) + 2 * (len(addresses) - 1) + 1
+    print_result(results[0])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"validation addresses ({sum(addresses):,} bytes)" in shown
+    assert f"compressors: the same with blank lines between them, {record['compressed_text_bytes']:,} bytes" in shown
