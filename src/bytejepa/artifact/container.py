@@ -53,8 +53,7 @@ _DAMAGED = "the file is damaged, copy it again"
 class ContainerInfo:
     """What a container weighs, in bytes."""
 
-    path: Path | None
-    """None for a container that was never a file."""
+    path: Path
     file_bytes: int
     sha256: str
     """Of the whole file in hex, as `sha256sum` prints it."""
@@ -114,14 +113,6 @@ def container_to_bytes(
     return body + hashlib.sha256(body).digest()
 
 
-def container_from_bytes(data: bytes) -> Container:
-    """Return the content of a container held in memory.
-
-    Raises: ArtifactError that says what is wrong: foreign data, a newer version, a length that differs, damage.
-    """
-    return _read(data, path=None)
-
-
 def write_container(
     path: Path | str,
     *,
@@ -159,13 +150,12 @@ def read_container(path: Path | str) -> Container:
     return _read(data, path)
 
 
-def _read(data: bytes, path: Path | None) -> Container:
-    where = str(path) if path else "the artifact"
-    table = _table(data, where)
+def _read(data: bytes, path: Path) -> Container:
+    table = _table(data, str(path))
     try:
         stored = unpack(table.records, table.payload, table.joint)
     except ArtifactError as problem:
-        raise ArtifactError(f"{where}: {problem.message}", hint=problem.hint) from problem
+        raise ArtifactError(f"{path}: {problem.message}", hint=problem.hint) from problem
     info = _info(data, table, path)
     return Container(
         configuration=table.header["configuration"],
@@ -187,7 +177,7 @@ class _Table:
     payload: memoryview
 
 
-def _info(data: bytes, table: _Table, path: Path | None) -> ContainerInfo:
+def _info(data: bytes, table: _Table, path: Path) -> ContainerInfo:
     return ContainerInfo(
         path=path,
         file_bytes=len(data),
