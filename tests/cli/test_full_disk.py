@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,13 @@ def test_a_full_disk_at_a_checkpoint(
 def test_a_full_disk_under_the_output(refuses: Refuses, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bytejepa.cli.terminal.print_json", no_space)
     assert "No space left on device" in refuses(1, "config", "tiny", "--json")
+
+
+def test_no_place_for_temporary_files(refuses: Refuses, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "nowhere")])
+    line = refuses(1, "bench", "--what", "prepare", "--megabytes", 1)
+    assert f"No usable temporary directory found in ['{tmp_path / 'nowhere'}'] (set TMPDIR to a folder" in line
 
 
 def test_a_full_disk_under_the_clock(refuses: Refuses, tmp_path: Path, embedded_shards: Path) -> None:
