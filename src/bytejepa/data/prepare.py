@@ -93,11 +93,14 @@ def prepare(
     else:
         finished = _finished(out, identity)
         if finished is not None:
-            return PrepareResult(directory=out, manifest=finished, is_new=False, num_shards_kept=0, num_workers=0)
+            return _nothing_to_do(out, finished)
         _refuse_foreign_files(staging)
         jobs = [] if staging.is_finishing else make_plan()
     common = JobSettings(folder=staging.folder, settings=settings, shard_bytes=shard_bytes)
     with staging.held():
+        finished = None if force else _finished_meanwhile(staging)
+        if finished is not None:
+            return _nothing_to_do(out, finished)
         return _made(jobs, staging, common, workers, found, progress)
 
 
@@ -225,6 +228,22 @@ def _finished(out: Path, identity: Identity) -> Manifest | None:
     if (out / STAGING_NAME).exists():  # stopped while tidying up
         shutil.rmtree(out / STAGING_NAME, ignore_errors=True)
     return manifest
+
+
+def _finished_meanwhile(staging: Staging) -> Manifest | None:
+    """Return what `_finished` does, once the staging folder is held: another process may have finished while this one planned.
+
+    What it made is then all that is left.
+    """
+    try:
+        return _finished(staging.out, staging.identity)
+    except DataError:
+        shutil.rmtree(staging.folder, ignore_errors=True)
+        raise
+
+
+def _nothing_to_do(out: Path, finished: Manifest) -> PrepareResult:
+    return PrepareResult(directory=out, manifest=finished, is_new=False, num_shards_kept=0, num_workers=0)
 
 
 def _refuse_foreign_files(staging: Staging) -> None:

@@ -124,6 +124,7 @@ def make_submission(
                 folder = place / "folder"
                 scripts = {SCRIPT: script} | ({READABLE_SCRIPT: readable} if packed else {})
                 _fill(folder, scripts, result, author, study, documents_in(ids))
+                _require_replaceable(out, force=force)  # somebody may have written it during the scoring
                 _put_in_place(folder, out)
     return result
 
