@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -330,6 +332,22 @@ def test_a_folder_that_no_report_left_is_not_replaced(
     said = refuses(2, "report", minimal_run, "-o", tmp_path / "r.html", "--force")
     assert f"r_files is not of a report: it holds {foreign} (give the page another name)" in said
     assert kept.exists()
+
+
+def test_a_page_that_appears_meanwhile_is_kept(
+    refuses: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, minimal_run: Path
+) -> None:
+    module = importlib.import_module("bytejepa.report.report")  # the package's attribute is the function
+    out, render = tmp_path / "r.html", module.render_page
+
+    def somebody_else_writes(*arguments: object, **options: Any) -> str:
+        out.write_text("theirs")
+        return render(*arguments, **options)
+
+    monkeypatch.setattr(module, "render_page", somebody_else_writes)
+    assert "r.html exists" in refuses(2, "report", minimal_run, "-o", out, "--measure", "none")
+    assert out.read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [out]
 
 
 PROBE = """<script>

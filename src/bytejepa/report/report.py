@@ -65,10 +65,7 @@ def report(
     """
     tell = on_progress or silent
     folder = out.with_name(f"{out.stem}_files")
-    for path in (out, folder):
-        if path.exists() and not force:
-            raise ConfigError(f"{path} exists", hint="use --force to replace it")
-    _refuse_foreign_folder(folder)
+    _require_replaceable(out, folder, force=force)
     with file_errors_as(DataError, "write", out):
         require_writable(out)
     inputs = read_inputs(paths)
@@ -88,6 +85,7 @@ def report(
     ]  # fmt: skip
     command = shlex.join(["bytejepa", "report", *map(str, paths), "-o", str(out)])
     page = render_page(inputs, measured, sections, title=_title(inputs), command=command, files=folder.name)
+    _require_replaceable(out, folder, force=force)  # somebody may have written one during the measuring
     with file_errors_as(DataError, "write", out):
         files = _replace_folder(folder, list(drawn.values()))
         write_atomically(out, page.encode(errors="surrogateescape"))
@@ -190,8 +188,11 @@ def _title(inputs: ReportInputs) -> str:
     return " against ".join(labels) if len(labels) < 4 else f"{labels[0]} and {len(labels) - 1} other configurations"
 
 
-def _refuse_foreign_folder(folder: Path) -> None:
-    """Refuse to replace a folder that no report can have left. Raises: ConfigError."""
+def _require_replaceable(out: Path, folder: Path, *, force: bool) -> None:
+    """Refuse a page or folder that exists, unless `force` is on and no report can have left the folder. Raises: ConfigError."""
+    for path in (out, folder):
+        if path.exists() and not force:
+            raise ConfigError(f"{path} exists", hint="use --force to replace it")
     entries = list(folder.iterdir()) if folder.is_dir() else [folder] if folder.exists() else []
     foreign = [entry.name for entry in entries if entry.is_dir() or not _PLOT_FILE.fullmatch(entry.name)]
     if foreign:
