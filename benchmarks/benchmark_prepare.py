@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -28,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import zstandard
 
+from bytejepa.benchmark.processes import PeakOfProcesses
 from bytejepa.data.corpus import embedded_documents
 from bytejepa.data.prepare import prepare
 from bytejepa.data.shards import ShardWriter
@@ -116,38 +115,10 @@ def _write_tokens(folder: Path, num_bytes: int, tokenizer: Path) -> None:
             writer.finish()
 
 
-class PeakMemory:
-    """The largest resident memory of this process and its children together, in bytes, while the block runs."""
-
-    def __init__(self) -> None:
-        self.peak_bytes = 0
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> PeakMemory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        this = psutil.Process()
-        while not self._stopped.wait(0.02):
-            total = 0
-            for process in (this, *this.children(recursive=True)):
-                try:
-                    total += process.memory_info().rss
-                except psutil.NoSuchProcess:
-                    continue
-            self.peak_bytes = max(self.peak_bytes, total)
-
-
 def measure(call: dict[str, Any]) -> dict[str, Any]:
     """Return what one call of `prepare` took: sizes in bytes, time in s, speed in MB of text per second and worker."""
     source_bytes = sum(path.stat().st_size for path in call["sources"][0].iterdir())
-    with PeakMemory() as memory:
+    with PeakOfProcesses() as memory:
         begin_s = time.perf_counter()
         begin_cpu = os.times()
         result = prepare(**call)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import torch
 
-from bytejepa.artifact.container import Container, container_to_bytes
+from bytejepa.artifact.container import Container, container_to_bytes, read_container
 from bytejepa.artifact.packing import StoredTensor
 from bytejepa.model.quantization import QuantizedMatrix, dequantize, quantize_rows
 
@@ -24,6 +27,13 @@ def example_tensors() -> dict[str, StoredTensor]:
 
 def example_bytes() -> bytes:
     return container_to_bytes(configuration=CONFIGURATION, tensors=example_tensors(), metadata=METADATA)
+
+
+def container_from_bytes(data: bytes) -> Container:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.bjm"
+        path.write_bytes(data)
+        return read_container(path)
 
 
 def assert_is_example(content: Container) -> None:

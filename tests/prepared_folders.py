@@ -8,10 +8,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from bytejepa.data.blocks import Block
 from bytejepa.data.shards import find_shards, open_shard
-from bytejepa.data.vocabulary import BOS, bytes_from_ids
+from bytejepa.data.vocabulary import BOS, BYTE_OFFSET
+
+
+def bytes_from_ids(ids: npt.NDArray[np.integer]) -> bytes:
+    """The raw bytes of `ids`; the four special ids are zero bytes long."""
+    return (ids[ids >= BYTE_OFFSET] - BYTE_OFFSET).astype(np.uint8).tobytes()
 
 
 def documents_of(out: Path, split: str) -> list[bytes]:

@@ -50,3 +50,8 @@ def random_ids(batch: int, length: int, *, seed: int = 0, documents: bool = Fals
         ids[torch.rand(ids.shape, generator=random) < 1 / 6] = BOS
     ids[:, 0] = BOS
     return ids
+
+
+def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two dictionaries hold the same names with bit-identical values."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -165,12 +165,20 @@ def test_the_other_measurements_report_what_they_are_asked_for(name: str, minima
         assert report["windows_over_one_pass"] == 29 / 8  # the first window prices 64 targets, the others 16
     elif name == "prepare":
         report = bench.bench_prepare(num_megabytes=1, workers=1)
-        assert report["text_bytes"] > 100_000
+        assert 1_000_000 <= report["source_bytes"] < 1_200_000  # the last document is whole
+        assert 900_000 < report["text_bytes"] < report["source_bytes"]
         assert report["peak_memory_bytes"] > 50_000_000
     else:
         report = bench.bench_load(minimal_config, CPU, steps=2)
         assert 0 < report["make_ms"] < 1000
     assert report["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.integration
+def test_the_memory_of_prepare_is_that_of_its_workers_too() -> None:
+    alone, together = (bench.bench_prepare(num_megabytes=3, workers=workers) for workers in (1, 2))
+    assert together["workers"] == 2
+    assert together["peak_memory_bytes"] > alone["peak_memory_bytes"] + 30_000_000  # two interpreters with numpy
 
 
 @pytest.mark.parametrize(

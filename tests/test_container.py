@@ -20,7 +20,6 @@ from bytejepa.artifact.container import (
     MAGIC,
     MAX_HEADER_BYTES,
     PRELUDE,
-    container_from_bytes,
     container_to_bytes,
     read_container,
     write_container,
@@ -28,7 +27,14 @@ from bytejepa.artifact.container import (
 from bytejepa.artifact.packing import CODECS
 from bytejepa.errors import ArtifactError
 from bytejepa.model.quantization import QuantizedMatrix, dequantize
-from example_container import CONFIGURATION, METADATA, assert_is_example, example_bytes, example_tensors
+from example_container import (
+    CONFIGURATION,
+    METADATA,
+    assert_is_example,
+    container_from_bytes,
+    example_bytes,
+    example_tensors,
+)
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ import pytest
 
 from bytejepa.artifact import container as container_module
 from bytejepa.artifact.container import read_container, write_container
-from bytejepa.errors import ArtifactError
+from bytejepa.errors import ArtifactError, ConfigError
 from bytejepa.model.quantization import QuantizedMatrix
 from example_container import CONFIGURATION, METADATA, assert_is_example, example_tensors
 
@@ -24,7 +24,7 @@ def test_existing_output_is_refused_before_the_compression(tmp_path, monkeypatch
     path = tmp_path / "model.bjm"
     path.write_text("precious")
     monkeypatch.setattr(container_module, "pack", None)
-    with pytest.raises(ArtifactError, match="exists already"):
+    with pytest.raises(ConfigError, match="exists already"):
         write(path)
 
 
@@ -50,7 +50,7 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
 def test_existing_output_is_refused_without_force(tmp_path):
     path = tmp_path / "model.bjm"
     path.write_text("precious")
-    with pytest.raises(ArtifactError, match=r"model.bjm exists already .*force"):
+    with pytest.raises(ConfigError, match=r"model.bjm exists already .*force"):
         write(path)
     assert path.read_text() == "precious"
     write(path, force=True)
@@ -87,7 +87,7 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
         path.write_text("precious")
 
     monkeypatch.setattr(container_module.os, "fsync", somebody_else_writes)
-    with pytest.raises(ArtifactError, match="exists already"):
+    with pytest.raises(ConfigError, match="exists already"):
         write(path)
     assert path.read_text() == "precious"
     assert [file.name for file in tmp_path.iterdir()] == ["model.bjm"]

@@ -11,8 +11,9 @@ from bytejepa.data import corpus
 from bytejepa.data.corpus import embedded_documents, embedded_text, write_embedded_shards
 from bytejepa.data.manifest import verify
 from bytejepa.data.shards import open_shard, write_shard
-from bytejepa.data.vocabulary import BOS, bytes_from_ids
+from bytejepa.data.vocabulary import BOS
 from bytejepa.errors import DataError
+from prepared_folders import bytes_from_ids
 
 
 def test_all_addresses_are_there_in_order() -> None:

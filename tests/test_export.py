@@ -21,7 +21,7 @@ from bytejepa.artifact.write import write_artifact
 from bytejepa.config import RunConfig, replace
 from bytejepa.config_json import to_dict
 from bytejepa.data.loader import validation_ids
-from bytejepa.errors import ArtifactError, CheckpointError, DataError
+from bytejepa.errors import ArtifactError, CheckpointError, ConfigError, DataError
 from bytejepa.model.quantization import dequantize, quantize_rows, reference_int6, reference_int8, stored_bits
 from bytejepa.model.transformer import ByteLM
 from bytejepa.report.measure import measure
@@ -203,7 +203,7 @@ def test_extra_heads_are_not_in_the_artifact(tmp_path: Path) -> None:
 def test_an_existing_output_is_refused_and_kept(tmp_path: Path, minimal_run: Path) -> None:
     out = tmp_path / "model.bjm"
     out.write_bytes(b"mine")
-    with pytest.raises(ArtifactError, match="exists already"):
+    with pytest.raises(ConfigError, match="exists already"):
         export(minimal_run, out, score=False)
     assert out.read_bytes() == b"mine"
     assert export(minimal_run, out, score=False, force=True).weights_bytes == out.stat().st_size

@@ -133,5 +133,5 @@ def test_muon_computes_every_share_before_it_waits_for_any(monkeypatch: pytest.M
     muon = Muon(named, learning_rate=0.1, weight_decay=0.0, ranks=Ranks(world_size=2))
     for _, parameter in named:
         parameter.grad = torch.eye(max(parameter.shape))[: parameter.size(0), : parameter.size(1)]
-    muon.step(learning_rate_scale=1.0, momentum=0.9, clip=torch.tensor(1.0))
+    muon.finish(muon.start(momentum=0.9, clip=torch.tensor(1.0)), learning_rate_scale=1.0)
     assert events == ["send"] * len(set(shapes)) + ["wait"] * len(set(shapes))

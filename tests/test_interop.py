@@ -14,7 +14,7 @@ import zstandard
 import bytejepa
 from bytejepa.artifact.container import read_container
 from bytejepa.artifact.load import load
-from bytejepa.errors import ArtifactError, BytejepaError, ConfigError
+from bytejepa.errors import ArtifactError, ConfigError
 from bytejepa.interop import pr832
 from bytejepa.model.quantization import dequantize, reference_int6, reference_int8
 from reference_weights import golden, reference_state_dict, sigreg_directions
@@ -287,7 +287,7 @@ def test_an_existing_output_is_refused(tmp_path: Path) -> None:
     source, out = tmp_path / "final_model.pt", tmp_path / "model.bjm"
     source.write_bytes(saved(reference_state_dict(SMALL)))
     out.write_bytes(b"mine")
-    with pytest.raises(BytejepaError, match="exists already"):
+    with pytest.raises(ConfigError, match="exists already"):
         pr832.convert(source, out)
     assert out.read_bytes() == b"mine"
     pr832.convert(source, out, force=True)

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from bytejepa.artifact import joint_codes
-from bytejepa.artifact.container import container_from_bytes, container_to_bytes
+from bytejepa.artifact.container import container_to_bytes
 from bytejepa.artifact.header import joint_from_json, joint_to_json
 from bytejepa.artifact.joint_codes import choose_tables, row_histograms
 from bytejepa.artifact.packing import pack, unpack
 from bytejepa.errors import ArtifactError
 from bytejepa.model.quantization import QuantizedMatrix, dequantize
+from example_container import container_from_bytes
 
 CODECS = ("rans", "zstd", "brotli", "raw")
 

@@ -4,10 +4,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from bytejepa.training.distributed import Ranks
 from bytejepa.training.muon import Muon, _in_place, _without_copies, even_out, newton_schulz_iteration, orthogonalize
 from bytejepa.training.optimizers import total_norm
+
+
+def step(muon: Muon, *, learning_rate_scale: float, momentum: float, clip: Tensor) -> None:
+    muon.finish(muon.start(momentum=momentum, clip=clip), learning_rate_scale=learning_rate_scale)
 
 
 def test_orthogonalize_brings_singular_values_near_one_whatever_the_shape() -> None:
@@ -57,7 +62,7 @@ def test_row_normalization_forgets_the_length_of_every_row_of_the_gradient() -> 
                     [("w", parameter)], learning_rate=1.0, weight_decay=0.0, ranks=Ranks(), normalizes_rows=normalizes
                 )
                 parameter.grad = gradient * factor[:, None]
-                muon.step(learning_rate_scale=1.0, momentum=0.0, clip=torch.tensor(1.0))
+                step(muon, learning_rate_scale=1.0, momentum=0.0, clip=torch.tensor(1.0))
                 updated.append(parameter.detach())
             assert torch.allclose(*updated, atol=1e-4) == alike, (shape, normalizes)
 
@@ -76,9 +81,9 @@ def test_batched_muon_is_muon_matrix_by_matrix(variant: dict[str, Any]) -> None:
         for p, q in zip(together, apart, strict=True):
             p.grad = torch.randn(p.shape, generator=random)
             q.grad = p.grad.clone()
-        batched.step(learning_rate_scale=1.0, momentum=0.9, clip=torch.tensor(1.0))
+        step(batched, learning_rate_scale=1.0, momentum=0.9, clip=torch.tensor(1.0))
         for muon in single:
-            muon.step(learning_rate_scale=1.0, momentum=0.9, clip=torch.tensor(1.0))
+            step(muon, learning_rate_scale=1.0, momentum=0.9, clip=torch.tensor(1.0))
     for p, q in zip(together, apart, strict=True):
         torch.testing.assert_close(p, q)
 
@@ -93,7 +98,7 @@ def test_two_steps_are_those_of_the_formula(shape: tuple[int, int]) -> None:
     expected, momentum = initial.double(), torch.zeros(shape, dtype=torch.float64)
     for gradient, mu, clip in zip(gradients, (0.5, 0.9), (1.0, 0.25), strict=True):
         parameter.grad = gradient.clone()
-        muon.step(learning_rate_scale=0.5, momentum=mu, clip=torch.tensor(clip))
+        step(muon, learning_rate_scale=0.5, momentum=mu, clip=torch.tensor(clip))
         clipped = clip * gradient.double()
         momentum = mu * momentum + clipped
         update = orthogonalize((clipped + mu * momentum).float()).double()
@@ -112,7 +117,7 @@ def test_two_steps_with_evened_updates_are_those_of_the_formula(shape: tuple[int
     square = torch.zeros(1, dtype=torch.float64)
     for gradient in gradients:
         parameter.grad, before = gradient.clone(), parameter.detach().double()
-        muon.step(learning_rate_scale=1.0, momentum=0.0, clip=torch.tensor(1.0))
+        step(muon, learning_rate_scale=1.0, momentum=0.0, clip=torch.tensor(1.0))
         update = orthogonalize(gradient).double()
         square = 0.7 * square + 0.3 * (update**2).mean(axis, keepdim=True)
         evened = update / square.sqrt()
@@ -138,7 +143,7 @@ def test_cautious_decay_leaves_the_weights_alone_that_the_update_makes_larger() 
         parameter = torch.nn.Parameter(initial.clone())
         muon = Muon([("w", parameter)], learning_rate=0.2, weight_decay=decay, cautious_decay=cautious, ranks=Ranks())
         parameter.grad = gradient.clone()
-        muon.step(learning_rate_scale=0.5, momentum=0.0, clip=torch.tensor(1.0))
+        step(muon, learning_rate_scale=0.5, momentum=0.0, clip=torch.tensor(1.0))
         updated[cautious] = parameter.detach()
     update = orthogonalize(gradient)
     decayed = (initial != updated[True]) & (updated[False] != updated[True])
@@ -147,7 +152,7 @@ def test_cautious_decay_leaves_the_weights_alone_that_the_update_makes_larger() 
     unmoved = torch.nn.Parameter(torch.ones(4, 4))
     muon = Muon([("w", unmoved)], learning_rate=0.2, weight_decay=0.5, cautious_decay=True, ranks=Ranks())
     unmoved.grad = torch.zeros(4, 4)
-    muon.step(learning_rate_scale=1.0, momentum=0.0, clip=torch.tensor(1.0))
+    step(muon, learning_rate_scale=1.0, momentum=0.0, clip=torch.tensor(1.0))
     torch.testing.assert_close(unmoved.detach(), torch.full((4, 4), 0.9))  # without a gradient a weight decays as ever
 
 

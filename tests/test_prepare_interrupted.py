@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from bytejepa.data import prepare as prepare_module
 from bytejepa.data import shards
 from bytejepa.data.corpus import embedded_documents
 from bytejepa.data.manifest import verify
@@ -27,6 +28,35 @@ from bytejepa.data.prepare import prepare
 if __name__ == "__main__":
     prepare([sys.argv[1]], sys.argv[2], val_documents=5, shard_bytes=200_000, workers=int(sys.argv[3]))
 """
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_what_another_process_finishes_meanwhile_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_same: bool
+) -> None:
+    source, out = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
+    plan_jobs, finished = prepare_module.plan_jobs, {}
+
+    def slow_plan(*arguments: Any, **options: Any) -> Any:
+        jobs = plan_jobs(*arguments, **options)
+        if not finished:
+            monkeypatch.setattr(prepare_module, "plan_jobs", plan_jobs)
+            prepare([source], out, val_documents=5 if is_same else 9, shard_bytes=2000, workers=1)
+            finished.update(times_of(out))
+        return jobs
+
+    monkeypatch.setattr(prepare_module, "plan_jobs", slow_plan)
+    if is_same:
+        assert not prepare([source], out, val_documents=5, shard_bytes=2000, workers=1).is_new
+    else:
+        with pytest.raises(DataError, match="is finished already, with something else: val_documents is 5, it was 9"):
+            prepare([source], out, val_documents=5, shard_bytes=2000, workers=1)
+    assert times_of(out) == finished
+    assert verify(out).is_good
+
+
+def times_of(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
 @pytest.mark.integration

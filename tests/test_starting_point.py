@@ -24,6 +24,7 @@ from bytejepa.training import checkpoint
 from bytejepa.training.runlog import RunFolder
 from bytejepa.training.runs import resume, train
 from bytejepa.training.starting_point import StartingPoint
+from small_models import same_tensors
 
 
 @pytest.fixture
@@ -54,13 +55,13 @@ def test_a_run_begins_with_the_weights_of_an_artifact_or_a_run(
     start = starting_point(request.getfixturevalue(of))
     if of == "minimal_run":
         run = read_run(request.getfixturevalue(of))
-        assert checkpoint.same_tensors(start.weights, run.average)
-        assert not checkpoint.same_tensors(start.weights, run.raw)
+        assert same_tensors(start.weights, run.average)
+        assert not same_tensors(start.weights, run.raw)
     train(config, embedded_shards, tmp_path / "run", start=start)
     begun = held_at(tmp_path / "run", 0)
     for part in ("model", "average"):
-        assert checkpoint.same_tensors(begun.part(part), start.weights)
-    assert not checkpoint.same_tensors(held_at(tmp_path / "run", 6).part("model"), start.weights)
+        assert same_tensors(begun.part(part), start.weights)
+    assert not same_tensors(held_at(tmp_path / "run", 6).part("model"), start.weights)
     recorded = RunFolder(tmp_path / "run").read_manifest()["started_from"]
     assert recorded == start.described()
     assert recorded["path"] == str(request.getfixturevalue(of))
@@ -71,7 +72,7 @@ def test_its_own_weights_as_a_start_change_nothing(config: RunConfig, embedded_s
     train(config, embedded_shards, tmp_path / "random")
     train(config, embedded_shards, tmp_path / "given", start=start_of(config, first))
     ends = [held_at(tmp_path / run, 6).tensors for run in ("random", "given")]
-    assert checkpoint.same_tensors(*ends)
+    assert same_tensors(*ends)
 
 
 @pytest.mark.parametrize("stops_at", [1, 4])
@@ -91,7 +92,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(
         checkpoint.remove(RunFolder(tmp_path / "stopped").checkpoints_path, 1)
     resume(tmp_path / "stopped")
     ends = [held_at(tmp_path / run, 6).tensors for run in ("whole", "stopped")]
-    assert checkpoint.same_tensors(*ends)
+    assert same_tensors(*ends)
 
 
 def test_killed_before_its_weights_were_kept_it_is_not_gone_on_with_from_random_ones(
@@ -115,7 +116,7 @@ def test_what_only_training_needs_begins_anew(config: RunConfig, embedded_shards
     packed = prediction_weights(other_weights(apart), apart)  # all that an artifact of it holds
     train(apart, embedded_shards, tmp_path / "apart", start=start_of(apart, packed))
     begun = held_at(tmp_path / "apart", 0).part("model")
-    assert checkpoint.same_tensors(prediction_weights(begun, apart), packed)
+    assert same_tensors(prediction_weights(begun, apart), packed)
     assert begun.keys() > packed.keys()
 
 
@@ -154,7 +155,7 @@ def test_a_run_cannot_replace_the_model_that_it_begins_with(
     before = held_at(run, 6).tensors
     monkeypatch.chdir(tmp_path)
     assert "would be replaced" in refuses(2, "train", run, "--data", embedded_shards, "--out", "run", "--force")
-    assert checkpoint.same_tensors(held_at(run, 6).tensors, before)
+    assert same_tensors(held_at(run, 6).tensors, before)
 
 
 def test_a_report_names_the_model_and_repeats_the_run_from_it(
@@ -185,7 +186,7 @@ def test_on_the_command_line_a_model_stands_where_a_preset_would(
     done = command("train", minimal_artifact, "--data", embedded_shards, "--out", out, *words, "--json")
     assert done.code == 0, done.err
     start, run = starting_point(minimal_artifact), RunFolder(out)
-    assert checkpoint.same_tensors(held_at(out, 0).part("model"), start.weights)
+    assert same_tensors(held_at(out, 0).part("model"), start.weights)
     expected = replace(
         start.config, schedule={"steps": 2}, training={"validate_every_steps": None, "validation_bytes": 200}
     )

@@ -21,6 +21,7 @@ from bytejepa.training.gradient_step import GradientStep
 from bytejepa.training.runlog import METRICS, RunFolder
 from bytejepa.training.runs import resume, train
 from bytejepa.training.trainer import Trainer
+from small_models import same_tensors
 
 
 def weights(run, part="model"):
@@ -108,7 +109,7 @@ def test_warmup_steps_leave_no_trace(minimal_config, embedded_shards, tmp_path) 
     for name, steps in (("cold", 0), ("warm", 3)):
         train(quiet(minimal_config, training={"warmup_steps": steps}), embedded_shards, tmp_path / name)
     for part in ("model", "average", "optimizer"):
-        assert checkpoint.same_tensors(weights(tmp_path / "cold", part), weights(tmp_path / "warm", part))
+        assert same_tensors(weights(tmp_path / "cold", part), weights(tmp_path / "warm", part))
     cold, warm = (RunFolder(tmp_path / name).read_metrics() for name in ("cold", "warm"))
     assert [line.get("train_loss_nats") for line in cold] == [line.get("train_loss_nats") for line in warm]
 
@@ -142,8 +143,8 @@ def test_every_kind_of_step_is_warmed_up_and_no_other(minimal_config, embedded_s
 def test_seeds_differ_and_repeat(minimal_config, embedded_shards, tmp_path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(quiet(minimal_config, training={"seed": seed}), embedded_shards, tmp_path / name)
-    assert checkpoint.same_tensors(weights(tmp_path / "a"), weights(tmp_path / "b"))
-    assert not checkpoint.same_tensors(weights(tmp_path / "a"), weights(tmp_path / "c"))
+    assert same_tensors(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same_tensors(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
 def test_micro_batches_give_the_gradient_of_the_whole(minimal_config) -> None:

@@ -39,9 +39,9 @@ class DemoResult:
     score: Score
     """Of the artifact on all validation addresses, sliding windows."""
     text_bytes: int
-    """Length of that text."""
+    """Length of these addresses as one text, with a blank line where the model has a BOS."""
     compressed_bytes: dict[str, int]
-    """What the usual compressors make of the same text."""
+    """What the usual compressors make of that text."""
     plot: Path
     sample: str
     """Generated text, the prompt included."""
@@ -76,6 +76,7 @@ class DemoResult:
             "window": self.score.window,
             "stride": self.score.stride,
             "scored_bytes": self.score.num_bytes,
+            "compressed_text_bytes": self.text_bytes,
             "bpb": {stage: score.bpb for stage, score in self.exported.scores.items()},
             "quantization_loss_bpb": self.quantization_loss_bpb,
             "xz_bpb": self.xz_bpb,

@@ -31,7 +31,7 @@ class BytejepaError(Exception):
 
 
 class ConfigError(BytejepaError):
-    """An impossible or unknown setting (exit code 2, as for any misuse of the command line)."""
+    """An impossible or unknown setting, or an output that exists (exit code 2, as for any misuse of the command line)."""
 
     exit_code = 2
 
@@ -81,8 +81,11 @@ def nearest_hint(name: str, known: Iterable[str], *, label: str = "known") -> st
 
 def error_of_os(problem: OSError) -> BytejepaError:
     """Return what a device or file that fails at an unforeseen place is to a user: one line that names it."""
-    where = f" {problem.filename}" if problem.filename else ""
-    return BytejepaError(f"cannot go on{where}: {problem.strerror or problem}")
+    where, reason = f" {problem.filename}" if problem.filename else "", problem.strerror or str(problem)
+    # Python's, whoever asked for it: also libraries do
+    no_place = reason.startswith("No usable temporary directory")
+    hint = "set TMPDIR to a folder that can be written to" if no_place else None
+    return BytejepaError(f"cannot go on{where}: {reason}", hint=hint)
 
 
 @contextlib.contextmanager

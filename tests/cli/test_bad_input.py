@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from bytejepa.training import checkpoint
 from conftest import MINIMAL, minimal_with
 
 Refuses = Callable[..., str]
-CONFIG, DATA, RUN, ARTIFACT = 2, 3, 4, 5
+CONFIG, DATA, RUN, ARTIFACT, REVIEW = 2, 3, 4, 5, 10
+AUTHOR = ("--author", "A", "--github-id", "a")
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -25,9 +27,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("size", ["-5", "0"])
 def test_sizes_out_of_range_are_refused(refuses: Refuses, tmp_path: Path, minimal_run: Path, size: str) -> None:
-    wrong, author = f"--score-bytes: expected 2 or more, got {size}", ("--author", "A", "--github-id", "a")
-    option = f"--score-bytes={size}"
-    assert wrong in refuses(CONFIG, "submission", minimal_run, "-o", tmp_path / "folder", *author, option)
+    wrong, option = f"--score-bytes: expected 2 or more, got {size}", f"--score-bytes={size}"
+    assert wrong in refuses(CONFIG, "submission", minimal_run, "-o", tmp_path / "folder", *AUTHOR, option)
     assert wrong in refuses(CONFIG, "report", minimal_run, "-o", tmp_path / "page.html", option)
     assert wrong in refuses(CONFIG, "export", minimal_run, "-o", tmp_path / "m.bjm", option)
 
@@ -126,6 +127,17 @@ def test_a_foreign_artifact(refuses: Refuses, tmp_path: Path, shards: Path, cont
     assert str(path) in refuses(ARTIFACT, "eval", path, "--data", shards)
 
 
+def test_the_review_of_a_damaged_artifact_says_once_what_is_wrong(
+    command: Callable[..., Any], tmp_path: Path, minimal_artifact: Path
+) -> None:
+    path = tmp_path / "model.bjm"
+    path.write_bytes(minimal_artifact.read_bytes()[:3000])
+    done = command("review", path)
+    assert done.code == REVIEW
+    why = f"{path} is cut short: expected {minimal_artifact.stat().st_size} bytes, got 3000 (copy it again)"
+    assert done.err == f"bytejepa review: model.bjm: NEEDS AUTHOR ACTION: {why}\n"
+
+
 def test_an_artifact_that_is_not_there(refuses: Refuses, tmp_path: Path, shards: Path) -> None:
     assert "No such file" in refuses(ARTIFACT, "eval", tmp_path / "model.bjm", "--data", shards)
 
@@ -181,14 +193,17 @@ def test_training_on_rounded_weights_needs_steps_that_it_can_know(
 
 
 def test_existing_outputs_are_refused_and_kept(
-    refuses: Refuses, tmp_path: Path, shards: Path, minimal_run: Path
+    refuses: Refuses, tmp_path: Path, shards: Path, minimal_run: Path, minimal_artifact: Path
 ) -> None:
     out, run = tmp_path / "model.bjm", tmp_path / "run"
     out.write_bytes(b"mine")
     run.mkdir()
     (run / "notes.txt").write_text("mine")
-    assert "exists already" in refuses(ARTIFACT, "export", minimal_run, "-o", out, "--no-score")
+    assert "exists already" in refuses(CONFIG, "export", minimal_run, "-o", out, "--no-score")
     assert "model.bjm exists" in refuses(CONFIG, "review", minimal_run, "-o", out)
+    assert "model.bjm exists" in refuses(CONFIG, "generate", minimal_artifact, "-o", out)
+    assert "model.bjm exists" in refuses(CONFIG, "surprise", minimal_artifact, out, "-o", out, "--format", "csv")
+    assert "model.bjm exists" in refuses(CONFIG, "submission", minimal_run, "-o", out, *AUTHOR)
     assert "make its folder first" in refuses(DATA, "review", minimal_run, "-o", tmp_path / "missing" / "review.md")
     assert "is not empty" in refuses(RUN, "train", *MINIMAL, "--data", shards, "--out", run)
     assert "is not empty" in refuses(RUN, "demo", "--out", run)
@@ -202,6 +217,21 @@ def test_a_run_is_not_overwritten(refuses: Refuses, tmp_path: Path, shards: Path
     before = snapshot(run)
     refuses(RUN, "train", *MINIMAL, "--data", shards, "--out", run)
     assert {k: v for k, v in snapshot(run).items() if k != ".lock"} == {k: v for k, v in before.items() if k != ".lock"}
+
+
+def test_a_command_in_a_hint_is_one_that_a_shell_takes(
+    refuses: Refuses, tmp_path: Path, shards: Path, minimal_run: Path
+) -> None:
+    run = tmp_path / "a run's folder"
+    shutil.copytree(minimal_run, run)
+    lines = [refuses(RUN, "train", *MINIMAL, "--data", shards, "--out", run)]
+    shutil.rmtree(run / "checkpoints")
+    lines += [
+        refuses(RUN, "eval", run, "--data", shards),
+        refuses(RUN, "submission", run, "-o", tmp_path / "submission", *AUTHOR),
+    ]
+    for line in lines:
+        assert shlex.split(line.split("`")[1]) == ["bytejepa", "train", "--resume", str(run)]
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(

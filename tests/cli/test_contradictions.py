@@ -3,9 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bytejepa import demo
+from bytejepa.cli.demo import print_result
+from bytejepa.data.corpus import embedded_documents
 from conftest import MINIMAL, minimal_with
 
 Refuses = Callable[..., str]
@@ -133,6 +137,15 @@ def test_a_script_is_only_run_of_a_submission(refuses: Refuses, minimal_run: Pat
     assert "is an artifact: only a submission folder" in refuses(CONFIG, "review", minimal_artifact, "--run")
 
 
+def test_data_that_an_export_would_not_read(
+    refuses: Refuses, command: Callable[..., Any], tmp_path: Path, minimal_run: Path, embedded_shards: Path
+) -> None:
+    words = ("export", minimal_run, "-o", tmp_path / "model.bjm", "--no-score", "--data", embedded_shards)
+    assert "--data has no effect with --no-score" in refuses(CONFIG, *words)
+    assert not (tmp_path / "model.bjm").exists()
+    assert command(*words, "--compact").code == 0  # reads training text
+
+
 def test_a_stride_that_an_export_cannot_have(refuses: Refuses, minimal_run: Path, tmp_path: Path) -> None:
     words = ("export", minimal_run, "-o", tmp_path / "m.bjm", "--score-bytes=20")
     assert "stride must be from 1 to the window 64, got 65 (use another --stride)" in refuses(
@@ -169,10 +182,16 @@ def test_a_model_that_no_memory_holds(refuses: Refuses, embedded_shards: Path, t
 
 
 @pytest.mark.integration
-def test_a_demo_is_titled_by_its_preset_and_prints_its_sample(
-    command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_demo_is_titled_by_its_preset_and_prints_its_sample_and_what_is_compared(
+    command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    titles = []
+    results, titles, run_demo = [], [], demo.demo
+
+    def kept(*arguments: Any, **options: Any) -> demo.DemoResult:
+        results.append(run_demo(*arguments, **options))
+        return results[0]
+
+    monkeypatch.setattr(demo, "demo", kept)
     monkeypatch.setattr("bytejepa.demo.plot_learning_curve", lambda *_, title: titles.append(title))
     words = ("ablation-pr832", *MINIMAL[1:], "--out", tmp_path / "demo", "--sample-bytes=8")
     done = command("demo", *words, "--json")
@@ -180,3 +199,10 @@ def test_a_demo_is_titled_by_its_preset_and_prints_its_sample(
     record = json.loads(done.out)
     assert record["sample"].startswith("My fellow Americans, ")
     assert record["train_bytes_per_s"] * record["train_s"] == pytest.approx(record["train_bytes_read"])
+    addresses = [len(document.data) for document in embedded_documents() if document.split == "val"]
+    assert record["scored_bytes"] == sum(addresses)
+    assert record["compressed_text_bytes"] == sum(addresses) + 2 * (len(addresses) - 1) + 1
+    print_result(results[0])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"validation addresses ({sum(addresses):,} bytes)" in shown
+    assert f"compressors: the same with blank lines between them, {record['compressed_text_bytes']:,} bytes" in shown

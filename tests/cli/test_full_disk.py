@@ -2,13 +2,15 @@
 
 import errno
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bytejepa.training import checkpoint
+from bytejepa.files import write_atomically
+from bytejepa.training import checkpoint, runlog
 from conftest import MINIMAL
 from prepared_folders import files_of
 
@@ -29,6 +31,35 @@ def test_a_full_disk_at_export(
     line = refuses(ARTIFACT, "export", minimal_run, "-o", out, "--no-score", "--force")
     assert "No space left on device (free some space; nothing that existed was changed)" in line
     assert files_of(tmp_path) == {"model.bjm": b"the old one"}
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_full_disk_at_the_beginning_of_a_run_leaves_nothing_of_it(
+    refuses: Refuses,
+    command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    embedded_shards: Path,
+    is_there: bool,
+) -> None:
+    run = tmp_path / "run"
+    if is_there:
+        run.mkdir()
+    words = ("train", *MINIMAL, "--data", embedded_shards, "--out", run)
+    for name in ("config.json", "manifest.json"):
+
+        def full(path: Path, data: bytes, name: str = name) -> None:
+            if path.name == name:
+                no_space()
+            write_atomically(path, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runlog, "write_atomically", full)
+            line = refuses(RUN, *words)
+        assert f"cannot create run folder {run}: No space left on device" in line
+        assert run.exists() == is_there
+        assert list(tmp_path.rglob("*")) == [run] * is_there
+    assert command(*words).code == 0
 
 
 def test_a_full_disk_at_a_checkpoint(
@@ -53,6 +84,13 @@ def test_a_full_disk_at_a_checkpoint(
 def test_a_full_disk_under_the_output(refuses: Refuses, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bytejepa.cli.terminal.print_json", no_space)
     assert "No space left on device" in refuses(1, "config", "tiny", "--json")
+
+
+def test_no_place_for_temporary_files(refuses: Refuses, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "nowhere")])
+    line = refuses(1, "bench", "--what", "prepare", "--megabytes", 1)
+    assert f"No usable temporary directory found in ['{tmp_path / 'nowhere'}'] (set TMPDIR to a folder" in line
 
 
 def test_a_full_disk_under_the_clock(refuses: Refuses, tmp_path: Path, embedded_shards: Path) -> None:

@@ -9,24 +9,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytejepa.artifact.container import container_from_bytes, container_to_bytes
+from bytejepa.artifact.container import container_to_bytes
 from bytejepa.artifact.packing import CODECS, StoredTensor, pack, restore, unpack
 from bytejepa.errors import ArtifactError
 from bytejepa.model.quantization import (
     CLIP_MAX,
-    CLIP_MEAN_SQUARED_ERROR,
     ClipRule,
     QuantizedMatrix,
     dequantize,
     fake_quantize_rows,
     quantize_rows,
 )
+from example_container import container_from_bytes
 
 torch.set_num_threads(1)
 
 CLIPS = (
     CLIP_MAX,
-    CLIP_MEAN_SQUARED_ERROR,
+    ClipRule(kind="mean_squared_error"),
     ClipRule(kind="quantile", quantile=0.9),
     ClipRule(kind="standard_deviations"),
 )

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from bytejepa.data import sources
 from bytejepa.data.prepare import prepare
 from bytejepa.data.shards import ShardRecord, ShardWriter, find_shards, open_shard
-from bytejepa.data.vocabulary import BOS, bytes_from_ids
+from bytejepa.data.vocabulary import BOS
+from prepared_folders import bytes_from_ids
 
 texts = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=60), min_size=3, max_size=30).filter(
     lambda documents: bool(documents[0]) and any(documents[1:])

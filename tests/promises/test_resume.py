@@ -17,6 +17,7 @@ from bytejepa.scoring.evaluate import Scorer
 from bytejepa.training import checkpoint
 from bytejepa.training.runlog import RunFolder
 from bytejepa.training.runs import resume, train
+from small_models import same_tensors
 
 pytestmark = pytest.mark.integration
 
@@ -96,7 +97,7 @@ def test_killed_at_random_times_it_ends_with_the_same_bits(config, embedded_shar
         run = tmp_path / f"killed_{num_runs}"
         begin(config, embedded_shards, run)
         killed += killed_until_done(run, kills=kills - killed, longest_s=1.2 * takes_s, seed=kills + num_runs)
-        assert checkpoint.same_tensors(final_state(whole), final_state(run))
+        assert same_tensors(final_state(whole), final_state(run))
         assert timeless(whole) == timeless(run)
         shutil.rmtree(run)
         num_runs += 1
@@ -110,7 +111,7 @@ def test_under_a_wallclock_cap_the_logged_clock_is_replayed(config, embedded_sha
     begin(capped, embedded_shards, killed)
     shutil.copy(RunFolder(whole).clock_path, RunFolder(killed).clock_path)
     killed_until_done(killed, kills=2, longest_s=0.5, seed=0)
-    assert checkpoint.same_tensors(final_state(whole), final_state(killed))
+    assert same_tensors(final_state(whole), final_state(killed))
     assert RunFolder(whole).read_metrics() == RunFolder(killed).read_metrics()
 
 
@@ -126,7 +127,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(config,
     resume(run, on_note=notes.append)
     assert len(notes) == 1
     assert "step_00000024" in notes[0]
-    assert checkpoint.same_tensors(final_state(whole), final_state(run))
+    assert same_tensors(final_state(whole), final_state(run))
 
 
 def test_if_every_checkpoint_is_damaged_nothing_is_overwritten(config, embedded_shards, tmp_path) -> None:
@@ -151,7 +152,7 @@ def test_sigterm_writes_a_checkpoint_and_resume_goes_on(config, embedded_shards,
         train(patient, embedded_shards, run, on_progress=stop_at_ten)
     assert stopped.value.exit_code == 7
     resume(run)
-    assert checkpoint.same_tensors(final_state(whole), final_state(run))
+    assert same_tensors(final_state(whole), final_state(run))
     assert timeless(whole) == timeless(run)
 
 
@@ -175,7 +176,7 @@ def test_sigterm_ends_a_validation_between_batches_and_resume_makes_up_for_it(
     assert len(scored) == 2
     monkeypatch.undo()
     resume(run)
-    assert checkpoint.same_tensors(final_state(whole), final_state(run))
+    assert same_tensors(final_state(whole), final_state(run))
     assert timeless(whole) == timeless(run)
 
 

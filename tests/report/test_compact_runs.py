@@ -61,6 +61,18 @@ def test_a_band_of_runs_that_ended_by_the_clock_is_at_their_mean_end() -> None:
     assert len(seed_band([logged(1, [1.0], a=[1.0]), logged(2, [2.0], b=[1.0])], "a").x) == 0
 
 
+def test_a_band_of_runs_that_were_validated_on_the_way_too_has_their_ends() -> None:
+    runs = [logged(1, [1.0, 2.0, 3.0, 3.5], a=[5.0, 4.0, 3.0, 2.5]), logged(2, [1.0, 2.0, 2.5], a=[6.0, 5.0, 4.5])]
+    band = seed_band(runs, "a")
+    assert (band.x.tolist(), band.low.tolist(), band.high.tolist()) == (
+        [1.0, 2.0, 3.0],
+        [5.0, 4.0, 2.5],
+        [6.0, 5.0, 4.5],
+    )
+    killed = seed_band([runs[0], logged(2, [1.0, 2.0], a=[6.0, 5.0])], "a")  # what went on alone is no mean
+    assert killed.x.tolist() == [1.0, 2.0]
+
+
 def test_the_spread_of_seeds_validated_at_their_end_is_seen() -> None:
     runs = tuple(logged(seed, [1.0], val_bpb=[bpb], val_bpb_average=[bpb]) for seed, bpb in ((1, 2.0), (2, 2.5)))
     plot = learning_curves(SimpleNamespace(label="a", seeds="2 runs", config=tiny(), runs=runs), "curves")  # type: ignore[arg-type]

@@ -91,7 +91,8 @@ def test_each_budget_is_drawn_and_shared_out() -> None:
         axes = plot.draw(layout).axes[0]
         lines = [path.vertices[0, 0] for lines in axes.collections for path in lines.get_paths()]
         assert lines == [0.001, 0.0005]
-        assert [text.get_text() for text in axes.texts] == ["0.00 MB, 40.0%", "0.00 MB, 80.0%"]
+        between = "\n" if layout.is_narrow else ", "
+        assert [text.get_text() for text in axes.texts] == [f"0.00 MB{between}40.0%", f"0.00 MB{between}80.0%"]
     assert "budget 0.001 MB" in [
         text.get_text() for text in size_plot({"a": measured(b"abc")}).draw(WIDE).axes[0].texts
     ]

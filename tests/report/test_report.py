@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -257,6 +259,7 @@ def test_a_study_shows_its_differences(tmp_path: Path, minimal_run: Path, second
     assert "One & only note." in whole
     assert "-0.0300" in whole
     assert "-0.0500 to -0.0100" in whole
+    assert "means of what the log has of the last tenth of the run, its last line at least" in whole
     rows = read_csv(made, "ablation")
     assert [(row["variant"], row["verdict"]) for row in rows] == [("base", ""), ("other", "better")]
     marks = re.findall(r"<text[^>]*var\(--series-2\)[^>]*>([^<]*)<", made.page.read_text())
@@ -308,7 +311,7 @@ def test_the_command_replaces_a_page_only_when_told(
     out = tmp_path / "r.html"
     folder = tmp_path / "r_files"
     folder.mkdir()
-    (folder / "old.png").write_bytes(b"")
+    (folder / "weights_12.png").write_bytes(b"")
     outcome = command("report", minimal_run, "-o", out, "--measure", "none", "--force", "--json")
     record = json.loads(outcome.out)  # type: ignore[attr-defined]
     assert record["page"] == str(out)
@@ -316,7 +319,7 @@ def test_the_command_replaces_a_page_only_when_told(
     assert "Nothing was measured beyond the log." in out.read_text()
 
 
-@pytest.mark.parametrize("foreign", ["thesis.tex", "figures"])
+@pytest.mark.parametrize("foreign", ["thesis.tex", "figures", "holiday.png", "measurements.csv"])
 def test_a_folder_that_no_report_left_is_not_replaced(
     refuses: Callable[..., str], tmp_path: Path, minimal_run: Path, foreign: str
 ) -> None:
@@ -329,6 +332,22 @@ def test_a_folder_that_no_report_left_is_not_replaced(
     said = refuses(2, "report", minimal_run, "-o", tmp_path / "r.html", "--force")
     assert f"r_files is not of a report: it holds {foreign} (give the page another name)" in said
     assert kept.exists()
+
+
+def test_a_page_that_appears_meanwhile_is_kept(
+    refuses: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, minimal_run: Path
+) -> None:
+    module = importlib.import_module("bytejepa.report.report")  # the package's attribute is the function
+    out, render = tmp_path / "r.html", module.render_page
+
+    def somebody_else_writes(*arguments: object, **options: Any) -> str:
+        out.write_text("theirs")
+        return render(*arguments, **options)
+
+    monkeypatch.setattr(module, "render_page", somebody_else_writes)
+    assert "r.html exists" in refuses(2, "report", minimal_run, "-o", out, "--measure", "none")
+    assert out.read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [out]
 
 
 PROBE = """<script>

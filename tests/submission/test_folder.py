@@ -4,13 +4,15 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bytejepa.config import replace
-from bytejepa.errors import ArtifactError, CheckpointError, DataError
+from bytejepa.errors import ArtifactError, CheckpointError, ConfigError, DataError
 from bytejepa.model.attention import available_backends
 from bytejepa.review import Review, Word, review
+from bytejepa.submission import folder as folder_module
 from bytejepa.submission.folder import Author, make_submission
 from bytejepa.submission.seeds import read_runs
 from bytejepa.training.runlog import RunFolder
@@ -140,7 +142,7 @@ def test_an_existing_folder_is_replaced_only_by_force(seed_runs, tmp_path) -> No
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("kept")
-    with pytest.raises(DataError, match="exists already"):
+    with pytest.raises(ConfigError, match="exists already"):
         make_submission(seed_runs[:1], out, AUTHOR)
     for foreign in (out, out / "precious"):  # also by force no other folder is deleted, and no file
         with pytest.raises(DataError, match=r"is no submission, it has no submission\.json"):
@@ -157,6 +159,20 @@ def test_an_existing_folder_is_replaced_only_by_force(seed_runs, tmp_path) -> No
     assert (link / "train_gpt.py").is_file()
     assert not link.is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
+
+
+def test_a_folder_that_appears_meanwhile_is_kept(seed_runs, tmp_path, monkeypatch) -> None:
+    out, fill = tmp_path / "out", folder_module._fill
+
+    def somebody_else_writes(*arguments: Any) -> None:
+        fill(*arguments)
+        out.mkdir()
+        (out / "submission.json").write_text("theirs")
+
+    monkeypatch.setattr(folder_module, "_fill", somebody_else_writes)
+    with pytest.raises(ConfigError, match="exists already"):
+        make_submission(seed_runs[:1], out, AUTHOR, score_bytes=500)
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("out"), Path("out/submission.json")]
 
 
 def test_a_study_becomes_a_table(seed_runs, tmp_path) -> None:
@@ -194,7 +210,7 @@ def test_the_command(seed_runs: list[Path], tmp_path, command) -> None:
     assert set(record["bpb"]) == {"2025", "42"}
     assert record["code_bytes"] < record["readable_bytes"]
     again = command(*words)
-    assert again.code == 3
+    assert again.code == 2
     assert "exists already" in again.err
     shown = command(*words, "--force")
     assert "sliding" in shown.out

@@ -36,7 +36,7 @@ from bytejepa.artifact.header import (
 )
 from bytejepa.artifact.joint_codes import JointRecord
 from bytejepa.artifact.packing import DEFAULT_CODECS, StoredTensor, TensorRecord, pack, restore, unpack
-from bytejepa.errors import ArtifactError, file_errors_as
+from bytejepa.errors import ArtifactError, ConfigError, file_errors_as
 from bytejepa.files import atomic_file
 from bytejepa.model.quantization import QuantizedMatrix
 
@@ -53,8 +53,7 @@ _DAMAGED = "the file is damaged, copy it again"
 class ContainerInfo:
     """What a container weighs, in bytes."""
 
-    path: Path | None
-    """None for a container that was never a file."""
+    path: Path
     file_bytes: int
     sha256: str
     """Of the whole file in hex, as `sha256sum` prints it."""
@@ -114,14 +113,6 @@ def container_to_bytes(
     return body + hashlib.sha256(body).digest()
 
 
-def container_from_bytes(data: bytes) -> Container:
-    """Return the content of a container held in memory.
-
-    Raises: ArtifactError that says what is wrong: foreign data, a newer version, a length that differs, damage.
-    """
-    return _read(data, path=None)
-
-
 def write_container(
     path: Path | str,
     *,
@@ -133,7 +124,8 @@ def write_container(
 ) -> ContainerInfo:
     """Return the sizes of the container written at `path`, which exists afterwards whole or not at all.
 
-    Raises: ArtifactError if `path` exists and `force` is off, if it cannot be written, and as `container_to_bytes`.
+    Raises: ConfigError if `path` exists and `force` is off; ArtifactError if it cannot be written, and as
+    `container_to_bytes`.
     """
     path = Path(path)
     with file_errors_as(ArtifactError, "write", path):
@@ -158,13 +150,12 @@ def read_container(path: Path | str) -> Container:
     return _read(data, path)
 
 
-def _read(data: bytes, path: Path | None) -> Container:
-    where = str(path) if path else "the artifact"
-    table = _table(data, where)
+def _read(data: bytes, path: Path) -> Container:
+    table = _table(data, str(path))
     try:
         stored = unpack(table.records, table.payload, table.joint)
     except ArtifactError as problem:
-        raise ArtifactError(f"{where}: {problem.message}", hint=problem.hint) from problem
+        raise ArtifactError(f"{path}: {problem.message}", hint=problem.hint) from problem
     info = _info(data, table, path)
     return Container(
         configuration=table.header["configuration"],
@@ -186,7 +177,7 @@ class _Table:
     payload: memoryview
 
 
-def _info(data: bytes, table: _Table, path: Path | None) -> ContainerInfo:
+def _info(data: bytes, table: _Table, path: Path) -> ContainerInfo:
     return ContainerInfo(
         path=path,
         file_bytes=len(data),
@@ -268,11 +259,14 @@ def _require_same(written: Mapping[str, StoredTensor], meant: Mapping[str, Store
 
 
 def refuse_existing(path: Path, *, force: bool) -> None:
-    """Refuse a path that cannot be written, or that exists unless `force` is on. Raises: ArtifactError."""
+    """Refuse a path that cannot be written, or that exists unless `force` is on.
+
+    Raises: ConfigError for what exists, ArtifactError for what cannot be written.
+    """
     if path.is_dir():
         raise ArtifactError(f"cannot write {path}: it is a folder", hint="name a file")
     if path.exists() and not force:
-        raise ArtifactError(f"{path} exists already", hint="choose another name, or overwrite it with --force")
+        raise ConfigError(f"{path} exists already", hint="choose another name, or overwrite it with --force")
 
 
 def _write_checked(path: Path, data: bytes, tensors: Mapping[str, StoredTensor], *, force: bool) -> None:

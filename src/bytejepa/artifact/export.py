@@ -20,6 +20,7 @@ from bytejepa.artifact.store import code_bytes, needs_calibration
 from bytejepa.artifact.write import calibration_sequences, write_artifact
 from bytejepa.config import RunConfig, replace
 from bytejepa.data.loader import IdStream, validation_ids
+from bytejepa.errors import ConfigError
 from bytejepa.model.precision import on_device
 from bytejepa.model.transformer import ByteLM, prediction_weights
 from bytejepa.presets import compact
@@ -89,47 +90,31 @@ def export(
     `pack_compactly`: with `presets.compact`'s settings instead of the run's. `fit_bytes`: code and weights take as much of
     these as they can and never more; compactly, unless the run's own settings have a clip that can be fitted.
     With `ranks` the scoring is divided among them, on their devices; rank 0 writes.
-    Raises: CheckpointError without a whole checkpoint, or if the shards are not told of; ArtifactError if `out` exists or
-    cannot be written, or if the model cannot fit.
+    Raises: CheckpointError without a whole checkpoint, or if the shards are not told of; ConfigError if `out` exists, or
+    for `data` of which nothing would be read; ArtifactError if `out` cannot be written, or if the model cannot fit.
     """
     ranks = ranks or Ranks()
     with ranks.agree():
         trained = read_run(run)
         config = _packed_so(trained.config, pack_compactly=pack_compactly, fit_bytes=fit_bytes)
         trained = dataclasses.replace(trained, config=config)
-        ids = None
-        if score:  # before seconds of compression
-            window, every = window_and_stride(config.evaluation, stride=stride, sliding=False)
-            shards = trained.folder.data_path(data)
-            ids = validation_ids(shards, score_bytes or config.training.validation_bytes)
+        scoring = _scoring(trained, data, score_bytes, stride) if score else None  # before seconds of compression
+        if scoring is None and data is not None and not needs_calibration(config.artifact):
+            raise ConfigError(
+                f"--data has no effect with --no-score: nothing of {data} is read to pack {run}", hint="leave it out"
+            )
         source_bytes, archive_bytes = code_bytes()
         if ranks.is_main:
             refuse_existing(out, force=force)
     with ranks.agree():
         if ranks.is_main:
+            device = ranks.device
             pack_run(
-                trained,
-                out,
-                data=data,
-                code_bytes=archive_bytes,
-                device=ranks.device,
-                force=force,
-                on_stage=on_progress,
+                trained, out, data=data, code_bytes=archive_bytes, device=device, force=force, on_stage=on_progress
             )
     with ranks.agree():
         container = read_container(out)
-    scores: dict[str, Score] = {}
-    if ids is not None:
-        for stage, model in _models_of_stages(trained, out):
-            scores[stage] = score_on_ranks(
-                Scorer(on_device(model, ranks.device)),
-                ids,
-                ranks,
-                window=window,
-                stride=every,
-                batch_ids=config.evaluation.batch_bytes,
-                on_progress=stage_count(on_progress, f"score {stage}", len(ids) - 1),
-            )
+    scores = {} if scoring is None else _scores_of_stages(trained, out, scoring, ranks, on_progress)
     fitted = configuration_of(container.configuration, str(out)).artifact.clip_standard_deviations
     return ExportResult(
         path=out,
@@ -183,6 +168,40 @@ def calibration_text(trained: TrainedRun, data: Path | None = None) -> npt.NDArr
         return None
     shards = trained.folder.data_path(data)
     return calibration_sequences(IdStream.open(shards, "train"), trained.config, shards)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Scoring:
+    """What every stage is scored on, and how."""
+
+    ids: npt.NDArray[np.uint16]
+    window: int
+    stride: int
+
+
+def _scoring(trained: TrainedRun, data: Path | None, score_bytes: int | None, stride: int | None) -> _Scoring:
+    """Return how to score a run. Raises: ConfigError for a stride that cannot be, and what the shards raise."""
+    config = trained.config
+    window, every = window_and_stride(config.evaluation, stride=stride, sliding=False)
+    ids = validation_ids(trained.folder.data_path(data), score_bytes or config.training.validation_bytes)
+    return _Scoring(ids=ids, window=window, stride=every)
+
+
+def _scores_of_stages(
+    trained: TrainedRun, artifact: Path, how: _Scoring, ranks: Ranks, on_progress: StageProgress | None
+) -> dict[str, Score]:
+    return {
+        stage: score_on_ranks(
+            Scorer(on_device(model, ranks.device)),
+            how.ids,
+            ranks,
+            window=how.window,
+            stride=how.stride,
+            batch_ids=trained.config.evaluation.batch_bytes,
+            on_progress=stage_count(on_progress, f"score {stage}", len(how.ids) - 1),
+        )
+        for stage, model in _models_of_stages(trained, artifact)
+    }
 
 
 def _models_of_stages(trained: TrainedRun, artifact: Path) -> Iterator[tuple[str, ByteLM]]:

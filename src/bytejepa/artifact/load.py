@@ -126,7 +126,7 @@ def read_run(path: Path) -> TrainedRun:
     config = folder.read_config()
     found = checkpoint.read_newest(folder.checkpoints_path)
     if found is None:
-        raise CheckpointError(f"{path} has no checkpoint yet", hint=f"go on with `bytejepa train --resume {path}`")
+        raise CheckpointError(f"{path} has no checkpoint yet", hint=f"go on with `{folder.resume_command}`")
     raw = found.part("model")
     average = found.part("average") or raw
     return TrainedRun(folder=folder, config=config, raw=raw, average=average, step=found.position.step)

@@ -40,7 +40,7 @@ def write_artifact(
 
     `sequences`: training text, (sequences, T), for settings that need it (`needs_calibration`); it is read on `device`.
     With `artifact.fit` file and `code_bytes` together take as much of `artifact.limit_bytes` as they can, never more.
-    Raises: ArtifactError if the file exists, cannot be written or cannot fit, leaving what existed.
+    Raises: ConfigError if the file exists, ArtifactError if it cannot be written or cannot fit, leaving what existed.
     """
     refuse_existing(path, force=force)  # before seconds or minutes of work
     settings, calibration = config.artifact, None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
+import json
 import platform
 import statistics
 import tempfile
@@ -16,6 +19,7 @@ import torch
 
 from bytejepa.benchmark.against_plain import measure_against_plain, speedup
 from bytejepa.benchmark.memory import peak_bytes, restart_peak
+from bytejepa.benchmark.processes import PeakOfProcesses
 from bytejepa.benchmark.speed import (
     Speed,
     TrainingStep,
@@ -27,6 +31,7 @@ from bytejepa.benchmark.speed import (
     synchronize,
 )
 from bytejepa.config import RunConfig, replace
+from bytejepa.data.corpus import embedded_documents
 from bytejepa.data.vocabulary import BYTE_OFFSET, VOCABULARY_SIZE
 from bytejepa.model.initialization import initialize
 from bytejepa.model.precision import on_device
@@ -147,29 +152,45 @@ def bench_load(config: RunConfig, device: torch.device, *, steps: int) -> dict[s
 
 
 def bench_prepare(*, num_megabytes: int, workers: int) -> dict[str, Any]:
-    """Return the speed of turning JSONL made of the embedded corpus into shards."""
-    import json
-
-    from bytejepa.data.corpus import embedded_documents
+    """Return the speed of turning JSONL made of the embedded corpus into shards, and the memory of all that takes part."""
     from bytejepa.data.prepare import prepare
 
-    lines = [json.dumps({"id": d.id, "text": d.data.decode("utf-8", errors="replace")}) for d in embedded_documents()]
-    block = ("\n".join(lines) + "\n").encode()
+    cpu = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "text.jsonl"
-        with source.open("wb") as file:
-            for _ in range(max(1, num_megabytes * 1_000_000 // len(block))):
-                file.write(block)
-        begin = time.perf_counter()
-        result = prepare([source], Path(folder) / "out", val_documents=10, workers=workers)
-        elapsed_s = time.perf_counter() - begin
+        source_bytes = _write_documents(source, num_megabytes * 1_000_000)
+        restart_peak(cpu)
+        # one worker is this process, whose peak the system knows: nobody needs to look while it is timed
+        watching = contextlib.nullcontext(None) if workers == 1 else PeakOfProcesses()
+        with watching as seen:
+            begin = time.perf_counter()
+            result = prepare([source], Path(folder) / "out", val_documents=10, workers=workers)
+            elapsed_s = time.perf_counter() - begin
+        peak_memory_bytes = max(peak_bytes(cpu), seen.peak_bytes if seen else 0)
         text_bytes = sum(split.num_text_bytes for split in result.manifest.splits.values())
     return {
-        **surroundings(torch.device("cpu")),
+        **surroundings(cpu),
+        "source_bytes": source_bytes,
         "text_bytes": text_bytes,
         "workers": result.num_workers,
         "elapsed_s": elapsed_s,
         "bytes_per_s": text_bytes / elapsed_s,
         "bytes_per_s_a_worker": text_bytes / elapsed_s / result.num_workers,
-        "peak_memory_bytes": peak_bytes(torch.device("cpu")),
+        "peak_memory_bytes": peak_memory_bytes,
     }
+
+
+def _write_documents(path: Path, num_bytes: int) -> int:
+    """Write the embedded corpus as JSONL, again and again, until the file has `num_bytes`, and return how many it has: the
+    last document is whole."""
+    lines = [
+        json.dumps({"id": document.id, "text": document.data.decode("utf-8", errors="replace")}).encode() + b"\n"
+        for document in embedded_documents()
+    ]
+    written = 0
+    with path.open("wb") as file:
+        for line in itertools.cycle(lines):
+            written += file.write(line)
+            if written >= num_bytes:
+                return written
+    raise AssertionError("the corpus is empty")

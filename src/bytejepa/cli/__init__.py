@@ -3,8 +3,8 @@
 `main` knows the verbs by name only and imports the module of the one that is asked for, so that `bytejepa --help`
 answers at once. A verb's module holds a dataclass whose fields are its options; tyro builds the parser from it.
 
-Exit codes: 0 done, 1 other failure, 2 impossible or unknown setting, 3 data, 4 run or checkpoint, 5 artifact,
-6 compressed file, 7 stopped by a signal after a checkpoint, 10 review not clean, 130 interrupted.
+Exit codes: 0 done, 1 other failure, 2 impossible or unknown setting or an output that exists, 3 data, 4 run or
+checkpoint, 5 artifact, 6 compressed file, 7 stopped by a signal after a checkpoint, 10 review not clean, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ def print_result(result: DemoResult) -> None:
     export.print_result(result.exported)
     print_table(
         f"validation addresses ({result.score.num_bytes:,} bytes), artifact, window {result.score.window}, "
-        f"stride {result.score.stride}: {result.score.bpb:.4f} bpb",
+        f"stride {result.score.stride}: {result.score.bpb:.4f} bpb; compressors: the same with blank lines between them, "
+        f"{result.text_bytes:,} bytes",
         *comparison(result.compressed_bytes, result.text_bytes, result.score.bpb),
     )
     rate = result.training.num_bytes / result.training.elapsed_s / 1e3

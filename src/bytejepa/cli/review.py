@@ -50,7 +50,7 @@ class Review:
         else:
             self._deliver_table(outcome)
         if not outcome.is_clean:
-            raise ReviewFailed(f"{outcome.target}: {outcome.verdict.word.value}", hint=outcome.verdict.reason)
+            raise ReviewFailed(f"{outcome.target}: {outcome.verdict.word.value}: {outcome.verdict.reason}")
         return 0
 
     def _deliver(self, text: str) -> None:

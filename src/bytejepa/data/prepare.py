@@ -93,23 +93,15 @@ def prepare(
     else:
         finished = _finished(out, identity)
         if finished is not None:
-            return PrepareResult(directory=out, manifest=finished, is_new=False, num_shards_kept=0, num_workers=0)
+            return _nothing_to_do(out, finished)
         _refuse_foreign_files(staging)
         jobs = [] if staging.is_finishing else make_plan()
+    common = JobSettings(folder=staging.folder, settings=settings, shard_bytes=shard_bytes)
     with staging.held():
-        num_kept = sum(len(records) for records in staging.progress.shards.values())
-        num_workers = 0
-        if not staging.is_finishing:
-            num_workers = min(workers or num_usable_processors(), len(jobs))
-            common = JobSettings(folder=staging.folder, settings=settings, shard_bytes=shard_bytes)
-            _do_what_is_left(jobs, staging, common, num_workers, progress)
-            _check_unchanged(found)
-            staging.finish(jobs)
-        staging.publish()
-    manifest = load_manifest(out)
-    return PrepareResult(
-        directory=out, manifest=manifest, is_new=True, num_shards_kept=num_kept, num_workers=num_workers
-    )
+        finished = None if force else _finished_meanwhile(staging)
+        if finished is not None:
+            return _nothing_to_do(out, finished)
+        return _made(jobs, staging, common, workers, found, progress)
 
 
 def _check_numbers(val_documents: int | None, shard_bytes: int, workers: int | None) -> None:
@@ -238,6 +230,22 @@ def _finished(out: Path, identity: Identity) -> Manifest | None:
     return manifest
 
 
+def _finished_meanwhile(staging: Staging) -> Manifest | None:
+    """Return what `_finished` does, once the staging folder is held: another process may have finished while this one planned.
+
+    What it made is then all that is left.
+    """
+    try:
+        return _finished(staging.out, staging.identity)
+    except DataError:
+        shutil.rmtree(staging.folder, ignore_errors=True)
+        raise
+
+
+def _nothing_to_do(out: Path, finished: Manifest) -> PrepareResult:
+    return PrepareResult(directory=out, manifest=finished, is_new=False, num_shards_kept=0, num_workers=0)
+
+
 def _refuse_foreign_files(staging: Staging) -> None:
     """Raise a DataError if the output folder holds anything but an unfinished preparation."""
     if staging.out.exists() and not staging.out.is_dir():
@@ -252,6 +260,29 @@ def _refuse_foreign_files(staging: Staging) -> None:
             f"{staging.out} is not empty: it holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}",
             hint="name an empty or a new folder; --force replaces shards and leaves other files alone",
         )
+
+
+def _made(
+    jobs: list[Job],
+    staging: Staging,
+    place: JobSettings,
+    workers: int | None,
+    sources: Sequence[Source],
+    progress: ProgressCallback | None,
+) -> PrepareResult:
+    """Make what is missing in a staging folder that is held, and publish all of it."""
+    num_kept = sum(len(records) for records in staging.progress.shards.values())
+    num_workers = 0
+    if not staging.is_finishing:
+        num_workers = min(workers or num_usable_processors(), len(jobs))
+        _do_what_is_left(jobs, staging, place, num_workers, progress)
+        _check_unchanged(sources)
+        staging.finish(jobs)
+    staging.publish()
+    manifest = load_manifest(staging.out)
+    return PrepareResult(
+        directory=staging.out, manifest=manifest, is_new=True, num_shards_kept=num_kept, num_workers=num_workers
+    )
 
 
 def _do_what_is_left(

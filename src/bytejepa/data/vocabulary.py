@@ -13,9 +13,3 @@ VOCABULARY_SIZE = 260
 def ids_from_bytes(data: bytes | bytearray | memoryview) -> npt.NDArray[np.uint16]:
     """Return the ids of raw bytes, (num_bytes,) uint16: byte b is id b + 4. No BOS is added."""
     return np.frombuffer(data, dtype=np.uint8).astype(np.uint16) + np.uint16(BYTE_OFFSET)
-
-
-def bytes_from_ids(ids: npt.NDArray[np.integer]) -> bytes:
-    """Return the raw bytes of `ids`; the four special ids are zero bytes long."""
-    byte_ids = ids[ids >= BYTE_OFFSET]
-    return (byte_ids - BYTE_OFFSET).astype(np.uint8).tobytes()

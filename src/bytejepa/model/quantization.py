@@ -76,7 +76,6 @@ class RowRule:
 
 
 CLIP_MAX = ClipRule()
-CLIP_MEAN_SQUARED_ERROR = ClipRule(kind="mean_squared_error")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -183,14 +182,6 @@ def quantize_at(
 def dequantize(quantized: QuantizedMatrix) -> Float32[Tensor, "rows columns"]:
     """Return the float32 weights that `quantized` stands for."""
     return quantized.codes.float() * quantized.scales.float().unsqueeze(1)
-
-
-def quantization_error(weight: Float[Tensor, "rows columns"], quantized: QuantizedMatrix) -> float:
-    """Return rms(weight - stored) / rms(weight); 0 if both are all zero, infinite if only the weight is."""
-    exact = weight.detach().double()
-    difference = float((exact - dequantize(quantized).double()).norm())
-    size = float(exact.norm())
-    return difference / size if size else (0.0 if difference == 0.0 else float("inf"))
 
 
 def fake_quantize_rows(

@@ -47,7 +47,11 @@ def smoothed(values: Array) -> Array:
 
 def seed_band(runs: Sequence[LoggedRun], key: str, *, smooth: bool = False) -> Band:
     """Return the band of `key` over `runs`, at the points that all of them logged; if there are none, but equally many of
-    each (runs that end by the clock are validated at their end), at the means of the first ones, the second ones, ..."""
+    each, at the means of the first ones, the second ones, ...
+
+    Runs that end by the clock are validated at their end, each at another point: if all of them end after the last point
+    that they share, the band ends at the mean of their ends.
+    """
     curves: list[dict[float, float]] = []
     for run in runs:
         x, values = logged_curve(run, key)
@@ -59,7 +63,12 @@ def seed_band(runs: Sequence[LoggedRun], key: str, *, smooth: bool = False) -> B
         ordered = np.array([list(curve.values()) for curve in curves], dtype=np.float64).reshape(len(curves), -1)
         return Band.over(places.mean(axis=0), ordered)
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))
-    values = np.array([[curve[x] for x in shared] for curve in curves], dtype=np.float64).reshape(len(curves), -1)
+    rows = [[curve[x] for x in shared] for curve in curves]
+    ends = [max(curve, default=0.0) for curve in curves]
+    if shared and min(ends) > shared[-1]:
+        rows = [[*row, curve[end]] for row, curve, end in zip(rows, curves, ends, strict=True)]
+        shared.append(sum(ends) / len(ends))
+    values = np.array(rows, dtype=np.float64).reshape(len(curves), -1)
     return Band.over(np.array(shared, dtype=np.float64), values)
 
 

@@ -213,19 +213,18 @@ def size_plot(measured: Mapping[str, RunMeasurements]) -> Plot:
                 axes.barh(row, size / 1e6, left=left, height=0.55, color=PART_COLOURS[part], label=label)
                 left += size / 1e6
                 labelled.add(part)
-            axes.text(
-                left + max(limits.values()) / 1e8,
-                row,
-                f"{left:.2f} MB, {1e6 * left / limit:.1%}",
-                va="center",
-                fontsize=9,
-            )
+            # in a column of its own: beside a bar it may be where the red line is
+            figures = (f"{left:.2f} MB", f"{1e6 * left / limit:.1%}")
+            text = ("\n" if layout.is_narrow else ", ").join(figures)
+            axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
             if shared is None:
                 axes.vlines(limit / 1e6, row - 0.4, row + 0.4, color=DEAD, linewidth=1.5)
         if shared is not None:
             axes.axvline(shared / 1e6, color=DEAD, linewidth=1.5)
-            at = 0.992 * shared / 1e6
-            axes.text(at, -0.62, f"budget {shared / 1e6:g} MB", color=DEAD, ha="right", va="bottom", fontsize=9)
+            axes.annotate(
+                f"budget {shared / 1e6:g} MB", (shared / 1e6, -0.62), xytext=(-4, 0), textcoords="offset points",
+                color=DEAD, ha="right", va="bottom", fontsize=9,
+            )  # fmt: skip
         axes.set_yticks(range(len(segments)), list(segments) if len(segments) > 1 else [""])
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(segments) - 0.5, -0.9)

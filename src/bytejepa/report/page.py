@@ -233,7 +233,8 @@ def study_table(study: StudyResult) -> Grid:
         caption=(
             "Variants. Bits per byte of the artifact (mean ± standard deviation over seeds), difference to the baseline with "
             "its 95 % interval, p value after Holm's correction; of JEPA's latents: explained variance, effective rank and "
-            "root mean variance over the last tenth of the run; bytes read a second of training."
+            "root mean variance, means of what the log has of the last tenth of the run, its last line at least; bytes read a "
+            "second of training."
         ),
         columns=(
             "variant", "verdict", "bpb", "difference", "95 % interval", "p", "explained", "rank", "latent std", "bytes/s",

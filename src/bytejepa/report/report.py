@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import shutil
 import tempfile
@@ -24,6 +25,12 @@ from bytejepa.report.study_plots import forest_plot
 
 Which = Literal["all", "first", "none"]
 """Which runs are measured beyond their log: all, the first of each configuration, or none."""
+
+_PLOT_FILE = re.compile(
+    r"(ablation|learning_compared|latents|throughput|size_budget|loss_by_(position|byte_class|document_length)"
+    r"|(learning_curves|weights|gradient_flow)(_\d+)?)\.(png|csv)"
+)
+"""The names of a report's files, by which a folder of them is known."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,10 +65,7 @@ def report(
     """
     tell = on_progress or silent
     folder = out.with_name(f"{out.stem}_files")
-    for path in (out, folder):
-        if path.exists() and not force:
-            raise ConfigError(f"{path} exists", hint="use --force to replace it")
-    _refuse_foreign_folder(folder)
+    _require_replaceable(out, folder, force=force)
     with file_errors_as(DataError, "write", out):
         require_writable(out)
     inputs = read_inputs(paths)
@@ -81,6 +85,7 @@ def report(
     ]  # fmt: skip
     command = shlex.join(["bytejepa", "report", *map(str, paths), "-o", str(out)])
     page = render_page(inputs, measured, sections, title=_title(inputs), command=command, files=folder.name)
+    _require_replaceable(out, folder, force=force)  # somebody may have written one during the measuring
     with file_errors_as(DataError, "write", out):
         files = _replace_folder(folder, list(drawn.values()))
         write_atomically(out, page.encode(errors="surrogateescape"))
@@ -183,13 +188,16 @@ def _title(inputs: ReportInputs) -> str:
     return " against ".join(labels) if len(labels) < 4 else f"{labels[0]} and {len(labels) - 1} other configurations"
 
 
-def _refuse_foreign_folder(folder: Path) -> None:
-    """Refuse to replace a folder that no report can have left. Raises: ConfigError."""
+def _require_replaceable(out: Path, folder: Path, *, force: bool) -> None:
+    """Refuse a page or folder that exists, unless `force` is on and no report can have left the folder. Raises: ConfigError."""
+    for path in (out, folder):
+        if path.exists() and not force:
+            raise ConfigError(f"{path} exists", hint="use --force to replace it")
     entries = list(folder.iterdir()) if folder.is_dir() else [folder] if folder.exists() else []
-    foreign = [entry.name for entry in entries if entry.is_dir() or entry.suffix not in (".png", ".csv")]
+    foreign = [entry.name for entry in entries if entry.is_dir() or not _PLOT_FILE.fullmatch(entry.name)]
     if foreign:
         raise ConfigError(
-            f"{folder} is not of a report: it holds {foreign[0]}" if folder.is_dir() else f"{folder} is a file",
+            f"{folder} is not of a report: it holds {min(foreign)}" if folder.is_dir() else f"{folder} is a file",
             hint="give the page another name",
         )
 
@@ -200,6 +208,9 @@ def _replace_folder(folder: Path, drawn: list[DrawnPlot]) -> list[Path]:
     try:
         fresh.chmod(0o755)
         names = [path.name for path in write_plot_files(drawn, fresh)]
+        assert all(_PLOT_FILE.fullmatch(name) for name in names), (
+            "a later report would take the folder for a foreign one"
+        )
         if folder.exists():
             shutil.rmtree(folder)
         fresh.rename(folder)

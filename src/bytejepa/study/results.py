@@ -72,7 +72,8 @@ class RunResult:
     final_learning_rate_scale: float
     """Where training ended."""
     explained_variance: float | None
-    """Share of the latents' variance that the predictor explains, mean over the last tenth of the run; None: no JEPA."""
+    """Share of the latents' variance that the predictor explains, mean over the lines that the log has of the last tenth of
+    the run, at least its last one; None: no JEPA."""
     effective_rank: float | None
     """Of the latents' covariance, likewise."""
     latent_std: float | None

@@ -18,7 +18,7 @@ import jinja2
 from bytejepa.bits import VALIDATION_BYTES, VALIDATION_DOCUMENTS
 from bytejepa.config import RunConfig
 from bytejepa.data.loader import validation_ids
-from bytejepa.errors import DataError, file_errors_as
+from bytejepa.errors import ConfigError, DataError, file_errors_as
 from bytejepa.files import write_atomically
 from bytejepa.progress import StageProgress
 from bytejepa.study.results import StudyResult
@@ -96,8 +96,9 @@ def make_submission(
     `data`: where the shards are if they moved; `score_bytes`: leading ids of the validation split that are scored (None:
     all, as the challenge demands); `packed`: ship the script packed, the readable one beside it. With several ranks a
     collective call, in which rank 0 writes.
-    Raises: DataError if `out` exists and not `force`, or holds anything but a submission; CheckpointError for runs that
-    are unfinished or no seeds of one configuration; ArtifactError over the budget. Nothing is then left behind.
+    Raises: ConfigError if `out` exists and not `force`; DataError if it holds anything but a submission; CheckpointError
+    for runs that are unfinished or no seeds of one configuration; ArtifactError over the budget. Nothing is then left
+    behind.
     """
     ranks = ranks or Ranks()
     with ranks.agree():
@@ -123,16 +124,20 @@ def make_submission(
                 folder = place / "folder"
                 scripts = {SCRIPT: script} | ({READABLE_SCRIPT: readable} if packed else {})
                 _fill(folder, scripts, result, author, study, documents_in(ids))
+                _require_replaceable(out, force=force)  # somebody may have written it during the scoring
                 _put_in_place(folder, out)
     return result
 
 
 def _require_replaceable(out: Path, *, force: bool) -> None:
-    """Raise a DataError if `out` exists, unless `force` is given and it is an earlier submission or an empty folder."""
+    """Refuse an `out` that exists, unless `force` is given and it is an earlier submission or an empty folder.
+
+    Raises: ConfigError without `force`, DataError for what it does not replace.
+    """
     if not out.exists():
         return
     if not force:
-        raise DataError(f"{out} exists already", hint="choose another folder, or --force")
+        raise ConfigError(f"{out} exists already", hint="choose another folder, or --force")
     if not out.is_dir() or (any(out.iterdir()) and not (out / CLAIMS).is_file()):
         raise DataError(
             f"{out} is no submission, it has no {CLAIMS}: --force does not replace it", hint="choose another folder"

@@ -104,15 +104,13 @@ def _read_run(folder: Path) -> FinishedRun:
             hint="use a run with training.attention auto or flash",
         )
     if newest is None or not metrics:
-        raise CheckpointError(f"{folder} has no checkpoint yet", hint=f"go on with `bytejepa train --resume {folder}`")
+        raise CheckpointError(f"{folder} has no checkpoint yet", hint=f"go on with `{run.resume_command}`")
     at, readings_s = newest.position, read_log(run.clock_path)
     # the last line of the log may hold what the clock said at the beginning of the last step
     elapsed_s = readings_s[at.step] if at.step < len(readings_s) else max(line["elapsed_s"] for line in metrics)
     progress = schedule.progress(config.schedule, step=at.step, num_bytes=at.num_bytes, elapsed_s=elapsed_s)
     if progress < 1 and metrics[-1]["progress"] < 1:
-        raise CheckpointError(
-            f"{folder} stopped at {progress:.0%} of its schedule", hint=f"`bytejepa train --resume {folder}`"
-        )
+        raise CheckpointError(f"{folder} stopped at {progress:.0%} of its schedule", hint=f"`{run.resume_command}`")
     return FinishedRun(
         folder=folder,
         config=config,

@@ -225,8 +225,3 @@ def read_newest(folder: Path, *, on_damaged: list[tuple[int, str]] | None = None
 def as_parts(**parts: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of several parts in one dictionary, names prefixed with the part's."""
     return {f"{part}.{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
-
-
-def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Return whether two dictionaries hold the same names with bit-identical values."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

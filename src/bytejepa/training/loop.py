@@ -271,7 +271,7 @@ class TrainingLoop:
             self._close()
             raise Interrupted(
                 f"stopped by a signal at step {self.trainer.position.step}, checkpoint written",
-                hint=f"go on with `bytejepa train --resume {self.run.path}`",
+                hint=f"go on with `{self.run.resume_command}`",
             )
 
     def _raise_failure(self) -> None:

@@ -201,13 +201,9 @@ class Muon:
         return [parameter for batch in self.batches for parameter in batch.parameters]
 
     @torch.no_grad()
-    def step(self, *, learning_rate_scale: float, momentum: float, clip: Tensor) -> None:
-        """Update the matrices in place from their `.grad`, already averaged over ranks; `clip` multiplies each gradient."""
-        self.finish(self.start(momentum=momentum, clip=clip), learning_rate_scale=learning_rate_scale)
-
-    @torch.no_grad()
     def start(self, *, momentum: float, clip: Tensor) -> list[Gathering]:
-        """Compute this rank's share of every batch of updates, each on its way to the others while the next is computed."""
+        """Compute this rank's share of every batch of updates from the matrices' `.grad`, already averaged over ranks and
+        multiplied by `clip`, each on its way to the others while the next is computed."""
         mu = torch.tensor(momentum, device="cpu").to(clip.device, non_blocking=True)
         return [
             self.ranks.all_gather_shares(self._update_of_share(batch, mu, clip), len(batch.parameters))

@@ -10,6 +10,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,16 @@ class RunFolder:
         self.checkpoints_path = path / "checkpoints"
         self.lock_path = path / ".lock"
 
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with it, as a shell takes it."""
+        return shlex.join(["bytejepa", "train", "--resume", str(self.path)])
+
     def create(self, config: RunConfig, manifest: dict[str, Any], *, force: bool = False) -> None:
         """Write the resolved configuration and the manifest into a new folder.
 
-        Raises: CheckpointError if the folder already holds a run and `force` is not given, or anything but a run.
+        Raises: CheckpointError if the folder already holds a run and `force` is not given, or anything but a run, or if
+        they cannot be written; a folder that held nothing then holds nothing.
         """
         with file_errors_as(CheckpointError, "create run folder", self.path):
             left = [entry.name for entry in self.path.iterdir() if entry.name != ".lock"] if self.path.is_dir() else []
@@ -69,15 +76,27 @@ class RunFolder:
             if left and not force:
                 raise CheckpointError(
                     f"{self.path} holds a run already",
-                    hint=f"continue it with --resume {self.path}, or start over with --force",
+                    hint=f"continue it with `{self.resume_command}`, or start over with --force",
                 )
             self.path.mkdir(parents=True, exist_ok=True)
             self.checkpoints_path.mkdir(exist_ok=True)
             for old in (self.metrics_path, self.clock_path, *self.checkpoints_path.glob("step_*")):
                 old.unlink(missing_ok=True)
             self.remove_unfinished_files()
-            write_atomically(self.config_path, json.dumps(to_dict(config), indent=1).encode())
-            write_atomically(self.manifest_path, json.dumps(manifest, indent=1).encode())
+            try:
+                write_atomically(self.config_path, json.dumps(to_dict(config), indent=1).encode())
+                write_atomically(self.manifest_path, json.dumps(manifest, indent=1).encode())
+            except BaseException:
+                if not left:
+                    self._remove_beginning()
+                raise
+
+    def _remove_beginning(self) -> None:
+        """Delete what `create` made in an empty folder, and the lock, which nobody else can hold by now."""
+        with contextlib.suppress(OSError):
+            self.config_path.unlink(missing_ok=True)
+            self.checkpoints_path.rmdir()
+            self.lock_path.unlink(missing_ok=True)
 
     def remove_unfinished_files(self) -> None:
         """Delete what a kill during a write left: temporary files, and a checkpoint's tensors without their JSON.

@@ -136,12 +136,22 @@ def _loop(
 
 @contextlib.contextmanager
 def _locked(run: RunFolder, ranks: Ranks) -> Iterator[None]:
-    """Hold the run folder's lock on rank 0; every rank raises if another process has it."""
+    """Hold the run folder's lock on rank 0; every rank raises if another process has it.
+
+    A folder that was made for it and is empty in the end is removed again.
+    """
     with contextlib.ExitStack() as held:
         with ranks.agree():
             if ranks.is_main:
+                if not run.path.exists():
+                    held.callback(_remove_if_empty, run.path)
                 held.enter_context(locked(run.lock_path, CheckpointError, f"is training in {run.path}"))
         yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _described_data(data: Path) -> dict[str, object]:
