@@ -20,7 +20,8 @@ from bytejepa.files import write_atomically
 from bytejepa.inference.generate import generate
 from bytejepa.model.transformer import ByteLM
 from bytejepa.progress import StageProgress, silent, stage_count
-from bytejepa.scoring.evaluate import Score, Scorer, score_ids
+from bytejepa.scoring.evaluate import Score
+from bytejepa.scoring.mixed import MixedScorer, score_mixed
 from bytejepa.training.loop import TrainProgress, TrainResult
 from bytejepa.training.runlog import RunFolder
 from bytejepa.training.runs import train
@@ -38,6 +39,8 @@ class DemoResult:
     exported: ExportResult
     score: Score
     """Of the artifact on all validation addresses, sliding windows."""
+    mixed_score: Score
+    """The same of the artifact mixed with what these addresses have shown so far, as `compress` codes it."""
     text_bytes: int
     """Length of these addresses as one text, with a blank line where the model has a BOS."""
     compressed_bytes: dict[str, int]
@@ -73,6 +76,7 @@ class DemoResult:
             "train_bytes_per_s": self.training.num_bytes / self.training.elapsed_s,
             "artifact_sliding_bpb": self.score.bpb,
             "artifact_sliding_bpb_without_bos": self.score.bpb_without_bos,
+            "artifact_sliding_mixed_bpb": self.mixed_score.bpb,
             "window": self.score.window,
             "stride": self.score.stride,
             "scored_bytes": self.score.num_bytes,
@@ -115,7 +119,7 @@ def demo(
     trained = train(config, data, run, force=force, on_progress=on_train)
     exported = export(run, artifact, force=force, on_progress=report)
     model = load(artifact)
-    score = score_sliding(model, data, report)
+    score, mixed_score = score_sliding(model, data, report)
     plot = plot_learning_curve(
         RunFolder(run), folder / "learning_curve.png", title=f"{name} on State of the Union addresses"
     )
@@ -127,6 +131,7 @@ def demo(
         training=trained,
         exported=exported,
         score=score,
+        mixed_score=mixed_score,
         text_bytes=len(text),
         compressed_bytes=compressed_bytes(text),
         plot=plot,
@@ -139,13 +144,14 @@ def demo(
     return result
 
 
-def score_sliding(model: ByteLM, data: Path, report: StageProgress) -> Score:
-    """Return the score of the whole validation split with sliding windows, as the model's configuration says."""
+def score_sliding(model: ByteLM, data: Path, report: StageProgress) -> tuple[Score, Score]:
+    """Return the score of the whole validation split with sliding windows, as the model's configuration says, and that of
+    the model mixed with what was scored before."""
     stream = IdStream.open(data, "val")
     ids = stream.read(0, stream.num_ids)
     evaluation = model.config.evaluation
-    return score_ids(
-        Scorer(model),
+    return score_mixed(
+        MixedScorer(model),
         ids,
         window=evaluation.window_bytes,
         stride=evaluation.stride_bytes,

@@ -201,8 +201,10 @@ def test_a_demo_is_titled_by_its_preset_and_prints_its_sample_and_what_is_compar
     assert record["train_bytes_per_s"] * record["train_s"] == pytest.approx(record["train_bytes_read"])
     addresses = [len(document.data) for document in embedded_documents() if document.split == "val"]
     assert record["scored_bytes"] == sum(addresses)
+    assert record["artifact_sliding_mixed_bpb"] < record["artifact_sliding_bpb"]
     assert record["compressed_text_bytes"] == sum(addresses) + 2 * (len(addresses) - 1) + 1
     print_result(results[0])
     shown = " ".join(capsys.readouterr().out.split())
     assert f"validation addresses ({sum(addresses):,} bytes)" in shown
+    assert f"as compress codes it: {record['artifact_sliding_mixed_bpb']:.4f} bpb" in shown
     assert f"compressors: the same with blank lines between them, {record['compressed_text_bytes']:,} bytes" in shown

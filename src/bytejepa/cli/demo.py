@@ -66,8 +66,8 @@ def print_result(result: DemoResult) -> None:
     export.print_result(result.exported)
     print_table(
         f"validation addresses ({result.score.num_bytes:,} bytes), artifact, window {result.score.window}, "
-        f"stride {result.score.stride}: {result.score.bpb:.4f} bpb; compressors: the same with blank lines between them, "
-        f"{result.text_bytes:,} bytes",
+        f"stride {result.score.stride}: {result.score.bpb:.4f} bpb; mixed with counts of this text, as compress codes it: "
+        f"{result.mixed_score.bpb:.4f} bpb; compressors: the same with blank lines between them, {result.text_bytes:,} bytes",
         *comparison(result.compressed_bytes, result.text_bytes, result.score.bpb),
     )
     rate = result.training.num_bytes / result.training.elapsed_s / 1e3
