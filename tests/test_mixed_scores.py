@@ -10,7 +10,7 @@ from bytejepa.data.vocabulary import BOS, BYTE_OFFSET, ids_from_bytes
 from bytejepa.model.transformer import ByteLM
 from bytejepa.scoring.evaluate import Scorer, score_ids
 from bytejepa.scoring.mixed import MixedScorer, score_mixed
-from small_models import small_model
+from small_models import random_model, small_config, small_model
 
 TEXT = embedded_text("val")[:400] + "naïve — plans".encode()
 
@@ -70,6 +70,38 @@ def test_no_byte_is_learned_before_it_is_scored(model: ByteLM) -> None:
     again = [score_mixed(MixedScorer(model), other[:n], window=32, stride=8)[1].nats for n in (200, 300)]
     assert again[0] == pytest.approx(whole[0], rel=1e-4)
     assert again[1] != pytest.approx(whole[1], rel=1e-2)
+
+
+def test_bytes_that_the_model_gives_no_probability_have_a_price_nevertheless() -> None:
+    """Also where floats below the least normal one are 0, as on GPUs."""
+    certain = random_model(small_config(model={"logit_softcap": 3000.0}), strength=8.0)
+    torch.set_flush_denormal(True)
+    try:
+        plain, mixed = score_mixed(MixedScorer(certain), document(TEXT), window=32, stride=8)
+    finally:
+        torch.set_flush_denormal(False)
+    assert plain.nats > 50 * plain.num_bytes
+    assert mixed.nats < 8 * 12 * mixed.num_bytes
+
+
+def test_progress_ends_at_the_number_of_targets(model: ByteLM) -> None:
+    ids, seen = document(TEXT), list[int]()
+    ids[100] = BOS
+    score_mixed(MixedScorer(model), ids, window=32, stride=8, batch_ids=64, on_progress=seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == len(ids) - 1
+
+
+@pytest.mark.compiled
+def test_compiled_code_says_the_same(model: ByteLM) -> None:
+    """As on a GPU; all windows are of one shape, for each one is compiled."""
+    ids = document(TEXT[:384])
+    ids[100] = BOS
+    plain, compiled = (
+        score_mixed(MixedScorer(model, compile=is_compiled), ids, window=32, stride=32)[1].nats
+        for is_compiled in (False, True)
+    )
+    assert compiled == pytest.approx(plain, rel=1e-4)
 
 
 def test_text_that_repeats_itself_costs_less_mixed(model: ByteLM) -> None:

@@ -11,6 +11,7 @@ import pytest
 import zstandard
 
 from bytejepa.artifact.write import write_artifact
+from bytejepa.codec.zstd_frame import compress_frame
 from bytejepa.data.corpus import embedded_text
 from codec.models import GOLDEN_MODEL
 from small_models import small_model
@@ -52,7 +53,9 @@ def test_the_bar_is_full_at_the_end_of_the_work(command: Callable, file: Path, m
     monkeypatch.setattr("bytejepa.cli.terminal.progress_bar", noted)
     command("compress", file, "--model", GOLDEN_MODEL)
     command("decompress", f"{file}.bjc", "--model", GOLDEN_MODEL, "--test")
-    assert totals == done == [756, 756]
+    file.write_bytes(compress_frame(bytes(1000)))
+    command("decompress", file, "--test")
+    assert totals == done == [756, 756, 1000]
 
 
 def test_it_works_out_of_the_box(command: Callable, file: Path) -> None:

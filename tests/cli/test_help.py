@@ -61,6 +61,16 @@ def test_every_verb_has_help_for_every_option(command: Callable[..., Any], verb:
     assert "--json" in outcome.out
 
 
+@pytest.mark.parametrize("verb", ["eval", "export", "compress", "decompress"])
+def test_no_line_of_help_ends_within_a_sentence(
+    command: Callable[..., Any], verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    meanings = [line.strip("│ ") for line in command(verb, "--help").out.splitlines() if line.startswith(("│", "  "))]
+    assert any(line.endswith("(default: False)") for line in meanings)
+    assert [line for line in meanings if line[:1].islower()] == []
+
+
 def test_help_of_train_names_the_settings_with_their_meaning(command: Callable[..., Any]) -> None:
     out = command("train", "tiny", "--help").out
     for setting in ("--model.num-layers", "--jepa.lambda-max", "--schedule.steps", "--data", "--out", "--resume"):

@@ -100,6 +100,17 @@ def test_nothing_about_the_computation_changes_the_file() -> None:
     assert decompress(golden_model(), blob, settings=on_torch) == text
 
 
+@pytest.mark.parametrize(("threads", "lanes"), [(1, None), (2, 17), (20, 48)])
+def test_progress_counts_every_byte_once(threads: int, lanes: int | None) -> None:
+    data = TEXT[:777] + random.Random(0).randbytes(423)  # mixed blocks, and one that is zstd's
+    seen: list[int] = []
+    settings = Settings(threads=threads, lanes=lanes, on_progress=seen.append)
+    blob = mixed_file(data, block_bytes=400, settings=settings)
+    assert sum(seen) == len(data)
+    assert decompress(golden_model(), blob, settings=settings) == data
+    assert sum(seen) == 2 * len(data)
+
+
 @pytest.mark.parametrize("compile", [False, True])
 def test_the_torch_path_says_the_same_of_every_bit(compile: bool) -> None:  # noqa: A002 - torch's word
     torch_coder = TorchCoder(golden_model(), 64, 32)

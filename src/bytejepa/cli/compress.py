@@ -115,8 +115,7 @@ class Compress(_Common):
     block_bytes: int | None = None
     """Content that decodes by itself, so that damage costs no more; default: 1,048,576, without mixing 32,768."""
     segment_bytes: int | None = None
-    """Least content of the up to 16 segments of a block, which decode at once: smaller ones decode faster, larger ones compress
-    better; default: 16,384. Stored in the file."""
+    """Least content of a block's up to 16 segments: small ones decode faster, large ones are smaller; default: 16,384. Stored."""
 
     def run_command(self) -> int:
         """Compress."""

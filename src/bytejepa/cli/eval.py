@@ -33,8 +33,7 @@ class Evaluate:
     no_sliding: tyro.conf.FlagCreatePairsOff[bool] = False
     """Only non-overlapping windows."""
     mixing: bool = False
-    """Score the last kind of windows also under the mixture of the model with what the text has shown so far, as `compress`
-    codes it: adaptive, every byte scored before anything learns from it."""
+    """Also score the model mixed with counts of the text so far, as in `compress`: each byte is scored before it is counted."""
     max_bytes: PositiveInt | None = None
     """Score only this many leading bytes of a file, or ids of shards: their BOS count too, and the first is not scored."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -163,6 +163,8 @@ def restore(model: Model | None, blob: bytes, *, settings: Settings | None = Non
     """
     parsed = container.parse(blob)
     if isinstance(parsed, bytes):
+        if settings is not None and settings.on_progress is not None:
+            settings.on_progress(len(parsed))
         return Restored((parsed,))
     known = [_damage(parsed, index) for index, block in enumerate(parsed.blocks) if block is None]
     length_problem = [] if known else _length_damage(parsed)

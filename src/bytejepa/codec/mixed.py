@@ -50,11 +50,13 @@ class MixedDecoder:
         """Fill `following` (L,) with the ids at `offset` in every lane, given the model's frequencies (L, 256)."""
         for block, mixing in enumerate(self._mixings):
             lanes = slice(self.first_lanes[block], self.first_lanes[block + 1])
-            _decode_round(mixing, self._decoder, block, offset, tables[lanes], following[lanes])
+            _decode_round(mixing, self._decoder, block, offset, tables[lanes], BYTE_OFFSET, following[lanes])
 
 
 @compiled
-def _decode_round(m: Mixing, decoder: Any, stream: int, offset: int, tables: Any, following: Any) -> None:
+def _decode_round(
+    m: Mixing, decoder: Any, stream: int, offset: int, tables: Any, first_byte: int, following: Any
+) -> None:
     for lane in range(m.lanes.shape[0]):
         if m.begins[lane] + offset >= m.begins[lane + 1]:
             continue
@@ -68,4 +70,4 @@ def _decode_round(m: Mixing, decoder: Any, stream: int, offset: int, tables: Any
             partial = (partial << 1) | bit
         byte = partial - 256
         end_byte(m, lane, offset, byte)
-        following[lane] = byte + BYTE_OFFSET
+        following[lane] = byte + first_byte

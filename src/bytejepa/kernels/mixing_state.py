@@ -104,7 +104,7 @@ def segment_begins(num_bytes: int, least_bytes: int) -> list[int]:
 def new_mixing(num_bytes: int, least_segment_bytes: int, *, most_bucket_bits: int = BLOCK_BUCKET_BITS) -> Mixing:
     """Return the state before the first byte of content of `num_bytes`.
 
-    Memory: 14 MB, and 512 bytes a byte up to 2^most_bucket_bits of them, 70 MB by default.
+    Memory: 14 MB, the content, and 576 bytes a byte up to 2^most_bucket_bits of them, 76 MB by default.
     """
     begins = np.array(segment_begins(num_bytes, least_segment_bytes), dtype=np.int64)
     bucket_bits = max(8, min(most_bucket_bits, num_bytes.bit_length() - 1))

@@ -24,7 +24,9 @@ from bytejepa.kernels.mixing_tables import PROBABILITY_BITS
 from bytejepa.scoring.evaluate import Score, Scorer, target_losses
 
 TEXT_BUCKET_BITS = 20
-"""More than `compress` has for a block, for whole texts: up to 540 MB of counters."""
+"""More than `compress` has for a block, for whole texts: up to 620 MB."""
+_LEAST = torch.finfo(torch.float32).tiny
+"""Divided by instead of 0: anything smaller is 0 itself where such numbers are flushed."""
 
 
 class MixedScorer(Scorer):
@@ -45,7 +47,7 @@ class MixedScorer(Scorer):
         for depth in range(7, -1, -1):  # pairs of bytes, of pairs, ...: what the bit at `depth` decides between
             pairs = level.unflatten(-1, (1 << depth, 2))
             pair = pairs.gather(-2, (byte >> (8 - depth))[..., None].expand(*byte.shape[:-1], 1, 2)).squeeze(-2)
-            shares.insert(0, pair[..., 1:] / pair.sum(-1, keepdim=True).clamp_min(1e-38))
+            shares.insert(0, pair[..., 1:] / pair.sum(-1, keepdim=True).clamp_min(_LEAST))
             level = pairs.sum(-1)
         units = torch.cat(shares, dim=-1) * (1 << PROBABILITY_BITS)
         units = torch.where(is_byte, units.round().clamp(1, (1 << PROBABILITY_BITS) - 1), 1 << (PROBABILITY_BITS - 1))
