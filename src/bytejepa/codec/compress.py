@@ -235,14 +235,14 @@ def _encode_mixed_blocks(
         together = contents[first : first + mixing_settings.num_threads]
         simple = [compress_frame(content, checksum=False) for content in together]
         modelled = [k for k, content in enumerate(together) if len(simple[k]) < INCOMPRESSIBLE * len(content)]
-        begins = {k: segment_begins(len(together[k]), segment_bytes) for k in modelled}
-        pieces = [(k, part) for k in modelled for part in itertools.pairwise(begins[k])]
-
-        def say(piece: tuple[int, tuple[int, int]], report: Progress, contents: Sequence[bytes] = together) -> Paths:
-            return chosen.segment_paths(contents[piece[0]][slice(*piece[1])], report)
-
-        paths = dict(zip(pieces, in_threads(say, pieces, settings), strict=True))
-        said = [(together[k], np.concatenate([paths[piece] for piece in pieces if piece[0] == k])) for k in modelled]
+        paths = {k: np.empty((len(together[k]), 8), np.uint16) for k in modelled}
+        pieces = [
+            (together[k][begin:end], paths[k][begin:end])
+            for k in modelled
+            for begin, end in itertools.pairwise(segment_begins(len(together[k]), segment_bytes))
+        ]
+        in_threads(_say(chosen), pieces, settings)
+        said = [(together[k], paths[k]) for k in modelled]
         streams = dict(zip(modelled, in_threads(_mix(segment_bytes), said, mixing_settings), strict=True))
         for k, content in enumerate(together):
             is_zstd = k not in streams or len(streams[k]) >= len(simple[k])
@@ -252,9 +252,19 @@ def _encode_mixed_blocks(
     return blocks
 
 
+def _say(chosen: LaneCoder) -> Callable[[tuple[bytes, Paths], Progress], None]:
+    """Return the work that fills the place of a segment with what the model says of it."""
+
+    def fill(piece: tuple[bytes, Paths], report: Progress) -> None:
+        segment, place = piece
+        place[:] = chosen.segment_paths(segment, report)
+
+    return fill
+
+
 def _mix(segment_bytes: int) -> Callable[[tuple[bytes, Paths], Progress], bytes]:
     """Return the work that makes a stream of a block and of what the model says of it."""
-    return lambda block, _: encode_mixed(*block, segment_bytes)
+    return lambda block, report: encode_mixed(*block, segment_bytes, go_on=lambda: report(0))
 
 
 def _model_of(parsed: container.Blocks, model: Model | None) -> IntegerModel | None:

@@ -6,7 +6,7 @@ A block is cut into segments that are coded together, a byte of each a round, in
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,17 +20,29 @@ from bytejepa.kernels.context_mixing import (
     end_byte,
     fill_cumulative,
     learn_bit,
-    mix_content,
+    mix_rounds,
     model_bit,
     predict_bit,
 )
 from bytejepa.kernels.mixing_state import Mixing, new_mixing, segment_begins
 
+BYTES_AT_ONCE = 16_384
+"""Bytes that are mixed between two calls of `go_on`."""
 
-def encode_mixed(block: bytes, paths: npt.NDArray[np.uint16], segment_bytes: int) -> bytes:
-    """Return the stream of a block, of whose bits `paths` (N, 8) is what the model says."""
+
+def encode_mixed(
+    block: bytes, paths: npt.NDArray[np.uint16], segment_bytes: int, *, go_on: Callable[[], None] | None = None
+) -> bytes:
+    """Return the stream of a block, of whose bits `paths` (N, 8) is what the model says. `go_on` is called every tenth of
+    a second or so, and may raise."""
+    mixing = new_mixing(len(block), segment_bytes)
+    content, (rounds, lanes) = np.frombuffer(block, np.uint8), (int(mixing.begins[1]), len(mixing.lanes))
     probabilities, bits = np.empty(8 * len(block), np.uint16), np.empty(8 * len(block), np.uint8)
-    mix_content(new_mixing(len(block), segment_bytes), np.frombuffer(block, np.uint8), paths, probabilities, bits)
+    at_once = max(1, BYTES_AT_ONCE // lanes)
+    for first in range(0, rounds, at_once):
+        mix_rounds(mixing, first, min(rounds, first + at_once), content, paths, probabilities, bits)
+        if go_on is not None:
+            go_on()
     return coder.encode_bits(probabilities, bits)
 
 

@@ -289,8 +289,14 @@ def mix_content(m: Mixing, content: Any, paths: Any, probabilities: Any, bits: A
 
     `paths` (N, 8) uint16: what the model says of the bits of each byte, the highest first.
     """
-    coded = 0
-    for offset in range(m.begins[1]):
+    mix_rounds(m, 0, m.begins[1], content, paths, probabilities, bits)
+
+
+@compiled
+def mix_rounds(m: Mixing, first: int, end: int, content: Any, paths: Any, probabilities: Any, bits: Any) -> None:
+    """Do what `mix_content` does for the rounds from `first` on, those before them being done, to `end`."""
+    coded = 8 * m.now[NUM_CODED]
+    for offset in range(first, end):
         for lane in range(m.lanes.shape[0]):
             place = m.begins[lane] + offset
             if place < m.begins[lane + 1]:
