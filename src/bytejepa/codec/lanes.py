@@ -152,12 +152,17 @@ class LaneCoder(abc.ABC):
                 self._refill(state, ids[part, begin : begin + position])
             tables[part] = self.frequencies(self.logits(state, ids[part, t : t + 1].copy(), position))
 
-        with ThreadPoolExecutor(num_parts) if num_parts > 1 else contextlib.nullcontext() as pool:
+        with ThreadPoolExecutor(num_parts - 1) if num_parts > 1 else contextlib.nullcontext() as pool:
             for t in range(longest):
                 if position == self.window:
                     begin += self.hop
                     position = self.window - self.hop
-                list((pool.map if pool else map)(predict, states, parts))
+                others = (
+                    [pool.submit(predict, *work) for work in zip(states[1:], parts[1:], strict=True)] if pool else []
+                )
+                predict(states[0], parts[0])  # by this thread: one less to wake up every round
+                for other in others:
+                    other.result()
                 choose(t, tables, ids[:, t + 1])
                 position += 1
                 if on_progress is not None and (t % STEPS_AT_ONCE == STEPS_AT_ONCE - 1 or t == longest - 1):
