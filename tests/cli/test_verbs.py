@@ -1,10 +1,12 @@
 """Every verb on minimal settings: what it prints, what it leaves behind, and JSON that parses."""
 
+import contextlib
 import json
 import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,6 +157,14 @@ def test_eval_under_a_mixture_too(command: Callable[..., Any], tmp_path: Path, m
     assert "sliding, mixed, window 32, stride 8" in command(*words, "--mixing").out
     one = json.loads(command(*words[:-2], "--mixing", "--no-sliding", "--json").out)
     assert set(one["scores"]) == {"non-overlapping", "non-overlapping, mixed"}
+
+
+def test_several_ranks_cannot_score_a_mixture(command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = SimpleNamespace(world_size=2, is_main=True, device=torch.device("cpu"), agree=contextlib.nullcontext)
+    monkeypatch.setattr("bytejepa.training.distributed.join", lambda _: ranks)
+    done = command("eval", "model.bjm", "--data", "text.txt", "--mixing")
+    assert done.code == 2
+    assert "--mixing reads the text in one pass from left to right (run it without torchrun)" in done.err
 
 
 def test_a_window_longer_than_the_data_is_shortened_and_said(

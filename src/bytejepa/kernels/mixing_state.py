@@ -37,7 +37,8 @@ NUM_KNOTS = 33
 KNOT_SPAN = 192
 """Corrections are interpolated between knots that lie so far apart in logarithms of odds."""
 BLOCK_BUCKET_BITS = 17
-"""A context has up to 2^17 buckets: more than a block of 2^20 bytes of text fills."""
+"""A context has up to 2^17 buckets, 67 MB for all. Long contexts of 2^20 bytes of text fill them; twice as many made six texts
+0.15 % smaller, half as many 0.35 % larger."""
 MATCH_BYTES = 6
 MOST_COMPARED = 32
 NODES = 16
