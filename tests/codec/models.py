@@ -49,6 +49,30 @@ STRUCTURES: dict[str, dict[str, Any]] = {
         "model": {"rotary_base": 500.0, "logit_softcap": 12.0, "xsa_last_layers": 3, "bigram_rows": 61, "num_kv_heads": 4}
     },
     "kept as float16": {"artifact": {"small_tensor_elements": 4096}},
+    "documents": {"model": {"document_masking": True}},
+    "runs": {"model": {"ngram_orders": (3, 5), "ngram_rows": 61, "ngram_dim": 4}},
+    "runs without pairs": {"model": {"bigram_rows": None, "ngram_orders": (4,), "ngram_rows": 2, "ngram_dim": 3}},
+    "exact pairs": {"model": {"bigram_table": "exact", "bigram_rows": 65_537, "bigram_dim": 2}},
+    "a smear that reads its input": {"model": {"smear_gate": "input"}},
+    "windows": {"model": {"attention_windows": (5, 0, 16)}},
+    "skip gates": {"model": {"skip_gates": True, "num_layers": 4}},
+    "parallel": {"model": {"parallel_last_layers": 2}},
+    "recurrent": {"model": {"recurrent_layers": (0, 1)}},
+    "recurrent in the middle": {"model": {"num_layers": 5, "recurrent_layers": (2, 3), "skip_gates": True}},
+    "gated heads": {"model": {"attention_gate_dims": 7}},
+    "value embeddings": {"model": {"value_embedding_last_layers": 2, "parallel_last_layers": 1}},
+    "chunk blocks": {"model": {"chunk_blocks": (1, 2), "chunk_stride_bytes": 3, "num_layers": 4}},
+    "first blocks in chunks": {
+        "model": {"chunk_blocks": (0, 1), "skip_connections": False, "attention_windows": (9,), "chunk_stride_bytes": 4}
+    },
+    "latents of residuals": {"jepa": {"context": "causal"}},
+    "everything": {
+        "model": {"num_layers": 6, "ngram_orders": (3, 4), "ngram_rows": 31, "ngram_dim": 4, "smear_gate": "input",
+                  "document_masking": True, "attention_windows": (0, 12, 20, 9, 16, 0), "skip_gates": True,
+                  "parallel_last_layers": 3, "recurrent_layers": (2, 3), "attention_gate_dims": 5,
+                  "value_embedding_last_layers": 4, "chunk_blocks": (1, 4), "chunk_stride_bytes": 2},
+        "jepa": {"context": "causal", "chunk_bytes": 8},
+    },
 }  # fmt: skip
 
 

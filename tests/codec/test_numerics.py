@@ -13,11 +13,12 @@ from bytejepa.artifact.store import store_weights
 from bytejepa.bits import bits_per_byte
 from bytejepa.codec import fixed_point as fp
 from bytejepa.codec.cpu import CpuCoder
-from bytejepa.codec.integer_model import IntegerMatrix, integer_model
+from bytejepa.codec.integer_model import integer_model
+from bytejepa.codec.integer_tensors import IntegerMatrix
 from bytejepa.codec.lanes import LaneCoder
-from bytejepa.codec.torch_model import TorchCoder, square_root
-from bytejepa.codec.torch_model import _Matrix as TorchMatrix
-from bytejepa.errors import CodecError
+from bytejepa.codec.torch_model import TorchCoder
+from bytejepa.codec.torch_parts import Matrix as TorchMatrix
+from bytejepa.codec.torch_parts import Placement, square_root
 from bytejepa.scoring.evaluate import score
 from codec.models import EVERY_CODE, GOLDEN_MODEL, STRUCTURES, cpu_coder, golden_model
 from small_models import random_ids, small_model
@@ -49,13 +50,23 @@ def test_all_paths_give_the_same_integers(name: str) -> None:
         assert np.array_equal(in_parts(torch_path, ids, [1, 7, 8, 21]), expected), container
 
 
+@pytest.mark.parametrize("windows", [(7,), (40, 33, 64), (1, 0, 95)])
+def test_windows_longer_than_a_tile_give_the_same_integers(windows: tuple[int, ...]) -> None:
+    """Keys are read in blocks of 32, the first of which a window may leave out."""
+    model, ids = integers(model={"attention_windows": windows}), random_ids(2, 150).numpy()
+    compiled = CpuCoder(model, 150, 75)
+    expected = in_parts(TorchCoder(model, 150, 75), ids, [])
+    assert np.array_equal(in_parts(compiled, ids, []), expected)
+    assert np.array_equal(in_parts(compiled, ids, [*range(1, 75), 100]), expected)
+
+
 def test_products_of_the_widest_rows_are_exact_in_float32() -> None:
     codes = np.full((2, 4096), 127, dtype=np.int8)
     codes[1, ::3] = -128
     matrix = IntegerMatrix(codes=codes, multiplier=np.ones(2, np.int64), shift=1, input_bits=15)
     a = torch.full((3, 4096), 127)  # sums of odd numbers beyond 2^24, of which float32 would drop the last digit
     a[1, 7], a[2] = 126, 32_767
-    in_float32 = TorchMatrix.of(matrix, "float32", torch.device("cpu")).sums(a)
+    in_float32 = TorchMatrix.of(matrix, Placement(device=torch.device("cpu"), container="float32")).sums(a)
     assert torch.equal(in_float32, a @ torch.from_numpy(codes).long().T)
 
 
@@ -151,29 +162,6 @@ def test_square_roots_are_exact() -> None:
     root = torch.cat((torch.randint(1, 1 << 31, (1000,)), torch.tensor([1, 2, 3, (1 << 31) - 1])))
     for offset, expected in ((0, root), (-1, root - 1), (1, root.where(root > 1, root))):
         assert torch.equal(square_root(root * root + offset), expected)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"model": {"document_masking": True}},
-        {"model": {"attention_windows": (16,)}},
-        {"model": {"skip_gates": True}},
-        {"model": {"parallel_last_layers": 1}},
-        {"model": {"recurrent_layers": (0, 1)}},
-        {"model": {"attention_gate_dims": 4}},
-        {"model": {"value_embedding_last_layers": 1}},
-        {"model": {"smear_gate": "input"}},
-        {"model": {"bigram_table": "exact", "bigram_rows": 65_537}},
-        {"model": {"ngram_orders": (3,), "ngram_rows": 16, "ngram_dim": 4}},
-        {"model": {"chunk_blocks": (1, 1), "skip_connections": False}},
-        {"jepa": {"context": "causal"}},
-    ],
-)
-def test_other_structures_are_refused(changes: dict[str, Any]) -> None:
-    section, settings = next(iter(changes.items()))
-    with pytest.raises(CodecError, match=rf"does not implement {section}\.{next(iter(settings))}"):
-        integers(**changes)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 
 from bytejepa.codec.fixed_point import (
     ATTENTION_BITS,
+    GATE_BITS,
     INT16_MAX,
     INVERSE_BITS,
     NORMED_BITS,
@@ -15,7 +16,7 @@ from bytejepa.codec.fixed_point import (
     ROTARY_BITS,
     SOFTMAX_BITS,
 )
-from bytejepa.codec.kernels import clamped, normalize, rounded
+from bytejepa.codec.kernels import clamped, normalize, rounded, sigmoid_of
 from bytejepa.codec.tiles import multiply_wide
 from bytejepa.kernels.compilation import compiled
 
@@ -57,9 +58,14 @@ def _softmax(scores: Any, length: int, multiplier: int, shift: int, exp2: Any, w
 @compiled
 def heads(
     sums: Any, multiplier: Any, shift: Any, constant: int, epsilon: int, sign: Any, cosines: Any, sines: Any,
-    keys: Any, values: Any, layer: int, lane: int, position: int, queries: Any, own: Any,
+    embedding: Any, which: int, ids: Any, keys: Any, values: Any, place: int, lane: int, position: int, stride: int,
+    queries: Any, own: Any,
 ) -> None:  # fmt: skip
-    """Fill `queries` (G, N * H / G, E) and the values `own` (N, G, E) of one lane from `sums` (N, .), and the caches."""
+    """Fill `queries` (G, N * H / G, E) and the values `own` (N, G, E) of one lane from `sums` (N, .), and the caches.
+
+    They are those of positions that are `stride` bytes apart, the first of them number `position`; `embedding[which]`: what
+    is added to the values of each of the `ids` (N,), nothing for -1.
+    """
     count, G, E = own.shape
     per_group = queries.shape[1] // count
     H = G * per_group
@@ -72,28 +78,32 @@ def heads(
                 i = begin + e
                 head[e] = clamped(rounded(np.int64(sums[n, i]) * multiplier[i], shift[i]), limit)
             if h >= H + G:
+                first = (h - H - G) * E
+                if which >= 0:
+                    for e in range(E):
+                        head[e] = clamped(head[e] + embedding[which, ids[n], first + e], INT16_MAX)
                 for e in range(E):
                     own[n, h - H - G, e] = head[e]
                 continue
             normalize(head, E, constant, epsilon, NORMED_BITS, INT16_MAX, head)
-            _turn(head, cosines, sines, position + n)
+            _turn(head, cosines, sines, (position + n + 1) * stride - 1)
             if h < H:
                 for e in range(E):
                     queries[h // per_group, n * per_group + h % per_group, e] = sign[h] * head[e]
             else:
                 for e in range(E):
-                    keys[layer, lane, h - H, (position + n) // 16, e // 2, (position + n) % 16, e % 2] = head[e]
+                    keys[place, lane, h - H, (position + n) // 16, e // 2, (position + n) % 16, e % 2] = head[e]
         for group in range(G):
             for e in range(E):
-                values[layer, lane, group, e // 16, (position + n) // 2, e % 16, (position + n) % 2] = own[n, group, e]
+                values[place, lane, group, e // 16, (position + n) // 2, e % 16, (position + n) % 2] = own[n, group, e]
 
 
 @compiled
 def attend(
-    queries: Any, keys: Any, values: Any, layer: int, lane: int, position: int, multiplier: Any, score_shift: int,
-    exp2: Any, y: Any,
+    queries: Any, keys: Any, values: Any, place: int, lane: int, position: int, window: int, multiplier: Any,
+    score_shift: int, exp2: Any, y: Any,
 ) -> None:  # fmt: skip
-    """Fill `y` (N, H * E) int16 from `queries` (G, N * H / G, E) int16 of one lane."""
+    """Fill `y` (N, H * E) int16 from `queries` (G, N * H / G, E) int16 of one lane, each of which sees `window` positions."""
     G, num_rows, E = queries.shape
     per_group = num_rows // y.shape[0]
     positions, outputs = keys.shape[3] * 16, values.shape[3] * 16
@@ -103,27 +113,58 @@ def attend(
     sums = np.empty((4, outputs), np.int32)
     scores_at, shares_at, sums_at = scores.ctypes.data, shares.ctypes.data, sums.ctypes.data
     for group in range(G):
-        cache = 2 * positions * ((layer * keys.shape[1] + lane) * G + group)
+        cache = 2 * positions * ((place * keys.shape[1] + lane) * G + group)
         group_keys, group_values = keys.ctypes.data + cache * E, values.ctypes.data + cache * outputs
         for first in range(0, num_rows, 4):
             rows = min(4, num_rows - first)
-            context = position + (first + rows - 1) // per_group + 1
+            # of these rows' positions, from `begin` on, a block's beginning
+            begin = max(0, position + first // per_group + 1 - window) // 32 * 32
+            context = position + (first + rows - 1) // per_group + 1 - begin
             at = queries.ctypes.data + 2 * E * (group * num_rows + first)
-            multiply_wide(at, E, rows, group_keys, 16 * E, (context + 31) // 32 * 2, E // 2, scores_at, positions)
+            multiply_wide(
+                at, E, rows, group_keys + 2 * begin * E, 16 * E, (context + 31) // 32 * 2, E // 2, scores_at, positions
+            )
             for row in range(rows):
-                length = position + (first + row) // per_group + 1
+                end = position + (first + row) // per_group + 1 - begin
+                seen = max(0, end - window)
                 head = group * per_group + (first + row) % per_group
-                _softmax(scores[row], length, multiplier[head], score_shift, exp2, weights, shares[row])
-                for j in range(length, min(context + 1, positions)):
+                _softmax(
+                    scores[row, seen:], end - seen, multiplier[head], score_shift, exp2, weights, shares[row, seen:]
+                )
+                for j in range(seen):
+                    shares[row, j] = 0
+                for j in range(end, min(context + 1, positions)):
                     shares[row, j] = 0
             pairs = (context + 1) // 2
             multiply_wide(
-                shares_at, positions, rows, group_values, 16 * positions, outputs // 16, pairs, sums_at, outputs
-            )
+                shares_at, positions, rows, group_values + 32 * begin, 16 * positions, outputs // 16, pairs, sums_at,
+                outputs,
+            )  # fmt: skip
             for row in range(rows):
                 n, head = (first + row) // per_group, group * per_group + (first + row) % per_group
                 for e in range(E):
                     y[n, head * E + e] = clamped(rounded(np.int64(sums[row, e]), ATTENTION_BITS), INT16_MAX)
+
+
+@compiled
+def fill_gates(a: Any, codes: Any, multiplier: Any, shift: int, sigmoid: Any, out: Any) -> None:
+    """Fill `out` (N, H) with the gates of the heads, 15 fraction bits, from the leading dimensions of `a` (N, D)."""
+    for n in range(out.shape[0]):
+        for h in range(out.shape[1]):
+            read = np.int64(0)
+            for i in range(codes.shape[1]):
+                read += np.int64(codes[h, i]) * a[n, i]
+            out[n, h] = sigmoid_of(rounded(read * multiplier[h], shift), sigmoid)
+
+
+@compiled
+def gate_heads(y: Any, gates: Any) -> None:
+    """Multiply the heads' outputs `y` (N, H * E) by twice their gates (N, H)."""
+    E = y.shape[1] // gates.shape[1]
+    for n in range(y.shape[0]):
+        for h in range(gates.shape[1]):
+            for e in range(E):
+                y[n, h * E + e] = clamped(rounded(y[n, h * E + e] * gates[n, h], GATE_BITS - 1), INT16_MAX)
 
 
 @compiled

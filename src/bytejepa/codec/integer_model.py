@@ -1,8 +1,7 @@
 """A model as integers: what the codec computes with, derived exactly from the codes and scales that an artifact stores.
 
 Every matrix keeps its int8 codes; the scale of a row, and whatever else multiplies the row's result, becomes an integer
-multiplier and a shift. All of it is computed with integers, or with binary64 operations that IEEE 754 rounds correctly
-(+, *, /, sqrt, rint), so every machine derives the same integers. `docs/codec.md` gives the formulas.
+multiplier and a shift. `docs/codec.md` gives the formulas.
 """
 
 from __future__ import annotations
@@ -15,39 +14,46 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from torch import Tensor
 
 from bytejepa.artifact.packing import StoredTensor
 from bytejepa.codec import fixed_point as fp
 from bytejepa.codec.fixed_point import IntArray
+from bytejepa.codec.integer_tensors import (
+    FloatArray,
+    IntegerMatrix,
+    StoredNumbers,
+    integer_matrix,
+    scaled,
+    static_matrix,
+    value_bits,
+)
 from bytejepa.config import RunConfig
+from bytejepa.config_model import JepaConfig, ModelConfig
 from bytejepa.data.vocabulary import BYTE_OFFSET
 from bytejepa.errors import CodecError
 from bytejepa.model.quantization import QuantizedMatrix
 
-FloatArray = npt.NDArray[np.float64]
-MULTIPLIER_BITS = 31
-"""Multipliers stay below 2^31, so that their product with an int32 sum fits into 62 bits."""
-INT32_MAX = (1 << 31) - 1
 LOG2_E = 1.4426950408889634
 """The binary64 number nearest to log2(e)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class IntegerMatrix:
-    """y = round(codes @ a * multiplier / 2^shift), row by row.
+class IntegerEmbedding:
+    """What makes the blocks' first input out of ids."""
 
-    `dynamic` inputs a are stored as int16 with a common exponent e of the vector; the shift is then `shift` - e.
-    """
-
-    codes: npt.NDArray[np.int8]
-    """(rows, columns)."""
-    multiplier: IntArray
-    """(rows,), |.| < 2^31."""
-    shift: int
-    input_bits: int
-    """Bits of a dynamic input's magnitude, 15 or fewer, such that no sum leaves int32."""
+    token: IntArray
+    """(260, D): of every id, with `bits` fraction bits, as the other tables."""
+    bits: int
+    pairs: IntArray | None
+    """(rows, D): projected rows of the table of byte pairs; None: no table."""
+    pairs_are_exact: bool
+    runs: IntArray | None
+    """(orders * rows, D): projected rows of the tables of longer runs, one after another; None: no tables."""
+    run_orders: tuple[int, ...]
+    smear: IntArray | None
+    """(D,): the constant gate with 15 fraction bits, or what is added to one that reads its input with 10; None: no smearing."""
+    smear_input: IntArray | None
+    """(dimensions read,), 16 fraction bits: the weights of a gate that reads its input; None: it is constant."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -56,22 +62,26 @@ class IntegerLayer:
 
     mix: IntArray | None
     """(2, D), 16 fraction bits; None: the residual as it is."""
-    skip: IntArray | None
-    """(D,), 16 fraction bits: weight of the popped output; None: nothing is popped."""
     heads: IntegerMatrix
     """Query and key maps, to 16 fraction bits."""
     value: IntegerMatrix
     """Value map, to `value_bits` fraction bits."""
     value_bits: int
+    value_embedding: IntArray | None
+    """(260, G * E), `value_bits` fraction bits, added to the values; None: nothing is."""
     query_sign: IntArray
     """(H,), 1 or -1: the sign of the query gain."""
     score_multiplier: IntArray
     """(H,): |gain| log2(e) / sqrt(E), to 12 fraction bits after `score_shift`."""
     score_shift: int
+    gate: IntegerMatrix | None
+    """(H, dimensions read), to 10 fraction bits: what twice the sigmoid is taken of that multiplies a head; None: no gates."""
     output: IntegerMatrix
     up: IntegerMatrix
     down: IntegerMatrix
     drop_own_value: bool
+    is_parallel: bool
+    """Whether the MLP reads what attention reads."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -79,21 +89,27 @@ class IntegerLatents:
     """JEPA's side path."""
 
     chunk_bytes: int
-    projector_up: IntegerMatrix
-    projector_down: IntegerMatrix
-    predictor_up: IntegerMatrix
-    predictor_down: IntegerMatrix
+    reads_residual: bool
+    """Whether a chunk's latent is predicted from the last residual of the chunk before, normalised, not from its latent."""
+    projector: tuple[IntegerMatrix, IntegerMatrix] | None
+    """Up and down; None where the residual is read."""
+    predictor: tuple[IntegerMatrix, IntegerMatrix]
     injection: IntegerMatrix
     start: IntArray
-    """(Z,), 16 fraction bits."""
+    """What the predictor reads for the first chunk: (Z,) with 16 fraction bits, or (D,) with 10 where it reads residuals."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class IntegerModel:
-    """Everything the codec's forward pass reads. Widths as in `bytejepa.model.layers`."""
+    """Everything the codec's forward pass reads. Widths as in `bytejepa.model.layers`.
+
+    A place is one passage of a block: a recurrent block has two.
+    """
 
     sha256: bytes
     """Of the stored tensors and of the settings that decide the function: the model's identity in a compressed file."""
+    width: int
+    """Width D of the residual."""
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -101,15 +117,20 @@ class IntegerModel:
     rotary_base: float
     longest_window: int
     default_window: int
-    num_encoder_layers: int
-    embedding: IntArray
-    """(260, D): of every id, with `embedding_bits` fraction bits."""
-    embedding_bits: int
-    bigram: IntArray | None
-    """(rows, D): projected rows of the hashed table, in the embedding's unit; None: no table."""
-    smear: IntArray | None
-    """(D,), 15 fraction bits; None: no smearing."""
+    embedding: IntegerEmbedding
     layers: tuple[IntegerLayer, ...]
+    layer_of_place: tuple[int, ...]
+    window_of_place: tuple[int | None, ...]
+    """Positions that a place can look back, its own included; None: no bound."""
+    skips: IntArray | None
+    """(pops, D), 16 fraction bits: weights of the popped outputs in the order of the pops; None: nothing is popped."""
+    skip_gates: IntArray | None
+    """(pops, D), 15 fraction bits; None: what is popped is added."""
+    chunk_places: range
+    """Places passed once a chunk of `chunk_stride` bytes."""
+    chunk_stride: int
+    chunk_scale: IntArray | None
+    """(D,), 16 fraction bits: of what they change; None: there are none."""
     latents: IntegerLatents | None
     head: IntegerMatrix
     """Rows of the 256 bytes; to logits / softcap with 16 fraction bits."""
@@ -117,22 +138,28 @@ class IntegerModel:
     """See `fixed_point.softcap_constant`."""
 
     @property
-    def width(self) -> int:
-        """Width D of the residual."""
-        return self.embedding.shape[1]
+    def num_pushing(self) -> int:
+        """How many places, the first ones, have their output popped by a later one."""
+        return len(self.layer_of_place) // 2
+
+    def popped_place(self, place: int) -> int | None:
+        """Return the place whose output `place` pops, None if it pops none."""
+        popped = 2 * self.num_pushing - 1 - place
+        return popped if self.skips is not None and 0 <= popped < self.num_pushing else None
 
 
 def integer_model(stored: Mapping[str, StoredTensor], config: RunConfig) -> IntegerModel:
     """Return the integer form of a model from its stored tensors.
 
-    Raises: CodecError for a structure that the codec does not implement, or weights its formats cannot hold.
+    Raises: CodecError for widths or weights that the codec's formats cannot hold.
     """
-    _refuse_unsupported(config)
+    _refuse_too_wide(config)
     model = config.model
-    tensors = _Tensors(stored)
-    embedding, bigram, bits = _embeddings(tensors, config)
+    numbers = StoredNumbers(stored)
+    gates = numbers.vector("skip_gates") if model.skip_gates else None
     return IntegerModel(
         sha256=model_sha256(stored, config),
+        width=model.model_dim,
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
@@ -140,14 +167,17 @@ def integer_model(stored: Mapping[str, StoredTensor], config: RunConfig) -> Inte
         rotary_base=model.rotary_base,
         longest_window=min(model.rotary_length_bytes, fp.MAX_WINDOW),
         default_window=min(config.evaluation.window_bytes, model.rotary_length_bytes, fp.MAX_WINDOW),
-        num_encoder_layers=model.num_layers // 2,
-        embedding=embedding,
-        embedding_bits=bits,
-        bigram=bigram,
-        smear=fp.sigmoids(tensors.vector("smear.gate")) if model.smear else None,
-        layers=tuple(_layer(tensors, config, layer) for layer in range(model.num_layers)),
-        latents=_latents(tensors, config) if config.jepa.enabled and config.jepa.inject else None,
-        head=_head(tensors, config),
+        embedding=_embedding(numbers, model),
+        layers=tuple(_layer(numbers, model, layer) for layer in range(model.num_layers)),
+        layer_of_place=model.layer_order,
+        window_of_place=model.window_of_place,
+        skips=scaled(numbers.vector("skip_weights"), fp.MIX_BITS) if model.skip_connections else None,
+        skip_gates=None if gates is None else np.stack([fp.sigmoids(row) for row in gates]),
+        chunk_places=model.chunk_places,
+        chunk_stride=model.chunk_stride_bytes,
+        chunk_scale=scaled(numbers.vector("chunk_scale"), fp.MIX_BITS) if model.chunk_blocks else None,
+        latents=_latents(numbers, config.jepa) if config.jepa.enabled and config.jepa.inject else None,
+        head=_head(numbers, model),
         softcap=fp.softcap_constant(model.logit_softcap),
     )
 
@@ -171,36 +201,43 @@ def model_sha256(stored: Mapping[str, StoredTensor], config: RunConfig) -> bytes
     return digest.digest()
 
 
-IMPLEMENTED = (
+ALWAYS_DECIDING = (
     "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_ratio", "rotary_dims", "rotary_base",
     "rotary_length_bytes", "logit_softcap", "xsa_last_layers", "depth_scaled_norm", "residual_mix", "skip_connections",
     "smear", "bigram_rows", "bigram_dim",
 )  # fmt: skip
-"""Settings of the model that decide the function and that the codec follows, whatever their value."""
+"""Settings that are in every model's identity."""
+DECIDING_WHERE_CHANGED = (
+    "skip_gates", "parallel_last_layers", "recurrent_layers", "attention_gate_dims", "value_embedding_last_layers",
+    "smear_gate", "bigram_table", "ngram_orders", "attention_windows", "chunk_blocks",
+)  # fmt: skip
+"""Settings that are in the identity of the models in which they are not as in the preset `default`: the codec once refused
+others, and files of those that it took are still to be read."""
 WITHOUT_EFFECT = (
     "query_gain", "bigram_projection_init", "output_projection_init", "embedding_std", "multi_token_heads",
-    "ngram_rows", "ngram_dim", "chunk_stride_bytes",
+    "ngram_rows", "ngram_dim", "document_masking",
 )  # fmt: skip
-"""Settings that decide how a model began or was trained. Every other one must be as in the preset `default`."""
+"""Settings that decide how a model began or was trained, that the tensors' shapes tell, or that change nothing where the
+only BOS is a block's first id. `chunk_stride_bytes` goes with `chunk_blocks`."""
 
 
 def _deciding_settings(config: RunConfig) -> dict[str, Any]:
-    inject = config.jepa.enabled and config.jepa.inject
-    return {name: getattr(config.model, name) for name in IMPLEMENTED} | {
-        "chunk_bytes": config.jepa.chunk_bytes if inject else None
-    }
+    model, jepa, neutral = config.model, config.jepa, ModelConfig()
+    inject = jepa.enabled and jepa.inject
+    found = {name: getattr(model, name) for name in ALWAYS_DECIDING}
+    found["chunk_bytes"] = jepa.chunk_bytes if inject else None
+    changed = [name for name in DECIDING_WHERE_CHANGED if getattr(model, name) != getattr(neutral, name)]
+    found |= {name: getattr(model, name) for name in changed}
+    if model.chunk_blocks:
+        found["chunk_stride_bytes"] = model.chunk_stride_bytes
+    if inject and jepa.context != "pooled":
+        found["context"] = jepa.context
+    return found
 
 
-def _refuse_unsupported(config: RunConfig) -> None:
+def _refuse_too_wide(config: RunConfig) -> None:
     model, jepa = config.model, config.jepa
-    neutral = RunConfig().model
     problems = {
-        f"model.{field.name} {getattr(model, field.name)}": getattr(model, field.name) != getattr(neutral, field.name)
-        for field in dataclasses.fields(model)
-        if field.name not in (*IMPLEMENTED, *WITHOUT_EFFECT)
-    }
-    problems |= {
-        f"jepa.context {jepa.context}": jepa.enabled and jepa.inject and jepa.context != "pooled",
         f"model.model_dim {model.model_dim}, more than {fp.MAX_WIDTH}": model.model_dim > fp.MAX_WIDTH,
         f"a head width of {model.head_dim}, more than 256": model.head_dim > 256,
         f"jepa.latent_dim or hidden_dim over {fp.MAX_WIDTH}": jepa.enabled
@@ -211,168 +248,149 @@ def _refuse_unsupported(config: RunConfig) -> None:
             raise CodecError(f"the codec does not implement {problem}", hint="docs/codec.md lists what it does")
 
 
-class _Tensors:
-    """Stored tensors as exact numbers."""
-
-    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
-        self.stored = stored
-
-    def matrix(self, *names: str) -> tuple[npt.NDArray[np.int8], FloatArray]:
-        """Return int8 codes and binary64 row scales of matrices one above the other."""
-        parts = [self._matrix(name) for name in names]
-        return np.concatenate([codes for codes, _ in parts]), np.concatenate([scales for _, scales in parts])
-
-    def _matrix(self, name: str) -> tuple[npt.NDArray[np.int8], FloatArray]:
-        tensor = self.stored[name]
-        if isinstance(tensor, QuantizedMatrix):
-            return tensor.codes.numpy(), tensor.scales.numpy().astype(np.float64)
-        # a matrix kept as floats gets codes of its own: one division and one rounding a weight, both correct
-        weight = tensor.numpy().astype(np.float64)
-        scales = np.abs(weight).max(axis=1) / 127.0
-        divisor = np.where(scales > 0, scales, np.inf)
-        return np.rint(weight / divisor[:, None]).astype(np.int8), scales
-
-    def vector(self, name: str) -> FloatArray:
-        """Return a small tensor that is kept as floats, of any shape."""
-        tensor = self.stored[name]
-        if isinstance(tensor, Tensor):
-            return tensor.numpy().astype(np.float64)
-        return tensor.codes.numpy().astype(np.float64) * tensor.scales.numpy().astype(np.float64)[:, None]
-
-
-def _scaled(values: FloatArray, fraction_bits: int) -> IntArray:
-    return np.rint(np.ldexp(values, fraction_bits)).astype(np.int64)
-
-
-def _integer_matrix(
-    codes: npt.NDArray[np.int8], factors: FloatArray, name: str, *, gain_bits: int, largest_exponent: int = 0
-) -> IntegerMatrix:
-    """Return codes with the row factors as multipliers; `gain_bits`: fraction bits out minus fraction bits in."""
-    largest = float(np.abs(factors).max())
-    exponent = math.frexp(largest)[1] if largest > 0 else 0  # largest < 2^exponent
-    scale_bits = min(MULTIPLIER_BITS - exponent, 62 + gain_bits)
-    multiplier = _scaled(factors, scale_bits)
-    if int(np.abs(multiplier).max()) > INT32_MAX:  # a factor that rounded up to 2^31
-        scale_bits -= 1
-        multiplier = _scaled(factors, scale_bits)
-    shift = scale_bits - gain_bits
-    row_sum = int(np.abs(codes.astype(np.int64)).sum(axis=1).max())
-    input_bits = min(15, (INT32_MAX // max(1, row_sum)).bit_length() - 1)
-    if shift - largest_exponent < 1 or input_bits < 8:
-        raise CodecError(f"the codec cannot use this model: the weights of {name} are too large for its formats")
-    return IntegerMatrix(codes=codes, multiplier=multiplier, shift=shift, input_bits=input_bits)
-
-
-def _embeddings(tensors: _Tensors, config: RunConfig) -> tuple[IntArray, IntArray | None, int]:
-    """Return the embeddings, the projected bigram table, and their fraction bits."""
-    codes, scales = tensors.matrix("token_embedding.weight")
+def _embedding(numbers: StoredNumbers, model: ModelConfig) -> IntegerEmbedding:
+    codes, scales = numbers.matrix("token_embedding.weight")
     token = codes.astype(np.float64) * scales[:, None]  # exact: 8 bits times 11
-    bigram = None
     largest = float(np.abs(token).max())
-    if config.model.bigram_rows:
-        rows, row_scales = tensors.matrix("bigram.embedding.weight")
-        projection, projection_scales = tensors.matrix("bigram.projection.weight")
-        dots = rows.astype(np.float64) @ projection.astype(np.float64).T  # whole numbers below 2^53: exact in any order
-        scale = float(tensors.vector("bigram.scale"))
-        bigram = dots * (row_scales[:, None] * projection_scales[None, :]) * scale
-        largest += float(np.abs(bigram).max())
+    pairs = _projected(numbers, "bigram", 1) if model.bigram_rows else []
+    runs = _projected(numbers, "ngrams", len(model.ngram_orders)) if model.ngram_orders else []
+    for rows in (*pairs, *runs):
+        largest += float(np.abs(rows).max())
     bits = min(24, 26 - math.frexp(largest)[1]) if largest > 0 else 24
     if bits < 12:
         raise CodecError(
             "the codec cannot use this model: the weights of token_embedding are too large for its formats"
         )
-    return _scaled(token, bits), None if bigram is None else _scaled(bigram, bits), bits
+    smear, smear_input = _smear(numbers, model)
+    return IntegerEmbedding(
+        token=scaled(token, bits),
+        bits=bits,
+        pairs=scaled(pairs[0], bits) if pairs else None,
+        pairs_are_exact=model.bigram_table == "exact",
+        runs=np.concatenate([scaled(rows, bits) for rows in runs]) if runs else None,
+        run_orders=model.ngram_orders or (),
+        smear=smear,
+        smear_input=smear_input,
+    )
 
 
-def _layer(tensors: _Tensors, config: RunConfig, layer: int) -> IntegerLayer:
-    model = config.model
-    block = f"blocks.{layer}"
+def _projected(numbers: StoredNumbers, table: str, num_parts: int) -> list[FloatArray]:
+    """Return the rows of a table's parts, each times its columns of the projection and the table's scale, (rows, D) each."""
+    rows, row_scales = numbers.matrix(f"{table}.embedding.weight")
+    projection, projection_scales = numbers.matrix(f"{table}.projection.weight")
+    scale = float(numbers.vector(f"{table}.scale"))
+    count, dim = len(rows) // num_parts, rows.shape[1]
+    found = []
+    for part in range(num_parts):
+        of_part = slice(part * count, (part + 1) * count)
+        columns = projection[:, part * dim : (part + 1) * dim].astype(np.float64)
+        dots = rows[of_part].astype(np.float64) @ columns.T  # whole numbers below 2^53: exact in any order
+        found.append(dots * (row_scales[of_part, None] * projection_scales[None, :]) * scale)
+    return found
+
+
+def _smear(numbers: StoredNumbers, model: ModelConfig) -> tuple[IntArray | None, IntArray | None]:
+    if not model.smear:
+        return None, None
+    gate = numbers.vector("smear.gate")
+    if model.smear_gate == "constant":
+        return fp.sigmoids(gate), None
+    weight = numbers.vector("smear.input_weight")
+    if max(float(np.abs(gate).max()), float(np.abs(weight).max())) >= 1 << 15:
+        raise CodecError("the codec cannot use this model: the weights of smear are too large for its formats")
+    return scaled(gate, fp.NORMED_BITS), scaled(weight, fp.MIX_BITS)
+
+
+def _layer(numbers: StoredNumbers, model: ModelConfig, layer: int) -> IntegerLayer:
+    block, from_the_end = f"blocks.{layer}", model.num_layers - layer
     norm_scale = 1.0 / np.sqrt(np.float64(layer + 1)) if model.depth_scaled_norm else np.float64(1.0)
-    D, E = model.model_dim, model.head_dim
-    heads, head_scales = tensors.matrix(f"{block}.attention.query.weight", f"{block}.attention.key.weight")
-    value, value_scales = tensors.matrix(f"{block}.attention.value.weight")
-    value_bits = _value_bits(value, value_scales * norm_scale, D)
-    gain = tensors.vector(f"{block}.attention.query_gain")
+    heads, head_scales = numbers.matrix(f"{block}.attention.query.weight", f"{block}.attention.key.weight")
+    value, value_scales = numbers.matrix(f"{block}.attention.value.weight")
+    embedding, gate = None, None
+    if from_the_end <= model.value_embedding_last_layers:
+        embedding = numbers.vector(f"{block}.attention.value_embedding.weight")
+    if model.attention_gate_dims is not None:
+        codes, factors = numbers.matrix(f"{block}.attention.gate.weight")
+        gate = integer_matrix(codes, factors, f"{block}.attention.gate", gain_bits=0)
+    of_values = value_bits(
+        value,
+        value_scales * norm_scale,
+        model.model_dim,
+        added=0.0 if embedding is None else float(np.abs(embedding).max()),
+        doubled=gate is not None,
+    )
+    gain = numbers.vector(f"{block}.attention.query_gain")
     # a score has 2 * 10 fraction bits, what 2^-x is taken of has 12
-    score_factors = np.abs(gain) / np.sqrt(np.float64(E)) * LOG2_E
-    score = _integer_matrix(
+    score = integer_matrix(
         np.ones((len(gain), 1), np.int8),
-        score_factors,
+        np.abs(gain) / np.sqrt(np.float64(model.head_dim)) * LOG2_E,
         f"{block}.attention.query_gain",
         gain_bits=fp.SOFTMAX_BITS - 2 * fp.NORMED_BITS,
     )
-    output, output_scales = tensors.matrix(f"{block}.attention.output.weight")
-    up, up_scales = tensors.matrix(f"{block}.mlp.up.weight")
-    down, down_scales = tensors.matrix(f"{block}.mlp.down.weight")
-    popped = layer - model.num_layers // 2
-    has_skip = model.skip_connections and 0 <= popped < model.num_layers // 2
+    output, output_scales = numbers.matrix(f"{block}.attention.output.weight")
+    up, up_scales = numbers.matrix(f"{block}.mlp.up.weight")
+    down, down_scales = numbers.matrix(f"{block}.mlp.down.weight")
     return IntegerLayer(
-        mix=_scaled(tensors.vector(f"{block}.residual_mix"), fp.MIX_BITS) if model.residual_mix else None,
-        skip=_scaled(tensors.vector("skip_weights")[popped], fp.MIX_BITS) if has_skip else None,
-        heads=_integer_matrix(heads, head_scales * norm_scale, block, gain_bits=fp.PRENORM_BITS - fp.NORMED_BITS),
-        value=_integer_matrix(value, value_scales * norm_scale, block, gain_bits=value_bits - fp.NORMED_BITS),
-        value_bits=value_bits,
+        mix=scaled(numbers.vector(f"{block}.residual_mix"), fp.MIX_BITS) if model.residual_mix else None,
+        heads=integer_matrix(heads, head_scales * norm_scale, block, gain_bits=fp.PRENORM_BITS - fp.NORMED_BITS),
+        value=integer_matrix(value, value_scales * norm_scale, block, gain_bits=of_values - fp.NORMED_BITS),
+        value_bits=of_values,
+        value_embedding=None if embedding is None else scaled(embedding, of_values),
         query_sign=np.where(gain < 0, -1, 1).astype(np.int64),
         score_multiplier=score.multiplier,
         score_shift=score.shift,
-        output=_static(
+        gate=gate,
+        output=static_matrix(
             output,
-            output_scales * tensors.vector(f"{block}.attention_scale"),
+            output_scales * numbers.vector(f"{block}.attention_scale"),
             f"{block}.attention.output",
-            gain_bits=fp.RESIDUAL_BITS - value_bits,
+            gain_bits=fp.RESIDUAL_BITS - of_values,
         ),
-        up=_integer_matrix(up, up_scales * norm_scale, block, gain_bits=fp.HIDDEN_BITS - fp.NORMED_BITS),
-        down=_integer_matrix(
+        up=integer_matrix(up, up_scales * norm_scale, block, gain_bits=fp.HIDDEN_BITS - fp.NORMED_BITS),
+        down=integer_matrix(
             down,
-            down_scales * tensors.vector(f"{block}.mlp_scale"),
+            down_scales * numbers.vector(f"{block}.mlp_scale"),
             f"{block}.mlp.down",
             gain_bits=fp.RESIDUAL_BITS - 2 * fp.HIDDEN_BITS,
             largest_exponent=33,
         ),
-        drop_own_value=layer >= model.num_layers - model.xsa_last_layers,
+        drop_own_value=from_the_end <= model.xsa_last_layers,
+        is_parallel=from_the_end <= model.parallel_last_layers,
     )
 
 
-def _static(codes: npt.NDArray[np.int8], factors: FloatArray, name: str, *, gain_bits: int) -> IntegerMatrix:
-    """Return a matrix whose inputs are any int16 vectors. Raises: CodecError if a sum could leave int32."""
-    matrix = _integer_matrix(codes, factors, name, gain_bits=gain_bits)
-    if matrix.input_bits < 15:
-        raise CodecError(f"the codec cannot use this model: the codes of {name} are too large for its formats")
-    return matrix
-
-
-def _value_bits(codes: npt.NDArray[np.int8], factors: FloatArray, width: int) -> int:
-    """Return the most fraction bits, 14 at most, with which no value can leave int16.
-
-    A normalised vector has length sqrt(width), so a value is at most that times the length of its row.
-    """
-    squares = (codes.astype(np.int64) ** 2).sum(axis=1).astype(np.float64)
-    bound = float((np.sqrt(squares) * np.abs(factors)).max()) * float(np.sqrt(np.float64(width)))
-    return max(0, min(14, 14 - math.frexp(bound)[1] + 1)) if bound > 0 else 14
-
-
-def _latents(tensors: _Tensors, config: RunConfig) -> IntegerLatents:
-    P = config.jepa.chunk_bytes
+def _latents(numbers: StoredNumbers, jepa: JepaConfig) -> IntegerLatents:
     normed, wide = fp.NORMED_BITS, fp.PRENORM_BITS
+    reads_residual = jepa.context == "causal"
 
     def matrix(name: str, *, gain_bits: int, divisor: int = 1, largest_exponent: int = 0) -> IntegerMatrix:
-        codes, scales = tensors.matrix(f"jepa.{name}.weight")
-        return _integer_matrix(
+        codes, scales = numbers.matrix(f"jepa.{name}.weight")
+        return integer_matrix(
             codes, scales / np.float64(divisor), name, gain_bits=gain_bits, largest_exponent=largest_exponent
         )
 
+    up_gain = wide - fp.RESIDUAL_BITS
+    projector = None
+    if not reads_residual:
+        projector = (
+            matrix("projector.up", gain_bits=up_gain, divisor=jepa.chunk_bytes, largest_exponent=28),
+            matrix("projector.down", gain_bits=wide - normed),
+        )
+    context_bits, limit = (normed, fp.INT16_MAX) if reads_residual else (wide, fp.PRENORM_LIMIT)
     return IntegerLatents(
-        chunk_bytes=P,
-        projector_up=matrix("projector.up", gain_bits=wide - fp.RESIDUAL_BITS, divisor=P, largest_exponent=28),
-        projector_down=matrix("projector.down", gain_bits=wide - normed),
-        predictor_up=matrix("predictor.up", gain_bits=0, largest_exponent=20),
-        predictor_down=matrix("predictor.down", gain_bits=wide - normed),
+        chunk_bytes=jepa.chunk_bytes,
+        reads_residual=reads_residual,
+        projector=projector,
+        predictor=(
+            matrix("predictor.up", gain_bits=wide - context_bits, largest_exponent=20),
+            matrix("predictor.down", gain_bits=wide - normed),
+        ),
         injection=matrix("injection", gain_bits=fp.RESIDUAL_BITS - wide, largest_exponent=20),
-        start=np.clip(_scaled(tensors.vector("jepa.start"), wide), -fp.PRENORM_LIMIT, fp.PRENORM_LIMIT),
+        start=np.clip(scaled(numbers.vector("jepa.start"), context_bits), -limit, limit),
     )
 
 
-def _head(tensors: _Tensors, config: RunConfig) -> IntegerMatrix:
-    codes, scales = tensors.matrix("token_embedding.weight")
-    factors = scales[BYTE_OFFSET:] / np.float64(config.model.logit_softcap)
-    return _integer_matrix(codes[BYTE_OFFSET:], factors, "token_embedding", gain_bits=fp.LOGIT_BITS - fp.NORMED_BITS)
+def _head(numbers: StoredNumbers, model: ModelConfig) -> IntegerMatrix:
+    codes, scales = numbers.matrix("token_embedding.weight")
+    factors = scales[BYTE_OFFSET:] / np.float64(model.logit_softcap)
+    return integer_matrix(codes[BYTE_OFFSET:], factors, "token_embedding", gain_bits=fp.LOGIT_BITS - fp.NORMED_BITS)

@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 
 from bytejepa.codec.fixed_point import (
+    GATE_BITS,
     HIDDEN_LIMIT,
     INT16_MAX,
     MIX_BITS,
     NORM_BITS,
     NORMED_BITS,
     RESIDUAL_LIMIT,
+    SIGMOID_RANGE,
+    SIGMOID_STEP_BITS,
 )
 from bytejepa.kernels.compilation import compiled
 
@@ -48,6 +51,16 @@ def bit_length(value: int) -> int:
         value >>= 1
         length += 1
     return length
+
+
+@compiled
+def sigmoid_of(x: Any, table: Any) -> Any:
+    """Return the sigmoid, 15 fraction bits, of a number with 10."""
+    fine = NORMED_BITS - SIGMOID_STEP_BITS
+    size = min(abs(x), (SIGMOID_RANGE << NORMED_BITS) - 1)
+    index, rest = size >> fine, size & ((1 << fine) - 1)
+    gate = table[index] + rounded((table[index + 1] - table[index]) * rest, fine)
+    return gate if x >= 0 else (1 << GATE_BITS) - gate
 
 
 @compiled

@@ -15,12 +15,8 @@ from torch import Tensor, nn
 
 from bytejepa.config_model import EXACT_BIGRAM_ROWS
 from bytejepa.data.vocabulary import BYTE_OFFSET
+from bytejepa.kernels.ngram_hash import HASH_BITS, HASH_MULTIPLIER
 from bytejepa.model.layers import Linear
-
-HASH_BITS = 31
-"""Hashes are numbers below 2^31, so that no product of two of them overflows 64 bits."""
-HASH_MULTIPLIER = 1_327_217_885
-"""2^31 over the golden ratio, to the nearest odd number: Fibonacci hashing (Knuth, TAOCP 3, 6.4)."""
 
 
 class BigramHash(nn.Module):
