@@ -121,8 +121,8 @@ def test_a_file_of_the_program_zstd_is_restored_or_refused(command: Callable, re
 
 
 def test_a_model_that_the_codec_cannot_use_is_refused(refuses: Callable, file: Path, tmp_path: Path) -> None:
-    other = artifact(tmp_path / "other.bjm", chunk_blocks=(1, 1), skip_connections=False)
-    assert "does not implement model.chunk_blocks (1, 1)" in refuses(6, "compress", file, "--model", other)
+    other = artifact(tmp_path / "other.bjm", model_dim=1032, num_layers=1, mlp_ratio=0.125)
+    assert "does not implement model.model_dim 1032, more than 1024" in refuses(6, "compress", file, "--model", other)
     assert not file.with_name("notes.txt.bjc").exists()
 
 

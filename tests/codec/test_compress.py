@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 import bytejepa
 from bytejepa.codec import coder, container
 from bytejepa.codec.compress import codec_model, compress, decompress, restore
+from bytejepa.codec.cpu import CpuCoder
 from bytejepa.codec.lanes import windows
 from bytejepa.codec.torch_model import TorchCoder
 from bytejepa.codec.workers import Settings
 from bytejepa.codec.zstd_frame import compress_frame
+from bytejepa.config import replace
 from bytejepa.data.corpus import embedded_text
 from bytejepa.errors import CodecError, ConfigError
+from bytejepa.presets import PRESETS, preset
 from codec.models import (
     GOLDEN_MODEL,
     GREETINGS,
@@ -30,7 +33,7 @@ from codec.models import (
     golden_model,
     inputs,
 )
-from small_models import small_model
+from small_models import random_model, small_model
 
 TEXT = embedded_text("val")[:1500]
 
@@ -47,6 +50,20 @@ def test_every_kind_of_input_comes_back(name: str) -> None:
     assert decompress(golden_model(), small_file(data)) == data
     # most of these are zstd's frames then; the model restores them too
     assert decompress(golden_model(), coded_file(data)) == data
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_model_of_every_preset_compresses(name: str) -> None:
+    narrow = {"model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "rotary_dims": 4, "bigram_rows": 64, "ngram_rows": 64}
+    latents = {"latent_dim": 16, "hidden_dim": 16, "sigreg_directions": 8}
+    unfitted = {"rounding": "nearest", "clip": "max", "fit": False}
+    model = random_model(replace(preset(name), model=narrow, jepa=latents, artifact=unfitted))
+    for text in (TEXT[:150], bytes(range(150))):
+        blob = compress(model, text, window=48, hop=24, segment_bytes=50)
+        assert decompress(model, blob) == text
+    lane_coder = CpuCoder(codec_model(model), 48, 24)
+    stream = coder.encode(*lane_coder.block_intervals(TEXT[:150]))
+    assert lane_coder.decode([stream], [150]) == [TEXT[:150]]
 
 
 @given(st.binary(max_size=300), st.integers(1, 80), st.integers(1, 40), st.integers(0, 40))
