@@ -89,6 +89,15 @@ def test_the_wallclock_ends_a_run(command: Callable[..., Any], tmp_path: Path, e
     assert json.loads((run / "config.json").read_text())["schedule"]["max_wallclock_s"] == 0.3
 
 
+def test_no_wallclock_is_none_although_the_preset_has_one(
+    command: Callable[..., Any], tmp_path: Path, embedded_shards: Path
+) -> None:
+    words = [word for word in MINIMAL if "max-wallclock" not in word]
+    run = tmp_path / "run"
+    assert command("train", *words, "--max-wallclock", "None", "--data", embedded_shards, "--out", run).code == 0
+    assert json.loads((run / "config.json").read_text())["schedule"]["max_wallclock_s"] is None
+
+
 def test_a_finished_run_resumes_to_the_same_end(command: Callable[..., Any], tmp_path: Path, minimal_run: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(minimal_run, run)

@@ -37,7 +37,7 @@ from bytejepa.artifact.header import (
 from bytejepa.artifact.joint_codes import JointRecord
 from bytejepa.artifact.packing import DEFAULT_CODECS, StoredTensor, TensorRecord, pack, restore, unpack
 from bytejepa.errors import ArtifactError, ConfigError, file_errors_as
-from bytejepa.files import atomic_file
+from bytejepa.files import atomic_file, require_writable
 from bytejepa.model.quantization import QuantizedMatrix
 
 MAGIC = b"\x89BJM\r\n\x1a\n"
@@ -263,8 +263,8 @@ def refuse_existing(path: Path, *, force: bool) -> None:
 
     Raises: ConfigError for what exists, ArtifactError for what cannot be written.
     """
-    if path.is_dir():
-        raise ArtifactError(f"cannot write {path}: it is a folder", hint="name a file")
+    with file_errors_as(ArtifactError, "write", path):
+        require_writable(path)
     if path.exists() and not force:
         raise ConfigError(f"{path} exists already", hint="choose another name, or overwrite it with --force")
 

@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from bytejepa.training.loop import TrainProgress, TrainResult
+
+AS_CONFIGURED: Literal["configured"] = "configured"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +40,8 @@ class Train:
     """Folder of the run."""
     resume: Path | None = None
     """Run to go on with; its own configuration holds, settings given here are refused."""
-    max_wallclock: float | None = None
-    """Seconds of training, short for --schedule.max-wallclock-s."""
+    max_wallclock: float | Literal["configured"] | None = AS_CONFIGURED
+    """Seconds of training, short for --schedule.max-wallclock-s; None: no bound."""
     force: bool = False
     """Start over in a folder that holds a run."""
     json: bool = False
@@ -58,7 +60,7 @@ class Train:
         if self.data is None or self.out is None:
             raise ConfigError("train needs --data DIR and --out RUN", hint="or --resume RUN to go on with a run")
         config = self.config
-        if self.max_wallclock is not None:
+        if self.max_wallclock != AS_CONFIGURED:
             config = replace(config, schedule={"max_wallclock_s": self.max_wallclock})
         start = None
         if self.preset not in PRESETS:
@@ -72,7 +74,7 @@ class Train:
         from bytejepa.cli.terminal import note
         from bytejepa.training.runs import resume
 
-        if self.configured_by or self.out is not None or self.force or self.max_wallclock is not None:
+        if self.configured_by or self.out is not None or self.force or self.max_wallclock != AS_CONFIGURED:
             raise ConfigError(
                 "--resume goes on with the run's own settings",
                 hint="leave out every other option but --data and --json",
