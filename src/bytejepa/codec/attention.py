@@ -58,13 +58,11 @@ def _softmax(scores: Any, length: int, multiplier: int, shift: int, exp2: Any, w
 @compiled
 def heads(
     sums: Any, multiplier: Any, shift: Any, constant: int, epsilon: int, sign: Any, cosines: Any, sines: Any,
-    embedding: Any, which: int, ids: Any, keys: Any, values: Any, place: int, lane: int, position: int, stride: int,
-    queries: Any, own: Any,
+    keys: Any, place: int, lane: int, position: int, stride: int, queries: Any, own: Any,
 ) -> None:  # fmt: skip
-    """Fill `queries` (G, N * H / G, E) and the values `own` (N, G, E) of one lane from `sums` (N, .), and the caches.
+    """Fill `queries` (G, N * H / G, E) and the values `own` (N, G, E) of one lane from `sums` (N, .), and the cache of keys.
 
-    They are those of positions that are `stride` bytes apart, the first of them number `position`; `embedding[which]`: what
-    is added to the values of each of the `ids` (N,), nothing for -1.
+    They are those of positions that are `stride` bytes apart, the first of them number `position`.
     """
     count, G, E = own.shape
     per_group = queries.shape[1] // count
@@ -78,10 +76,6 @@ def heads(
                 i = begin + e
                 head[e] = clamped(rounded(np.int64(sums[n, i]) * multiplier[i], shift[i]), limit)
             if h >= H + G:
-                first = (h - H - G) * E
-                if which >= 0:
-                    for e in range(E):
-                        head[e] = clamped(head[e] + embedding[which, ids[n], first + e], INT16_MAX)
                 for e in range(E):
                     own[n, h - H - G, e] = head[e]
                 continue
@@ -93,6 +87,23 @@ def heads(
             else:
                 for e in range(E):
                     keys[place, lane, h - H, (position + n) // 16, e // 2, (position + n) % 16, e % 2] = head[e]
+
+
+@compiled
+def add_embeddings(own: Any, embedding: Any, ids: Any) -> None:
+    """Add to the values `own` (N, G, E) the embeddings (260, G * E) of their `ids` (N,)."""
+    count, G, E = own.shape
+    for n in range(count):
+        for group in range(G):
+            for e in range(E):
+                own[n, group, e] = clamped(own[n, group, e] + embedding[ids[n], group * E + e], INT16_MAX)
+
+
+@compiled
+def keep_values(own: Any, values: Any, place: int, lane: int, position: int) -> None:
+    """Put the values `own` (N, G, E) of one lane into their cache."""
+    count, G, E = own.shape
+    for n in range(count):
         for group in range(G):
             for e in range(E):
                 values[place, lane, group, e // 16, (position + n) // 2, e % 16, (position + n) % 2] = own[n, group, e]

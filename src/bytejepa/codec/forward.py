@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bytejepa.codec.attention import attend, drop_own_values, fill_gates, gate_heads, heads
+from bytejepa.codec.attention import add_embeddings, attend, drop_own_values, fill_gates, gate_heads, heads, keep_values
 from bytejepa.codec.embedding import embed
 from bytejepa.codec.fixed_point import (
     FREQUENCY_BITS,
@@ -114,9 +114,11 @@ def _pass(
             rows = slice(lane * count, (lane + 1) * count)
             heads(
                 sums[rows], m.qkv.multiplier[layer], m.qkv.shift[layer], m.norm_head, m.head_epsilon,
-                m.query_sign[layer], m.cosines, m.sines, m.value_embedding, m.value_embedding_of[layer], ids[rows], keys,
-                values, cache, lane, position, stride, queries, own,
+                m.query_sign[layer], m.cosines, m.sines, keys, cache, lane, position, stride, queries, own,
             )  # fmt: skip
+            if m.value_embedding_of[layer] >= 0:
+                add_embeddings(own, m.value_embedding[m.value_embedding_of[layer]], ids[rows])
+            keep_values(own, values, cache, lane, position)
             y = a[rows]
             if num_gated:
                 fill_gates(y, m.gate_codes[layer], m.gate_multiplier[layer], m.gate_shift[layer], m.sigmoid, gates)
