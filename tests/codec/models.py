@@ -37,7 +37,8 @@ EVERY_CODE: dict[str, Any] = {"small_tensor_elements": 0}
 STRUCTURES: dict[str, dict[str, Any]] = {
     "default": {},
     "no latents": {"jepa": {"enabled": False}},
-    "no injection": {"jepa": {"inject": False}},
+    "no injection": {"model": {"chunk_stride_bytes": 7}, "jepa": {"inject": False, "context": "causal"}},
+    "heads for training alone": {"model": {"multi_token_heads": 2}, "jepa": {"horizons": 3}},
     "plain": {
         "model": {"smear": False, "bigram_rows": None, "residual_mix": False, "skip_connections": False,
                   "depth_scaled_norm": False, "xsa_last_layers": 0}
@@ -48,7 +49,11 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "other constants": {
         "model": {"rotary_base": 500.0, "logit_softcap": 12.0, "xsa_last_layers": 3, "bigram_rows": 61, "num_kv_heads": 4}
     },
-    "kept as float16": {"artifact": {"small_tensor_elements": 4096}},
+    "kept as float16": {
+        "artifact": {"small_tensor_elements": 5000},
+        "model": {"ngram_orders": (3, 5), "ngram_rows": 61, "ngram_dim": 4, "attention_gate_dims": 7,
+                  "value_embedding_last_layers": 2},
+    },
     "documents": {"model": {"document_masking": True}},
     "runs": {"model": {"ngram_orders": (3, 5), "ngram_rows": 61, "ngram_dim": 4}},
     "runs without pairs": {"model": {"bigram_rows": None, "ngram_orders": (4,), "ngram_rows": 2, "ngram_dim": 3}},
@@ -65,12 +70,14 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "first blocks in chunks": {
         "model": {"chunk_blocks": (0, 1), "skip_connections": False, "attention_windows": (9,), "chunk_stride_bytes": 4}
     },
+    "recurrent chunk blocks": {"model": {"recurrent_layers": (0, 1), "chunk_blocks": (0, 1), "chunk_stride_bytes": 2}},
     "latents of residuals": {"jepa": {"context": "causal"}},
     "everything": {
         "model": {"num_layers": 6, "ngram_orders": (3, 4), "ngram_rows": 31, "ngram_dim": 4, "smear_gate": "input",
-                  "document_masking": True, "attention_windows": (0, 12, 20, 9, 16, 0), "skip_gates": True,
+                  "document_masking": True, "attention_windows": (0, 12, 1, 9, 16, 0), "skip_gates": True,
                   "parallel_last_layers": 3, "recurrent_layers": (2, 3), "attention_gate_dims": 5,
-                  "value_embedding_last_layers": 4, "chunk_blocks": (1, 4), "chunk_stride_bytes": 2},
+                  "value_embedding_last_layers": 4, "chunk_blocks": (1, 4), "chunk_stride_bytes": 2,
+                  "xsa_last_layers": 4},
         "jepa": {"context": "causal", "chunk_bytes": 8},
     },
 }  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zstandard
 
 from bytejepa.artifact.container import write_container
@@ -22,7 +23,8 @@ from bytejepa.data.corpus import embedded_text
 from bytejepa.errors import CodecError
 from bytejepa.kernels.context_mixing import mix_content
 from bytejepa.kernels.mixing_state import new_mixing
-from codec import independent_decoder, independent_mixing
+from bytejepa.model.transformer import ByteLM
+from codec import independent_decoder, independent_mixing, independent_model, independent_numbers
 from codec.golden import MIXED_TEXT, TEXT, sha256
 from codec.models import EVERY_CODE, GOLDEN, GOLDEN_MODEL, STRUCTURES, coded_blocks, golden_model, inputs
 from small_models import small_model
@@ -31,6 +33,15 @@ EXPECTED = json.loads((GOLDEN / "codec.json").read_text())
 VAL = embedded_text("val")
 CAPITALS = "Ça ET là, NAÏVE café; Привет МИР! The END_of it. ".encode()
 ABC = (b"abc" * 34)[:101]
+LARGE = {  # structure, and factors of parameters, by the ends of their names, for sums to be clamped or to decide F or V
+    "runs": ("runs", {"ngrams.scale": 40.0}),
+    "gated skips": ("skip gates", {"skip_weights": 1e4}),
+    "value embeddings": ("value embeddings", {"value_embedding.weight": 30.0}),
+    "values": ("everything", {"value.weight": 3e5, "value_embedding.weight": 3.5e4, "attention_scale": 1e-3}),
+    "what chunk blocks change": ("chunk blocks", {"1.mlp_scale": 3e3, "2.mlp_scale": 3e3, "chunk_scale": 3e-3}),
+    "what chunk blocks add": ("chunk blocks", {"chunk_scale": 5e3}),
+    "a start token of residuals": ("latents of residuals", {"jepa.start": 100.0}),
+}
 MIXED = {  # content, block bytes, segment bytes
     "one segment": (VAL[:120], 120, 1000),
     "segments, the last one shorter": (VAL[:100], 100, 30),
@@ -58,9 +69,9 @@ def golden() -> independent_decoder.Model:
 
 
 def test_it_shares_no_code_with_the_package() -> None:
-    for module in (independent_decoder, independent_mixing):
+    for module in (independent_decoder, independent_mixing, independent_model, independent_numbers):
         source = Path(module.__file__).read_text(encoding="utf-8")
-        imported = r"^\s*(from|import)\s+(bytejepa|codec(?!\.independent_mixing import)|torch|numba)"
+        imported = r"^\s*(from|import)\s+(bytejepa|codec(?!\.independent_(mixing|model|numbers) import)|torch|numba)"
         assert re.search(imported, source, flags=re.MULTILINE) is None
 
 
@@ -81,16 +92,31 @@ def test_it_finds_the_golden_numbers(golden: independent_decoder.Model) -> None:
     logits = np.stack([golden.logits(ids[: t + 1]) for t in range(64)])
     assert sha256(logits) == EXPECTED["logits_sha256"]
     for name in ("exp2", "tanh", "sigmoid"):
-        assert sha256(getattr(independent_decoder, name.upper())) == EXPECTED["tables_sha256"][name]
+        assert sha256(getattr(independent_numbers, name.upper())) == EXPECTED["tables_sha256"][name]
     for name in ("squash", "stretch"):
         assert sha256(getattr(independent_mixing, name.upper())) == EXPECTED["tables_sha256"][name]
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_it_decodes_what_the_package_encodes_with_any_structure(name: str, tmp_path: Path) -> None:
-    model = small_model(**{"artifact": EVERY_CODE, **STRUCTURES[name]})
+    check_decoding(small_model(**{"artifact": EVERY_CODE, **STRUCTURES[name]}), tmp_path / "model.bjm")
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_it_decodes_what_the_package_encodes_with_numbers_at_their_bounds(name: str, tmp_path: Path) -> None:
+    structure, factors = LARGE[name]
+    model = small_model(**{"artifact": EVERY_CODE, **STRUCTURES[structure]})
+    with torch.no_grad():
+        for ending, factor in factors.items():
+            scaled = [parameter for name, parameter in model.named_parameters() if name.endswith(ending)]
+            assert scaled
+            for parameter in scaled:
+                parameter.mul_(factor)
+    check_decoding(model, tmp_path / "model.bjm")
+
+
+def check_decoding(model: ByteLM, path: Path) -> None:
     stored = store_weights(dict(model.named_parameters()), model.config)
-    path = tmp_path / "model.bjm"
     write_container(path, configuration=to_dict(model.config), tensors=stored, metadata={}, codecs=("zstd", "brotli"))
     integers = integer_model(stored, model.config)
     blocks = coded_blocks(CpuCoder(integers, 24, 9), TEXT[:70], 41)
