@@ -96,9 +96,9 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize("force", [False, True])
 def test_a_folder_or_none_to_write_in_is_refused_before_the_work(tmp_path, monkeypatch, force):
     monkeypatch.setattr(container_module, "pack", lambda *_, **__: pytest.fail("it packed"))
-    with pytest.raises(ArtifactError, match="Is a directory .name a file"):
+    with pytest.raises(ArtifactError, match=r"Is a directory .name a file"):
         write(tmp_path, force=force)
-    with pytest.raises(ArtifactError, match="No such file or directory .make its folder first"):
+    with pytest.raises(ArtifactError, match=r"No such file or directory .make its folder first"):
         write(tmp_path / "none" / "model.bjm", force=force)
 
 

@@ -40,8 +40,11 @@ LARGE = {  # structure, and factors of parameters, by the ends of their names, f
     "values": ("everything", {"value.weight": 3e5, "value_embedding.weight": 3.5e4, "attention_scale": 1e-3}),
     "what chunk blocks change": ("chunk blocks", {"1.mlp_scale": 3e3, "2.mlp_scale": 3e3, "chunk_scale": 3e-3}),
     "what chunk blocks add": ("chunk blocks", {"chunk_scale": 5e3}),
+    "value embeddings beyond int16": (
+        "everything", {"value.weight": 3e5, "value_embedding.weight": 3e5, "attention_scale": 1e-3},
+    ),
     "a start token of residuals": ("latents of residuals", {"jepa.start": 100.0}),
-}
+}  # fmt: skip
 MIXED = {  # content, block bytes, segment bytes
     "one segment": (VAL[:120], 120, 1000),
     "segments, the last one shorter": (VAL[:100], 100, 30),

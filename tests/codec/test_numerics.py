@@ -1,5 +1,6 @@
 """Integers that do not depend on batch, lanes, container or path, and that are near the float model."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -19,6 +20,7 @@ from bytejepa.codec.lanes import LaneCoder
 from bytejepa.codec.torch_model import TorchCoder
 from bytejepa.codec.torch_parts import Matrix as TorchMatrix
 from bytejepa.codec.torch_parts import Placement, square_root
+from bytejepa.errors import CodecError
 from bytejepa.scoring.evaluate import score
 from codec.models import EVERY_CODE, GOLDEN_MODEL, STRUCTURES, cpu_coder, golden_model
 from small_models import random_ids, small_model
@@ -58,6 +60,18 @@ def test_windows_longer_than_a_tile_give_the_same_integers(windows: tuple[int, .
     expected = in_parts(TorchCoder(model, 150, 75), ids, [])
     assert np.array_equal(in_parts(compiled, ids, []), expected)
     assert np.array_equal(in_parts(compiled, ids, [*range(1, 75), 100]), expected)
+
+
+@pytest.mark.parametrize("name", ["residual_mix", "skip_weights", "chunk_scale", "smear.gate", "smear.input_weight"])
+def test_weights_of_2_to_the_15_are_refused(name: str) -> None:
+    """They are 32-bit numbers with 16 fraction bits on the compiled path."""
+    model = small_model(**{"artifact": EVERY_CODE, **STRUCTURES["everything"]})
+    stored = store_weights(dict(model.named_parameters()), model.config)
+    key = next(key for key in stored if key.endswith(name))
+    for largest, is_refused in ((32_760.0, False), (-32_768.0, True)):
+        stored[key] = torch.full_like(model.get_parameter(key).detach(), largest)
+        with pytest.raises(CodecError, match="too large") if is_refused else contextlib.nullcontext():
+            integer_model(stored, model.config)
 
 
 def test_products_of_the_widest_rows_are_exact_in_float32() -> None:

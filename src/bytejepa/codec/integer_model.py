@@ -22,6 +22,7 @@ from bytejepa.codec.integer_tensors import (
     FloatArray,
     IntegerMatrix,
     StoredNumbers,
+    bounded,
     integer_matrix,
     scaled,
     static_matrix,
@@ -171,11 +172,11 @@ def integer_model(stored: Mapping[str, StoredTensor], config: RunConfig) -> Inte
         layers=tuple(_layer(numbers, model, layer) for layer in range(model.num_layers)),
         layer_of_place=model.layer_order,
         window_of_place=model.window_of_place,
-        skips=scaled(numbers.vector("skip_weights"), fp.MIX_BITS) if model.skip_connections else None,
+        skips=bounded(numbers.vector("skip_weights"), fp.MIX_BITS, "skip_weights") if model.skip_connections else None,
         skip_gates=None if gates is None else np.stack([fp.sigmoids(row) for row in gates]),
         chunk_places=model.chunk_places,
         chunk_stride=model.chunk_stride_bytes,
-        chunk_scale=scaled(numbers.vector("chunk_scale"), fp.MIX_BITS) if model.chunk_blocks else None,
+        chunk_scale=bounded(numbers.vector("chunk_scale"), fp.MIX_BITS, "chunk_scale") if model.chunk_blocks else None,
         latents=_latents(numbers, config.jepa) if config.jepa.enabled and config.jepa.inject else None,
         head=_head(numbers, model),
         softcap=fp.softcap_constant(model.logit_softcap),
@@ -207,12 +208,13 @@ ALWAYS_DECIDING = (
     "smear", "bigram_rows", "bigram_dim",
 )  # fmt: skip
 """Settings that are in every model's identity."""
-DECIDING_WHERE_CHANGED = (
-    "skip_gates", "parallel_last_layers", "recurrent_layers", "attention_gate_dims", "value_embedding_last_layers",
-    "smear_gate", "bigram_table", "ngram_orders", "attention_windows", "chunk_blocks",
-)  # fmt: skip
-"""Settings that are in the identity of the models in which they are not as in the preset `default`: the codec once refused
-others, and files of those that it took are still to be read."""
+DECIDING_WHERE_OTHER: dict[str, Any] = {
+    "attention_gate_dims": None, "attention_windows": None, "bigram_table": "hash", "chunk_blocks": None,
+    "ngram_orders": None, "parallel_last_layers": 0, "recurrent_layers": None, "skip_gates": False,
+    "smear_gate": "constant", "value_embedding_last_layers": 0,
+}  # fmt: skip
+"""Settings that are in the identity of the models in which they are not so: the codec once refused others, and files of
+those that it took are still to be read."""
 WITHOUT_EFFECT = (
     "query_gain", "bigram_projection_init", "output_projection_init", "embedding_std", "multi_token_heads",
     "ngram_rows", "ngram_dim", "document_masking",
@@ -222,12 +224,13 @@ only BOS is a block's first id. `chunk_stride_bytes` goes with `chunk_blocks`.""
 
 
 def _deciding_settings(config: RunConfig) -> dict[str, Any]:
-    model, jepa, neutral = config.model, config.jepa, ModelConfig()
+    model, jepa = config.model, config.jepa
     inject = jepa.enabled and jepa.inject
     found = {name: getattr(model, name) for name in ALWAYS_DECIDING}
     found["chunk_bytes"] = jepa.chunk_bytes if inject else None
-    changed = [name for name in DECIDING_WHERE_CHANGED if getattr(model, name) != getattr(neutral, name)]
-    found |= {name: getattr(model, name) for name in changed}
+    found |= {
+        name: getattr(model, name) for name, usual in DECIDING_WHERE_OTHER.items() if getattr(model, name) != usual
+    }
     if model.chunk_blocks:
         found["chunk_stride_bytes"] = model.chunk_stride_bytes
     if inject and jepa.context != "pooled":
@@ -296,9 +299,7 @@ def _smear(numbers: StoredNumbers, model: ModelConfig) -> tuple[IntArray | None,
     if model.smear_gate == "constant":
         return fp.sigmoids(gate), None
     weight = numbers.vector("smear.input_weight")
-    if max(float(np.abs(gate).max()), float(np.abs(weight).max())) >= 1 << 15:
-        raise CodecError("the codec cannot use this model: the weights of smear are too large for its formats")
-    return scaled(gate, fp.NORMED_BITS), scaled(weight, fp.MIX_BITS)
+    return bounded(gate, fp.NORMED_BITS, "smear"), bounded(weight, fp.MIX_BITS, "smear")
 
 
 def _layer(numbers: StoredNumbers, model: ModelConfig, layer: int) -> IntegerLayer:
@@ -331,7 +332,7 @@ def _layer(numbers: StoredNumbers, model: ModelConfig, layer: int) -> IntegerLay
     up, up_scales = numbers.matrix(f"{block}.mlp.up.weight")
     down, down_scales = numbers.matrix(f"{block}.mlp.down.weight")
     return IntegerLayer(
-        mix=scaled(numbers.vector(f"{block}.residual_mix"), fp.MIX_BITS) if model.residual_mix else None,
+        mix=bounded(numbers.vector(f"{block}.residual_mix"), fp.MIX_BITS, block) if model.residual_mix else None,
         heads=integer_matrix(heads, head_scales * norm_scale, block, gain_bits=fp.PRENORM_BITS - fp.NORMED_BITS),
         value=integer_matrix(value, value_scales * norm_scale, block, gain_bits=of_values - fp.NORMED_BITS),
         value_bits=of_values,

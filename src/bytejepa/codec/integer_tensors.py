@@ -75,6 +75,13 @@ def scaled(values: FloatArray, fraction_bits: int) -> IntArray:
     return np.rint(np.ldexp(values, fraction_bits)).astype(np.int64)
 
 
+def bounded(values: FloatArray, fraction_bits: int, name: str) -> IntArray:
+    """Return round(values * 2^fraction_bits) below 2^31. Raises: CodecError for values of 2^15 or more."""
+    if float(np.abs(values).max()) >= 1 << 15:
+        raise CodecError(f"the codec cannot use this model: the weights of {name} are too large for its formats")
+    return scaled(values, fraction_bits)
+
+
 def integer_matrix(
     codes: npt.NDArray[np.int8], factors: FloatArray, name: str, *, gain_bits: int, largest_exponent: int = 0
 ) -> IntegerMatrix:

@@ -116,7 +116,7 @@ class PackedModel(NamedTuple):
     score_shift: Array
     """(layers,) int64."""
     value_embedding: Array
-    """(layers with one, 260, G * E) int16."""
+    """(layers with one, 260, G * E) int32."""
     value_embedding_of: Array
     """(layers,) int64: its index, -1 for none."""
     gate_codes: Array
@@ -199,7 +199,7 @@ def pack_model(model: IntegerModel, window: int) -> PackedModel:
         query_sign=np.stack([layer.query_sign for layer in layers]),
         score_multiplier=np.stack([layer.score_multiplier for layer in layers]),
         score_shift=_numbers(layer.score_shift for layer in layers),
-        value_embedding=np.stack(embeddings).astype(np.int16) if embeddings else np.zeros((0, 0, 0), np.int16),
+        value_embedding=np.stack(embeddings).astype(np.int32) if embeddings else np.zeros((0, 0, 0), np.int32),
         value_embedding_of=np.where([layer.value_embedding is None for layer in layers], -1, with_embedding - 1),
         gate_codes=np.stack([np.zeros((0, 0), np.int8) if each.gate is None else each.gate.codes for each in layers]),
         gate_multiplier=np.stack([np.zeros(0, np.int64) if e.gate is None else e.gate.multiplier for e in layers]),
