@@ -92,10 +92,11 @@ def decode_frame(frame: bytes) -> bytes:
 def decode_file(model: Model, blob: bytes) -> bytes:
     if blob[:4] == b"\x28\xb5\x2f\xfd":
         return decode_frame(blob)
-    assert blob[:6] in (b"\x89BJC\x01\x01", b"\x89BJC\x02\x02")
+    assert blob[:6] in (b"\x89BJC\x01\x01", b"\x89BJC\x02\x02", b"\x89BJC\x03\x02")
     is_mixed = blob[5] == 2
     content_bytes, block_bytes, window, hop, identity, digest = struct.unpack_from("<QIII32s16s", blob, 6)
     assert identity == model.identity
+    assert block_bytes <= (2**24 if blob[4] == 3 else 2**20)
     entries = 78 if is_mixed else 74
     count = -(-content_bytes // block_bytes)
     end = entries + 12 * count

@@ -102,7 +102,7 @@ class Mixing:
         length = -(-n // max(1, min(16, n // segment_bytes)))
         self.n, self.length = n, length
         self.segments = [Segment(begin, min(length, n - begin)) for begin in range(0, n, length)]
-        self.b = max(8, min(17, n.bit_length() - 1))
+        self.b = max(8, min(17 + (n > 2**20) + (n > 2**22), n.bit_length() - 1))
         self.counters = [Buckets(self.b) for _ in range(8)]
         self.places: dict[int, int] = {}
         self.g = [32768 + 30000 * L // 32 for L in range(32)]

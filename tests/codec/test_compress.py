@@ -290,6 +290,48 @@ def test_hostile_headers_allocate_nothing() -> None:
             decompress(golden_model(), blob)
 
 
+@pytest.mark.parametrize(
+    ("segment_bytes", "block_bytes", "version"),
+    [(None, 1 << 20, 1), (9, 1 << 20, 2), (9, (1 << 20) + 1, 3), (9, 1 << 24, 3)],
+)
+def test_files_say_the_oldest_version_that_has_such_blocks(
+    segment_bytes: int | None, block_bytes: int, version: int
+) -> None:
+    block = container.make_block(b"ab", b"x", is_zstd=False)
+    settings = {"window": 64, "hop": 32, "model": bytes(32), "segment_bytes": segment_bytes}
+    blob = container.blocks_file(b"ab", [block], block_bytes=block_bytes, **settings)  # type: ignore[arg-type]
+    assert blob[4] == version
+    parsed = container.parse(blob)
+    assert isinstance(parsed, container.Blocks)
+    assert (parsed.block_bytes, parsed.segment_bytes) == (block_bytes, segment_bytes)
+    for claimed in (block_bytes + 1, 1 << 24, (1 << 24) + 1):
+        header = bytearray(blob[: -container.CHECKSUM_BYTES - 1])
+        header[14:18] = claimed.to_bytes(4, "little")
+        if claimed > container.MAX_BLOCK_BYTES[version, header[5]]:
+            with pytest.raises(CodecError, match=f"claims blocks of {claimed} bytes"):
+                container.parse(bytes(header) + container._checksum(bytes(header)) + b"x")
+
+
+def test_short_content_is_written_for_older_readers() -> None:
+    parsed = container.parse(compress(golden_model(), TEXT))
+    assert isinstance(parsed, container.Blocks)
+    assert parsed.block_bytes == 1 << 20
+
+
+@pytest.mark.slow
+def test_content_longer_than_2_to_the_20_is_one_block() -> None:
+    text = embedded_text("val")
+    data = text + bytes(reversed(text)) + text[:300_000]  # 1.1 MB
+    blob = compress(golden_model(), data, window=16, hop=16)
+    parsed = container.parse(blob)
+    assert isinstance(parsed, container.Blocks)
+    assert (len(parsed.blocks), parsed.block_bytes) == (1, 1 << 22)
+    assert decompress(golden_model(), blob) == data
+    split = compress(golden_model(), data, window=16, hop=16, block_bytes=1 << 20)
+    assert len(blob) < len(split)
+    assert decompress(golden_model(), split) == data
+
+
 def test_foreign_and_newer_files_are_told_apart() -> None:
     for blob, message in (
         (b"", "not a file that bytejepa compressed"),
@@ -297,7 +339,8 @@ def test_foreign_and_newer_files_are_told_apart() -> None:
         (container.MAGIC, "cut short"),
         (small_file()[:5] + b"\0" + small_file()[6:], "unknown kind 0"),
         (small_file()[:4] + b"\x02" + small_file()[5:], "unknown kind 1"),
-        (small_file()[:4] + b"\x03" + small_file()[5:], "version 3"),
+        (small_file()[:4] + b"\x03" + small_file()[5:], "unknown kind 1"),
+        (small_file()[:4] + b"\x04" + small_file()[5:], "version 4"),
     ):
         with pytest.raises(CodecError, match=message):
             decompress(golden_model(), blob)

@@ -38,7 +38,9 @@ def decoder(monkeypatch: pytest.MonkeyPatch) -> Decoder:
     return decoder
 
 
-def forged(payload: bytes, number: int, *, damaged: int = 0, num_bytes: int = container.MAX_BLOCK_BYTES) -> bytes:
+def forged(
+    payload: bytes, number: int, *, damaged: int = 0, num_bytes: int = container.MAX_UNMIXED_BLOCK_BYTES
+) -> bytes:
     """A file that claims `number` blocks of zeros, the last `damaged` of them with wrong checksums of what is stored."""
     content = bytes(num_bytes)
     blocks = [container.make_block(content, payload, is_zstd=False)] * number

@@ -178,6 +178,12 @@ def test_its_mixtures_are_the_same_for_made_up_predictions(name: str) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("n", [1, 300, 2**17, 2**20, 2**20 + 1, 2**22, 2**22 + 1])
+def test_its_tables_are_as_large(n: int) -> None:
+    buckets = new_mixing(n, n).slots.shape[1] // 16
+    assert 2 ** independent_mixing.Mixing(n, n).b == buckets
+
+
 def test_it_takes_and_refuses_the_same_frames(golden: independent_decoder.Model) -> None:
     contents = (b"", b"a", bytes(500), bytes(70_000), random.Random(0).randbytes(300), TEXT)
     for frame in (compress_frame(content) for content in contents):

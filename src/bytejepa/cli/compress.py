@@ -113,7 +113,7 @@ class Compress(_Common):
     mixing: bool = True
     """Mix the model's predictions with counts of what a block has shown so far; without, the model alone decides."""
     block_bytes: int | None = None
-    """Content that decodes by itself, so that damage costs no more; default: 1,048,576, without mixing 32,768."""
+    """Content that decodes by itself, so that damage costs no more; default: 4,194,304, without mixing 32,768."""
     segment_bytes: int | None = None
     """Least content of a block's up to 16 segments: small ones decode faster, large ones are smaller; default: 16,384. Stored."""
 

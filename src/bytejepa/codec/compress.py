@@ -13,7 +13,6 @@ import itertools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -32,8 +31,12 @@ from bytejepa.kernels.mixing_state import MOST_SEGMENTS, segment_begins
 from bytejepa.model.transformer import ByteLM
 from bytejepa.processors import num_usable_processors
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 22
 """Content of a block: damage costs no more than this. Each block begins without context and without counts."""
+BYTES_AT_ONCE = 1 << 26
+"""Content of the blocks that are mixed at the same time by all threads: each takes memory of its own."""
+MIXING_SHARE = 1 / 8
+"""Of the progress that is reported of a block, how much is for mixing it after the model has read it: about as of the time."""
 SEGMENT_BYTES = 16_384
 """Least content of a segment, which decodes in a lane of its own and begins without context, but not without counts."""
 UNMIXED_BLOCK_BYTES = 32_768
@@ -46,7 +49,7 @@ INCOMPRESSIBLE = 0.98
 """A block that zstd cannot bring below this share is not given to the model."""
 
 Model = IntegerModel | ByteLM | Path | str
-Item = TypeVar("Item")
+_Numbered = tuple[int, container.Block]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +114,7 @@ def compress(
     """Return `data` compressed: the same bytes on every machine, for given versions of zstd.
 
     `mixing`: mix the model's predictions with what a block has shown so far (`kernels.context_mixing`); `segment_bytes`: least
-    length of the up to 16 segments of a block, which decode at once. `block_bytes`: default 1,048,576, without mixing 32,768.
+    length of the up to 16 segments of a block, which decode at once. `block_bytes`: default 4,194,304, without mixing 32,768.
     `window`, `hop`: context of a prediction in ids and how far it moves (docs/codec.md), at least a sixteenth of it;
     default: the model's, at most 1,024, and three quarters of it. Raises: ConfigError for a window that the model does
     not have, CodecError as `codec_model`.
@@ -119,10 +122,13 @@ def compress(
     settings = settings or Settings()
     if block_bytes is None:
         block_bytes = BLOCK_BYTES if mixing else UNMIXED_BLOCK_BYTES
+    longest = container.MAX_MIXED_BLOCK_BYTES if mixing else container.MAX_UNMIXED_BLOCK_BYTES
     if not 1 <= segment_bytes < 1 << 32:
         raise ConfigError(f"segment bytes: expected 1 to {(1 << 32) - 1}, got {segment_bytes}")
-    if not 1 <= block_bytes <= container.MAX_BLOCK_BYTES:
-        raise ConfigError(f"block bytes: expected 1 to {container.MAX_BLOCK_BYTES}, got {block_bytes}")
+    if not 1 <= block_bytes <= longest:
+        raise ConfigError(
+            f"block bytes: expected 1 to {longest}{'' if mixing else ' without mixing'}, got {block_bytes}"
+        )
     if not data and window is None and hop is None:
         return compress_frame(data)
     integers = codec_model(model)
@@ -134,6 +140,8 @@ def compress(
     if compiled is None:
         compiled = settings.device != "cpu" and len(data) >= COMPILED_FROM_BYTES
     chosen = _coder(integers, window, hop, settings, compiled=compiled)
+    if len(data) <= container.MAX_UNMIXED_BLOCK_BYTES:  # one block, which readers of an older version know too
+        block_bytes = min(block_bytes, container.MAX_UNMIXED_BLOCK_BYTES)
     contents = [data[begin : begin + block_bytes] for begin in range(0, len(data), block_bytes)]
     least = segment_bytes if mixing else None
     if least is None:
@@ -231,8 +239,9 @@ def _encode_mixed_blocks(
     """Return the blocks of `contents`: some at a time, for what the model says of a byte takes 16 bytes of memory."""
     blocks = list[container.Block]()
     mixing_settings = dataclasses.replace(settings, threads=settings.threads or num_usable_processors())
-    for first in range(0, len(contents), mixing_settings.num_threads):
-        together = contents[first : first + mixing_settings.num_threads]
+    at_once = max(1, min(mixing_settings.num_threads, BYTES_AT_ONCE // max(1, len(contents[0]))))
+    for first in range(0, len(contents), at_once):
+        together = contents[first : first + at_once]
         simple = [compress_frame(content, checksum=False) for content in together]
         modelled = [k for k, content in enumerate(together) if len(simple[k]) < INCOMPRESSIBLE * len(content)]
         paths = {k: np.empty((len(together[k]), 8), np.uint16) for k in modelled}
@@ -257,14 +266,42 @@ def _say(chosen: LaneCoder) -> Callable[[tuple[bytes, Paths], Progress], None]:
 
     def fill(piece: tuple[bytes, Paths], report: Progress) -> None:
         segment, place = piece
-        place[:] = chosen.segment_paths(segment, report)
+        reported = done = 0
+
+        def report_share(num_bytes: int) -> None:
+            nonlocal reported, done
+            done += num_bytes
+            report(_of_model(done) - reported)
+            reported = _of_model(done)
+
+        place[:] = chosen.segment_paths(segment, report_share)
 
     return fill
 
 
+def _of_model(num_bytes: int) -> int:
+    """Return how many of the bytes of a segment count as done when the model has read so many."""
+    return int(num_bytes * (1 - MIXING_SHARE))
+
+
 def _mix(segment_bytes: int) -> Callable[[tuple[bytes, Paths], Progress], bytes]:
     """Return the work that makes a stream of a block and of what the model says of it."""
-    return lambda block, report: encode_mixed(*block, segment_bytes, go_on=lambda: report(0))
+
+    def mix(block: tuple[bytes, Paths], report: Progress) -> bytes:
+        content, paths = block
+        begins = segment_begins(len(content), segment_bytes)
+        left = len(content) - sum(_of_model(end - begin) for begin, end in itertools.pairwise(begins))
+        reported = 0
+
+        def report_share(mixed_bytes: int) -> None:
+            nonlocal reported
+            share = left * mixed_bytes // len(content)
+            report(share - reported)
+            reported = share
+
+        return encode_mixed(content, paths, segment_bytes, on_progress=report_share)
+
+    return mix
 
 
 def _model_of(parsed: container.Blocks, model: Model | None) -> IntegerModel | None:
@@ -315,7 +352,7 @@ def _decode_blocks(
     groups = list(_groups(coded, settings, lanes_of_block=1 if parsed.segment_bytes is None else MOST_SEGMENTS))
     spare_threads = max(1, settings.num_threads // len(groups))
 
-    def decode(group: list[tuple[int, container.Block]], report: Progress) -> None:
+    def decode(group: list[_Numbered], report: Progress) -> None:
         payloads, lengths = [block.payload for _, block in group], [block.num_bytes for _, block in group]
         if parsed.segment_bytes is None:
             found = chosen.decode(payloads, lengths, report)
@@ -328,9 +365,10 @@ def _decode_blocks(
     return contents
 
 
-def _groups(blocks: list[Item], settings: Settings, *, lanes_of_block: int) -> Iterator[list[Item]]:
-    """Yield the blocks that are decoded together: no more than the lanes, and something for every thread."""
-    size = max(1, min(settings.num_lanes // lanes_of_block, -(-len(blocks) // settings.num_threads)))
+def _groups(blocks: list[_Numbered], settings: Settings, *, lanes_of_block: int) -> Iterator[list[_Numbered]]:
+    """Yield the blocks that are decoded together: no more than the lanes and the memory, and something for every thread."""
+    at_once = min(settings.num_lanes // lanes_of_block, BYTES_AT_ONCE // max(1, blocks[0][1].num_bytes))
+    size = max(1, min(at_once, -(-len(blocks) // settings.num_threads)))
     for first in range(0, len(blocks), size):
         yield blocks[first : first + size]
 

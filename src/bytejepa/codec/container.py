@@ -17,10 +17,13 @@ from bytejepa.codec import zstd_frame
 from bytejepa.errors import CodecError
 
 MAGIC = b"\x89BJC"
-FORMAT_VERSION = 2
-"""The newest; a file says the oldest that has its kind."""
+FORMAT_VERSION = 3
+"""The newest; a file says the oldest that has its kind and its length of blocks."""
 KIND_BLOCKS, KIND_MIXED = 1, 2
-VERSION_OF_KIND = {KIND_BLOCKS: 1, KIND_MIXED: 2}
+MAX_BLOCK_BYTES = {(1, KIND_BLOCKS): 1 << 20, (2, KIND_MIXED): 1 << 20, (3, KIND_MIXED): 1 << 24}
+"""Of every version and the kind that it brought."""
+MAX_MIXED_BLOCK_BYTES = MAX_BLOCK_BYTES[FORMAT_VERSION, KIND_MIXED]
+MAX_UNMIXED_BLOCK_BYTES = MAX_BLOCK_BYTES[1, KIND_BLOCKS]
 PRELUDE = struct.Struct("<4sBB")
 """Magic, format version, kind."""
 HEADER = struct.Struct("<QIII32s16s")
@@ -30,7 +33,6 @@ SEGMENT = struct.Struct("<I")
 ENTRY = struct.Struct("<III")
 """One block: bytes of its payload (top bit: zstd), CRC-32 of the payload, CRC-32 of the content."""
 CHECKSUM_BYTES, DIGEST_BYTES = 8, 16
-MAX_BLOCK_BYTES = 1 << 20
 LEAST_HOPS = 16
 """A window moves by at least this part of it: what is run again for each byte, and so the time of a block, has a bound."""
 _ZSTD_BLOCK = 1 << 31
@@ -99,7 +101,8 @@ def blocks_file(
 ) -> bytes:
     """Return a file of `blocks`, which are `content` in order: mixed ones if there is a least length of segments."""
     kind = KIND_BLOCKS if segment_bytes is None else KIND_MIXED
-    header = PRELUDE.pack(MAGIC, VERSION_OF_KIND[kind], kind)
+    version = min(v for (v, k), longest in MAX_BLOCK_BYTES.items() if k == kind and block_bytes <= longest)
+    header = PRELUDE.pack(MAGIC, version, kind)
     header += HEADER.pack(len(content), block_bytes, window, hop, model, digest([content]))
     header += b"" if segment_bytes is None else SEGMENT.pack(segment_bytes)
     for index, block in enumerate(blocks):
@@ -134,17 +137,17 @@ def parse(data: bytes) -> bytes | Blocks:
             f"the file has version {version} of the format, this is version {FORMAT_VERSION}",
             hint="upgrade bytejepa; if that does not help, the file is damaged",
         )
-    if VERSION_OF_KIND.get(kind) != version:
+    if (version, kind) not in MAX_BLOCK_BYTES:
         raise CodecError(f"the file is of an unknown kind {kind}", hint=_DAMAGED)
-    return _parse_blocks(data, is_mixed=kind == KIND_MIXED)
+    return _parse_blocks(data, MAX_BLOCK_BYTES[version, kind], is_mixed=kind == KIND_MIXED)
 
 
-def _parse_blocks(data: bytes, *, is_mixed: bool) -> Blocks:
+def _parse_blocks(data: bytes, longest_block: int, *, is_mixed: bool) -> Blocks:
     place = PRELUDE.size + HEADER.size + (SEGMENT.size if is_mixed else 0)
     if len(data) < place + CHECKSUM_BYTES:
         raise CodecError(f"the file is cut short after {len(data)} bytes, within its header", hint="copy it again")
     content_bytes, block_bytes, window, hop, model, content_digest = HEADER.unpack_from(data, PRELUDE.size)
-    if not 1 <= block_bytes <= MAX_BLOCK_BYTES:
+    if not 1 <= block_bytes <= longest_block:
         raise CodecError(f"the header claims blocks of {block_bytes} bytes", hint=_DAMAGED)
     if not least_hop(window) <= hop <= window:
         raise CodecError(f"the header claims a window of {window} ids and a hop of {hop}", hint=_DAMAGED)

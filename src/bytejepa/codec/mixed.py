@@ -24,25 +24,25 @@ from bytejepa.kernels.context_mixing import (
     model_bit,
     predict_bit,
 )
-from bytejepa.kernels.mixing_state import Mixing, new_mixing, segment_begins
+from bytejepa.kernels.mixing_state import NUM_CODED, Mixing, new_mixing, segment_begins
 
 BYTES_AT_ONCE = 16_384
-"""Bytes that are mixed between two calls of `go_on`."""
+"""Bytes that are mixed between two reports."""
 
 
 def encode_mixed(
-    block: bytes, paths: npt.NDArray[np.uint16], segment_bytes: int, *, go_on: Callable[[], None] | None = None
+    block: bytes, paths: npt.NDArray[np.uint16], segment_bytes: int, *, on_progress: Callable[[int], None] | None = None
 ) -> bytes:
-    """Return the stream of a block, of whose bits `paths` (N, 8) is what the model says. `go_on` is called every tenth of
-    a second or so, and may raise."""
+    """Return the stream of a block, of whose bits `paths` (N, 8) is what the model says. `on_progress` is called every tenth
+    of a second or so with the number of bytes mixed so far, and may raise."""
     mixing = new_mixing(len(block), segment_bytes)
     content, (rounds, lanes) = np.frombuffer(block, np.uint8), (int(mixing.begins[1]), len(mixing.lanes))
     probabilities, bits = np.empty(8 * len(block), np.uint16), np.empty(8 * len(block), np.uint8)
     at_once = max(1, BYTES_AT_ONCE // lanes)
     for first in range(0, rounds, at_once):
         mix_rounds(mixing, first, min(rounds, first + at_once), content, paths, probabilities, bits)
-        if go_on is not None:
-            go_on()
+        if on_progress is not None:
+            on_progress(int(mixing.now[NUM_CODED]))
     return coder.encode_bits(probabilities, bits)
 
 

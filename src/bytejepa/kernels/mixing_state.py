@@ -36,9 +36,9 @@ NUM_WEIGHT_ROWS = SET_BEGINS[-1] + 256
 NUM_KNOTS = 33
 KNOT_SPAN = 192
 """Corrections are interpolated between knots that lie so far apart in logarithms of odds."""
-BLOCK_BUCKET_BITS = 17
-"""A context has up to 2^17 buckets, 67 MB for all. Long contexts of 2^20 bytes of text fill them; twice as many made six texts
-0.15 % smaller, half as many 0.35 % larger."""
+BUCKET_BITS, LONGEST_OF_BUCKET_BITS = 17, (1 << 20, 1 << 22)
+"""A context has up to 2^17 buckets, 67 MB for all; twice as many beyond 2^20 bytes of content, four times beyond 2^22. Long
+contexts of 2^20 bytes of text fill 2^17; twice as many made six texts 0.15 % smaller, half as many 0.35 % larger."""
 MATCH_BYTES = 6
 MOST_COMPARED = 32
 NODES = 16
@@ -102,12 +102,15 @@ def segment_begins(num_bytes: int, least_bytes: int) -> list[int]:
     return [*range(0, max(1, num_bytes), length), num_bytes]
 
 
-def new_mixing(num_bytes: int, least_segment_bytes: int, *, most_bucket_bits: int = BLOCK_BUCKET_BITS) -> Mixing:
+def new_mixing(num_bytes: int, least_segment_bytes: int, *, most_bucket_bits: int | None = None) -> Mixing:
     """Return the state before the first byte of content of `num_bytes`.
 
-    Memory: 14 MB, the content, and 576 bytes a byte up to 2^most_bucket_bits of them, 76 MB by default.
+    Memory: 14 MB, the content, and 576 bytes a byte up to 2^most_bucket_bits of them: by default 76 MB, 151 MB beyond 2^20
+    bytes and 302 MB beyond 2^22.
     """
     begins = np.array(segment_begins(num_bytes, least_segment_bytes), dtype=np.int64)
+    if most_bucket_bits is None:
+        most_bucket_bits = BUCKET_BITS + sum(num_bytes > longest for longest in LONGEST_OF_BUCKET_BITS)
     bucket_bits = max(8, min(most_bucket_bits, num_bytes.bit_length() - 1))
     slots = np.full((NUM_CONTEXTS, NODES << bucket_bits), 1 << 31, dtype=np.uint32)
     slots[:, ::NODES] = 0
