@@ -1,6 +1,6 @@
 """Run the demo with several seeds and write a record: config, per-seed figures and metrics, a table with intervals.
 
-python benchmarks/record_demo.py records/2026-11-23_demo --seeds 1 2 3
+python benchmarks/record_demo.py records/2026-11-28_demo --seeds 1 2 3
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from bytejepa.training.runlog import describe_machine
 
 FIGURES = {
     "artifact_sliding_bpb": "artifact, sliding windows, all validation addresses, bpb",
+    "artifact_sliding_mixed_bpb": "the same mixed with counts of this text, as `compress` codes it",
     "xz_bpb": "xz -9e on the same text, bpb",
     "smaller_than_xz": "share by which the model's bits are fewer",
     "quantization_loss_bpb": "artifact less average, same text and windows, bpb",
@@ -69,7 +70,7 @@ def write_readme(record: Path, results: list[dict[str, float]]) -> None:
     machine = describe_machine()
     head = " | ".join(f"seed {result['seed']}" for result in results)
     lines = [
-        "# Demo: `tiny` on the embedded corpus, from text to artifact",
+        "# Demo: `golf-tiny` on the embedded corpus, from text to artifact",
         "",
         f"Command: `bytejepa demo --training.seed N` for N in {', '.join(str(r['seed']) for r in results)}.",
         f"Machine: {machine['processor']}, {machine['physical_cores']} cores, PyTorch {machine['versions']['torch']}, "

@@ -130,7 +130,7 @@ def test_golf_tiny_differs_from_tiny_as_golf_from_default() -> None:
         for name, value in settings.items()
         if value != plain_small[section][name]
     }
-    for_short_runs = {("model", "chunk_blocks")}
+    for_short_runs = {("model", "chunk_blocks"), ("schedule", "steps")}
     assert for_short_runs < changed
     for section, name in changed - for_short_runs:
         assert small[section][name] == full[section][name] != plain_full[section][name]

@@ -96,7 +96,7 @@ def demo(
     config: RunConfig,
     folder: Path,
     *,
-    name: str = "tiny",
+    name: str = "golf-tiny",
     sample_bytes: int = 400,
     force: bool = False,
     on_train: Callable[[TrainProgress], None] | None = None,

@@ -114,8 +114,9 @@ def test_a_last_pass_that_is_filled_up_changes_nothing() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_the_same_integers() -> None:
-    model, ids = integers(), random_ids(4, 32).numpy()
+@pytest.mark.parametrize("name", ["default", "everything"])
+def test_a_gpu_gives_the_same_integers(name: str) -> None:
+    model, ids = integers(**STRUCTURES[name]), random_ids(4, 32).numpy()
     for container in ("float64", "float32"):
         on_gpu = TorchCoder(model, 32, 16, device="cuda", container=container)
         assert np.array_equal(in_parts(on_gpu, ids, [1, 9]), in_parts(CpuCoder(model, 32, 16), ids, []))

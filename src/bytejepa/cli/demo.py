@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 class Demo:
     """Embedded corpus, shards, training, artifact, sliding score, learning curve, a sample of text: about five minutes."""
 
-    DEFAULT_PRESET: ClassVar[str] = "tiny"
+    DEFAULT_PRESET: ClassVar[str] = "golf-tiny"
 
     config: ConfigField
-    preset: PresetField = "tiny"
+    preset: PresetField = "golf-tiny"
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("demo")
     """Folder for everything that is made."""
     sample_bytes: NonNegativeInt = 400
