@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import forked
-from bytejepa.presets import preset
 from conftest import minimal_with
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +21,7 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith("$ ")
 ]
-SMALL = minimal_with("--schedule.steps=4")[1:]
+SMALL = minimal_with("--schedule.steps=4", "--model.num-layers=4")[1:]
 MAKE = [command for command in COMMANDS if command.startswith("make")]
 
 
@@ -58,6 +57,8 @@ def words_of(command: str) -> list[str]:
     words = shlex.split(re.sub(r" --schedule\.steps \d+", "", command))
     if " train " in command and "--resume" not in command:
         words += [*SMALL, "--force"]
+    if " train golf-tiny " in command:
+        words += ["--model.chunk-blocks", "1", "2", "--model.ngram-rows=64"]
     if " bench " in command:
         words += [*SMALL, *([] if "--what" in command else ["--steps=1"])]
     if " ablate " in command and "--list" not in command:
@@ -129,6 +130,6 @@ def test_the_demo_runs_end_to_end(tmp_path: Path) -> None:
     assert record["quantization_loss_bpb"] < 0.01
     assert record["scored_bytes"] > 400_000
     assert (tmp_path / "demo" / "learning_curve.png").stat().st_size > 10_000
-    if record["steps"] == preset("golf-tiny").schedule.steps:  # a busy machine trains fewer steps within the wallclock
+    if record["steps"] > 2000:  # a busy machine trains fewer steps within the wallclock
         assert record["artifact_sliding_bpb"] <= 1.85
         assert record["smaller_than_xz"] >= 0.15

@@ -6,6 +6,7 @@ from bytejepa.config import replace
 from bytejepa.data.corpus import embedded_text
 from bytejepa.inference.engine import Engine
 from bytejepa.inference.state import EngineState
+from bytejepa.presets import compact
 from codec.models import golden_model
 from small_models import small_config
 
@@ -27,6 +28,12 @@ def test_speed_is_measured_for_every_window_and_number_of_lanes() -> None:
         for what, lanes in (("encode", 1), ("decode", 1), ("decode", 2), ("float32 steps", 1), ("float32 steps", 2))
     ]
     assert rows == expected
+    assert all(row["bytes_per_s"] > 0 for row in report["codec"])
+
+
+def test_presets_that_are_calibrated_and_fitted_are_timed_too() -> None:
+    config = replace(compact(small_config()), artifact={"fit": True}, model={"ngram_orders": (3,), "ngram_rows": 16})
+    report = bench_codec(config, num_bytes=40, lanes=(1,), windows=(16,), threads=1)
     assert all(row["bytes_per_s"] > 0 for row in report["codec"])
 
 

@@ -19,7 +19,7 @@ from bytejepa.codec.integer_model import IntegerModel, integer_model
 from bytejepa.codec.mixed import encode_mixed
 from bytejepa.codec.workers import Settings
 from bytejepa.compressors import compressed_bytes
-from bytejepa.config import RunConfig
+from bytejepa.config import RunConfig, replace
 from bytejepa.data.vocabulary import BYTE_OFFSET
 from bytejepa.errors import ConfigError
 from bytejepa.inference.engine import chunk_multiple
@@ -41,6 +41,8 @@ def bench_codec(
     """
     threads = threads or num_usable_processors()
     model = initialize(ByteLM(config), 0).eval()
+    # random weights have no text to calibrate on
+    config = replace(config, artifact={"rounding": "nearest", "clip": "mean_squared_error", "fit": False})
     integers = integer_model(store_weights(dict(model.named_parameters()), config), config)
     block = np.random.default_rng(0).bytes(num_bytes)
     rows = []
