@@ -33,6 +33,8 @@ def integers(**sections: dict[str, Any]) -> Any:
 
 def in_parts(lane_coder: LaneCoder, ids: np.ndarray, borders: list[int]) -> np.ndarray:
     state = lane_coder.start(len(ids))
+    if borders:  # an earlier window, of which nothing may be left
+        lane_coder.logits(state, np.ascontiguousarray(ids[:, :0:-1]), 0)
     parts = [
         lane_coder.logits(state, np.ascontiguousarray(ids[:, first:last]), first).reshape(len(ids), -1, 256)
         for first, last in zip([0, *borders], [*borders, ids.shape[1]], strict=True)

@@ -34,7 +34,7 @@ from bytejepa.processors import num_usable_processors
 BLOCK_BYTES = 1 << 22
 """Content of a block: damage costs no more than this. Each block begins without context and without counts."""
 BYTES_AT_ONCE = 1 << 26
-"""Content of the blocks that are mixed at the same time by all threads: each takes memory of its own."""
+"""Content of the blocks that all threads mix, or decode, at the same time: each takes memory of its own."""
 MIXING_SHARE = 1 / 8
 """Of the progress that is reported of a block, how much is for mixing it after the model has read it: about as of the time."""
 SEGMENT_BYTES = 16_384
