@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import torch
 
 from bytejepa.artifact.store import store_weights
 from bytejepa.benchmark.bench import surroundings
+from bytejepa.benchmark.generation import chunk_period
 from bytejepa.bits import bits_per_byte_of_size
 from bytejepa.codec.compress import Model, codec_model, compress, decompress, default_hop
 from bytejepa.codec.cpu import CpuCoder
@@ -98,8 +98,7 @@ def _float_row(model: ByteLM, window: int, lanes: int) -> dict[str, Any]:
     multiple = chunk_multiple(model)  # the codec's windows need not be whole chunks, the engine's must
     engine = generation_engine(model, window=max(multiple, window - window % multiple))
     state = engine.start(num_lanes=lanes)
-    stride = model.config.model.chunk_stride_bytes if model.config.model.chunk_blocks else 1
-    period = min(math.lcm(multiple, stride), engine.window)  # what runs once a chunk does so in its share of the steps
+    period = min(chunk_period(model.config), engine.window)  # what runs once a chunk does so in its share of the steps
     first = min(window * 3 // 4, engine.window - period)
     engine.feed(state, torch.full((lanes, 1), BYTE_OFFSET))
     steps, began = 0, time.perf_counter()
