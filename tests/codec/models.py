@@ -45,6 +45,8 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     },
     "odd widths": {"model": {"num_layers": 5, "model_dim": 40, "num_heads": 5, "num_kv_heads": 1, "mlp_ratio": 1.125},
                    "jepa": {"latent_dim": 11, "hidden_dim": 7}},
+    "one layer": {"model": {"num_layers": 1}},
+    "one layer with skip gates": {"model": {"num_layers": 1, "skip_gates": True}},
     "all dimensions rotate": {"model": {"rotary_dims": None}},
     "other constants": {
         "model": {"rotary_base": 500.0, "logit_softcap": 12.0, "xsa_last_layers": 3, "bigram_rows": 61, "num_kv_heads": 4}

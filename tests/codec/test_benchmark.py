@@ -46,11 +46,14 @@ def test_lanes_are_those_of_all_threads_in_every_row() -> None:
     ]
 
 
-@pytest.mark.parametrize(("window", "position"), [(32, 24), (30, 22)])
+@pytest.mark.parametrize(
+    ("window", "chunk_blocks", "positions"),
+    [(32, None, range(24, 28)), (30, None, range(22, 26)), (48, (0, 0), range(36, 48)), (44, (0, 0), range(32, 44))],
+)
 def test_float_steps_have_three_quarters_of_the_window_before_them(
-    window: int, position: int, monkeypatch: pytest.MonkeyPatch
+    window: int, chunk_blocks: tuple[int, int] | None, positions: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where that is more than the model's own evaluation window."""
+    """Also where that is more than the model's own evaluation window; and they reach the end of every kind of chunk."""
     seen: set[int] = set()
     step = Engine.step
 
@@ -59,6 +62,7 @@ def test_float_steps_have_three_quarters_of_the_window_before_them(
         return step(engine, state, ids)
 
     monkeypatch.setattr(Engine, "step", noticed)
-    config = replace(small_config(), evaluation={"window_bytes": 16, "stride_bytes": 16})
+    model = {"chunk_blocks": chunk_blocks, "chunk_stride_bytes": 3, "skip_connections": False}
+    config = replace(small_config(), model=model, evaluation={"window_bytes": 16, "stride_bytes": 16})
     bench_codec(config, num_bytes=40, lanes=(1,), windows=(window,), threads=1)
-    assert seen == {position}
+    assert seen == set(positions)

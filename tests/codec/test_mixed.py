@@ -3,6 +3,10 @@
 import dataclasses
 import itertools
 import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from hypothesis import strategies as st
 
 from bytejepa.codec import coder, container
 from bytejepa.codec.compress import compress, decompress, restore
+from bytejepa.codec.cpu import CpuCoder
 from bytejepa.codec.mixed import encode_mixed
 from bytejepa.codec.torch_model import TorchCoder
 from bytejepa.codec.workers import Settings
@@ -109,6 +114,38 @@ def test_progress_counts_every_byte_once(threads: int, lanes: int | None) -> Non
     assert sum(seen) == len(data)
     assert decompress(golden_model(), blob, settings=settings) == data
     assert sum(seen) == 2 * len(data)
+
+
+@pytest.mark.parametrize(("threads", "lanes"), [(1, 64), (7, None), (3, 64)])
+def test_no_more_is_mixed_at_once_than_memory_is_meant_for(
+    threads: int, lanes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, at_work, most = threading.Lock(), 0, 0
+
+    def counted(work: Callable[..., Any], bytes_of: Callable[..., int]) -> Callable[..., Any]:
+        def wrapper(*given: Any, **named: Any) -> Any:
+            nonlocal at_work, most
+            with lock:
+                at_work += bytes_of(*given)
+                most = max(most, at_work)
+            time.sleep(0.05)  # for others to begin meanwhile
+            found = work(*given, **named)
+            with lock:
+                at_work -= bytes_of(*given)
+            return found
+
+        return wrapper
+
+    monkeypatch.setattr("bytejepa.codec.compress.BYTES_AT_ONCE", 600)
+    monkeypatch.setattr("bytejepa.codec.compress.encode_mixed", counted(encode_mixed, lambda block, *_: len(block)))
+    decode = counted(CpuCoder.decode_mixed, lambda _self, _streams, lengths, *_: sum(lengths))
+    monkeypatch.setattr(CpuCoder, "decode_mixed", decode)
+    settings = Settings(threads=threads, lanes=lanes)
+    blob = mixed_file(TEXT[:1200], block_bytes=250, settings=settings)
+    assert 0 < most <= 600
+    most = 0
+    assert decompress(golden_model(), blob, settings=settings) == TEXT[:1200]
+    assert 0 < most <= 600
 
 
 @pytest.mark.parametrize("compile", [False, True])

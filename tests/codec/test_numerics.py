@@ -1,6 +1,7 @@
 """Integers that do not depend on batch, lanes, container or path, and that are near the float model."""
 
 import contextlib
+import dataclasses
 import math
 from typing import Any
 
@@ -14,12 +15,13 @@ from bytejepa.artifact.store import store_weights
 from bytejepa.bits import bits_per_byte
 from bytejepa.codec import fixed_point as fp
 from bytejepa.codec.cpu import CpuCoder
-from bytejepa.codec.integer_model import integer_model
+from bytejepa.codec.integer_model import ALWAYS_DECIDING, DECIDING_WHERE_OTHER, WITHOUT_EFFECT, integer_model
 from bytejepa.codec.integer_tensors import IntegerMatrix
 from bytejepa.codec.lanes import LaneCoder
 from bytejepa.codec.torch_model import TorchCoder
 from bytejepa.codec.torch_parts import Matrix as TorchMatrix
 from bytejepa.codec.torch_parts import Placement, square_root
+from bytejepa.config_model import ModelConfig
 from bytejepa.errors import CodecError
 from bytejepa.scoring.evaluate import score
 from codec.models import EVERY_CODE, GOLDEN_MODEL, STRUCTURES, cpu_coder, golden_model
@@ -33,6 +35,8 @@ def integers(**sections: dict[str, Any]) -> Any:
 
 def in_parts(lane_coder: LaneCoder, ids: np.ndarray, borders: list[int]) -> np.ndarray:
     state = lane_coder.start(len(ids))
+    if borders:  # an earlier window, of which nothing may be left
+        lane_coder.logits(state, np.ascontiguousarray(ids[:, :0:-1]), 0)
     parts = [
         lane_coder.logits(state, np.ascontiguousarray(ids[:, first:last]), first).reshape(len(ids), -1, 256)
         for first, last in zip([0, *borders], [*borders, ids.shape[1]], strict=True)
@@ -189,3 +193,11 @@ def test_square_roots_are_exact() -> None:
 )
 def test_what_only_training_reads_changes_nothing(changes: dict[str, Any]) -> None:
     assert integers(**changes).head.codes.shape == (256, 32)
+
+
+def test_every_setting_of_the_model_is_in_its_identity_or_is_said_to_decide_nothing() -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    named = [*ALWAYS_DECIDING, *DECIDING_WHERE_OTHER, *WITHOUT_EFFECT, "chunk_stride_bytes"]
+    assert sorted(named) == sorted(defaults)
+    # what an artifact that is older than a setting is read with
+    assert {name: defaults[name] for name in DECIDING_WHERE_OTHER} == DECIDING_WHERE_OTHER

@@ -76,7 +76,7 @@ def measure(model: ByteLM, lanes: int, context: int, *, runs: int, at_least_s: f
 
     # stay near one context, where what the cache holds does not change the speed, but end chunks as often as a text does;
     # within the window, since a step in a full one runs what stays of it again, as a text does once a hop
-    period = _period(config)
+    period = chunk_period(config)
     first = max(0, min(context, engine.window - period))
     around = itertools.cycle(range(first, min(first + period, engine.window)))
 
@@ -111,7 +111,7 @@ def measure(model: ByteLM, lanes: int, context: int, *, runs: int, at_least_s: f
     }
 
 
-def _period(config: RunConfig) -> int:
+def chunk_period(config: RunConfig) -> int:
     """Return after how many bytes what runs once a chunk, chunk blocks and latents, has run as often again."""
     latents = config.jepa.chunk_bytes if config.jepa.enabled and config.jepa.inject else 1
     return math.lcm(latents, config.model.chunk_stride_bytes if config.model.chunk_blocks is not None else 1)

@@ -34,7 +34,7 @@ from bytejepa.processors import num_usable_processors
 BLOCK_BYTES = 1 << 22
 """Content of a block: damage costs no more than this. Each block begins without context and without counts."""
 BYTES_AT_ONCE = 1 << 26
-"""Content of the blocks that are mixed at the same time by all threads: each takes memory of its own."""
+"""Content of the blocks that all threads mix, or decode, at the same time: each takes memory of its own."""
 MIXING_SHARE = 1 / 8
 """Of the progress that is reported of a block, how much is for mixing it after the model has read it: about as of the time."""
 SEGMENT_BYTES = 16_384
@@ -349,8 +349,13 @@ def _decode_blocks(
         return contents
     chosen = _coder(model, parsed.window, parsed.hop, settings)
 
-    groups = list(_groups(coded, settings, lanes_of_block=1 if parsed.segment_bytes is None else MOST_SEGMENTS))
-    spare_threads = max(1, settings.num_threads // len(groups))
+    at_once = max(1, BYTES_AT_ONCE // max(1, coded[0][1].num_bytes))
+    num_threads = min(settings.num_threads, at_once)
+    lanes_of_block = 1 if parsed.segment_bytes is None else MOST_SEGMENTS
+    # what are decoded together: no more than the lanes and the memory, and something for every thread
+    size = max(1, min(settings.num_lanes // lanes_of_block, at_once // num_threads, -(-len(coded) // num_threads)))
+    groups = [coded[first : first + size] for first in range(0, len(coded), size)]
+    spare_threads = settings.num_threads // min(len(groups), num_threads)
 
     def decode(group: list[_Numbered], report: Progress) -> None:
         payloads, lengths = [block.payload for _, block in group], [block.num_bytes for _, block in group]
@@ -361,16 +366,8 @@ def _decode_blocks(
         for (index, block), content in zip(group, found, strict=True):
             keep(index, block, content)
 
-    in_threads(decode, groups, settings)
+    in_threads(decode, groups, dataclasses.replace(settings, threads=num_threads))
     return contents
-
-
-def _groups(blocks: list[_Numbered], settings: Settings, *, lanes_of_block: int) -> Iterator[list[_Numbered]]:
-    """Yield the blocks that are decoded together: no more than the lanes and the memory, and something for every thread."""
-    at_once = min(settings.num_lanes // lanes_of_block, BYTES_AT_ONCE // max(1, blocks[0][1].num_bytes))
-    size = max(1, min(at_once, -(-len(blocks) // settings.num_threads)))
-    for first in range(0, len(blocks), size):
-        yield blocks[first : first + size]
 
 
 def _damage(parsed: container.Blocks, index: int) -> Damage:

@@ -173,7 +173,7 @@ def integer_model(stored: Mapping[str, StoredTensor], config: RunConfig) -> Inte
         layer_of_place=model.layer_order,
         window_of_place=model.window_of_place,
         skips=bounded(numbers.vector("skip_weights"), fp.MIX_BITS, "skip_weights") if model.skip_connections else None,
-        skip_gates=None if gates is None else np.stack([fp.sigmoids(row) for row in gates]),
+        skip_gates=None if gates is None else fp.sigmoids(gates.reshape(-1)).reshape(gates.shape),
         chunk_places=model.chunk_places,
         chunk_stride=model.chunk_stride_bytes,
         chunk_scale=bounded(numbers.vector("chunk_scale"), fp.MIX_BITS, "chunk_scale") if model.chunk_blocks else None,
