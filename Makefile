@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine with Python 3.11 or later and a package index:
-#   make demo     the main job, end to end on the embedded corpus, on a CPU, in about five minutes
+#   make demo     the main job, end to end on the embedded corpus, on a CPU, in five to six minutes
 #   make test     the tests
 PYTHON ?= python3
 BIN := .venv/bin

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Embedded corpus, shards, training, artifact, sliding score, learning curve, a sample of text: about five minutes."""
+    """Embedded corpus, shards, training, artifact, sliding score, learning curve, a sample of text: five to six minutes."""
 
     DEFAULT_PRESET: ClassVar[str] = "golf-tiny"
 

@@ -63,7 +63,7 @@ class Mixing(NamedTuple):
     match_probability: npt.NDArray[np.int64]
     """(32,): that a match of this length goes on, of 2^16."""
     last_place: npt.NDArray[np.int64]
-    """(buckets,): where the same 6 bytes ended last; -1: nowhere."""
+    """(8 * buckets of a context,): where the same 6 bytes ended last; -1: nowhere."""
     lanes: npt.NDArray[np.int64]
     """(S, 4): word so far, word before, where a match points, its length."""
     now: npt.NDArray[np.int64]
