@@ -140,13 +140,13 @@ class IntegerModel:
 
     @property
     def num_pushing(self) -> int:
-        """How many places, the first ones, have their output popped by a later one."""
-        return len(self.layer_of_place) // 2
+        """How many places, the first ones, have their output popped by a later one; 0 without skips."""
+        return 0 if self.skips is None else len(self.layer_of_place) // 2
 
     def popped_place(self, place: int) -> int | None:
         """Return the place whose output `place` pops, None if it pops none."""
         popped = 2 * self.num_pushing - 1 - place
-        return popped if self.skips is not None and 0 <= popped < self.num_pushing else None
+        return popped if 0 <= popped < self.num_pushing else None
 
 
 def integer_model(stored: Mapping[str, StoredTensor], config: RunConfig) -> IntegerModel:

@@ -188,7 +188,7 @@ class TorchCoder(LaneCoder):
             y = self._attention(layer, a, rows, state.keys[place], state.values[place], window)
             x = saturated(x + layer.output.apply(y))
             x = saturated(x + mlp(layer, a if layer.is_parallel else self._normed(x)))
-            if place < self.model.num_pushing and self.skips is not None:
+            if place < self.model.num_pushing:
                 skips.append(x)
         return x
 

@@ -1,6 +1,7 @@
 """How a run of ids becomes a row of a table: the numbers that `bytejepa.model.ngram_embedding` and the codec share.
 
-h = id_t; for every earlier id: h = (h * MULTIPLIER + id) mod 2^BITS; row = ((h * MULTIPLIER mod 2^BITS) * rows) >> BITS
+h = id_t; for every earlier id: h = (h * MULTIPLIER + id) mod 2^BITS; row = ((h * MULTIPLIER mod 2^BITS) * (rows - 1)) >> BITS,
+so that no run has the table's last row: that is for places with fewer ids before them.
 """
 
 from __future__ import annotations
